@@ -1,0 +1,109 @@
+"""Orbax behind one file: trained models, and the optimizer state of a training run under way.
+
+The v1 interface lives under `experimental` in the pinned Orbax; only this file knows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.llama import Params, flatten, unflatten
+from humpback_jax.training.step import TrainState
+
+SEPARATOR = "."
+
+
+def save_params(folder: Path, params: Params) -> None:
+    """Writes parameters as one Orbax checkpoint; an unfinished earlier attempt is replaced."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    ocp.save(folder.absolute(), _named(params), overwrite=True)
+
+
+def load_params(folder: Path) -> Params:
+    """Reads parameters as saved, on the default device.
+
+    Raises:
+      HumpbackError: the folder holds no complete checkpoint.
+    """
+    return _unnamed(_load(folder))
+
+
+def _load(folder: Path, abstract: Any = None) -> Any:
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    if not ocp.is_orbax_checkpoint(folder.absolute()):
+        raise HumpbackError(f"{folder}: no complete Orbax checkpoint stands there.")
+    try:
+        return ocp.load(folder.absolute(), abstract)
+    except Exception as error:  # Orbax and TensorStore raise many unrelated types
+        raise HumpbackError(f"{folder}: the checkpoint cannot be read ({error}).") from error
+
+
+class ResumeFolder:
+    """The state of one training run, kept while it lasts so that a killed run can go on."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, state: TrainState) -> None:
+        """Saves everything that changes (`frozen` does not), named by the number of steps done."""
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        step = int(state.step)
+        tree = {"trainable": _named(state.trainable), "optimizer": _leaves(state.optimizer)}
+        ocp.save((self.folder / f"{step:08d}").absolute(), tree, overwrite=True)
+        for old in self._steps()[: -self.keep]:
+            shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
+
+    def restore(self, state: TrainState) -> TrainState | None:
+        """The newest readable state in the form of `state`, or None; unreadable ones are skipped."""
+        import jax
+        import jax.numpy as jnp
+
+        for step in reversed(self._steps()):
+            try:
+                tree = _load(self.folder / f"{step:08d}")
+            except HumpbackError as error:
+                print(f"warning: {error} Falling back to the one before.")
+                continue
+            structure = jax.tree.structure(state.optimizer)
+            leaves = [tree["optimizer"][f"{i:05d}"] for i in range(structure.num_leaves)]
+            return TrainState(
+                jnp.int32(step),
+                _unnamed(tree["trainable"]),
+                state.frozen,
+                jax.tree.unflatten(structure, leaves),
+            )
+        return None
+
+    def delete(self) -> None:
+        """Removes the state; called once the trained model is safe."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+
+def _named(params: Params) -> dict[str, Any]:
+    return {SEPARATOR.join(map(str, path)): leaf for path, leaf in flatten(params).items()}
+
+
+def _unnamed(flat: dict[str, Any]) -> Params:
+    def key(name: str) -> str | int:
+        return int(name) if name.isdigit() else name
+
+    return unflatten({tuple(map(key, name.split(SEPARATOR))): leaf for name, leaf in flat.items()})
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    import jax
+
+    return {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}

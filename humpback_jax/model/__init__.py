@@ -1,0 +1,1 @@
+"""The LLaMA decoder: configuration, layers, attention, adapters and cache."""

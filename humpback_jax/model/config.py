@@ -1,0 +1,193 @@
+"""The hyperparameters of a LLaMA, read from and written to a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from humpback_jax.errors import HumpbackError
+
+ARCHITECTURES = ("LlamaForCausalLM",)
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+_ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {  # type -> (required, optional)
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
+    "llama3": (
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        set(),
+    ),
+    "yarn": (
+        {"factor"},
+        {
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        },
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a LLaMA-family decoder. Field names are those of Hugging Face's `LlamaConfig`.
+
+    Attributes:
+      rope_scaling: parameters of the position scaling as sorted (key, value) pairs, so that the
+        config is hashable; `()` means plain RoPE. `rope_type` is always one of `ROPE_TYPES`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    rope_scaling: tuple[tuple[str, float], ...] = ()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise HumpbackError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise HumpbackError(f"head_dim={self.head_dim} is odd; rotary embeddings need pairs.")
+
+    @property
+    def rope_parameters(self) -> dict[str, float]:
+        return dict(self.rope_scaling)
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
+        """Reads the parsed `config.json` of any LLaMA-family model.
+
+        Accepts both layouts in use: `rope_theta` + `rope_scaling` at the top level, and the
+        newer single `rope_parameters` mapping.
+
+        Raises:
+          HumpbackError: not a LLaMA, a missing field, or an unknown rope type or activation.
+        """
+        model_type = raw.get("model_type")
+        architectures = raw.get("architectures") or []
+        if model_type != "llama" and not set(architectures) & set(ARCHITECTURES):
+            raise HumpbackError(
+                f"{where}: model_type={model_type!r}, architectures={architectures!r}; "
+                "only the LLaMA family (model_type 'llama') is supported."
+            )
+        activation = raw.get("hidden_act", "silu")
+        if activation != "silu":
+            raise HumpbackError(f"{where}: hidden_act={activation!r}; only 'silu' is supported.")
+
+        def need(key: str) -> Any:
+            if raw.get(key) is None:
+                raise HumpbackError(f"{where}: the field {key!r} is missing.")
+            return raw[key]
+
+        heads = int(need("num_attention_heads"))
+        hidden = int(need("hidden_size"))
+        rope_type, rope_theta, scaling = _rope_from_hf(raw, where)
+        return cls(
+            vocab_size=int(need("vocab_size")),
+            hidden_size=hidden,
+            intermediate_size=int(need("intermediate_size")),
+            num_hidden_layers=int(need("num_hidden_layers")),
+            num_attention_heads=heads,
+            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=int(raw.get("head_dim") or hidden // heads),
+            max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=rope_theta,
+            rope_type=rope_type,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_ids=_id_tuple(raw.get("eos_token_id")),
+            pad_token_id=raw.get("pad_token_id"),
+        )
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """The `config.json` that `transformers` reads back to the same model."""
+        eos = list(self.eos_token_ids)
+        raw: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": None,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
+            "pad_token_id": self.pad_token_id,
+            "torch_dtype": dtype,
+        }
+        if self.rope_type != "default":
+            raw["rope_scaling"] = {"rope_type": self.rope_type, **self.rope_parameters}
+        return raw
+
+
+def _id_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _rope_from_hf(
+    raw: Mapping[str, Any], where: str
+) -> tuple[str, float, tuple[tuple[str, float], ...]]:
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    if kind not in ROPE_TYPES:
+        raise HumpbackError(
+            f"{where}: rope type {kind!r} is unknown; supported: {', '.join(ROPE_TYPES)}."
+        )
+    partial = rope.pop("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise HumpbackError(f"{where}: partial_rotary_factor={partial} is not supported.")
+    required, optional = _ROPE_FIELDS[kind]
+    rope = {key: value for key, value in rope.items() if value is not None}
+    if kind in ("dynamic", "yarn") and raw.get("original_max_position_embeddings"):
+        rope.setdefault(
+            "original_max_position_embeddings", raw["original_max_position_embeddings"]
+        )
+    missing, unknown = required - rope.keys(), rope.keys() - required - optional
+    if kind == "default":
+        unknown -= {"factor"}  # written by some exporters beside the default type, without effect
+    if missing or unknown:
+        raise HumpbackError(
+            f"{where}: rope type {kind!r} has missing fields {sorted(missing)} "
+            f"and unknown fields {sorted(unknown)}."
+        )
+    kept = {key: value for key, value in rope.items() if key in required | optional}
+    return kind, theta, tuple(sorted(kept.items()))

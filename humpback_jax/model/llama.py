@@ -1,0 +1,346 @@
+"""The LLaMA decoder (Touvron et al., 2023) as a Flax NNX module.
+
+One module serves training, prefill, decoding and scoring: what differs between them is only how
+the queries attend, so `Llama.hidden_states` takes that as a function (`model/attention.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.linear import Linear, LoraSpec, Precision, dropout, matmul
+from humpback_jax.model.rope import apply_rope, rope_tables
+
+Params = dict[str, Any]
+Layout = Literal["scan", "unrolled"]
+Cache = Any
+# (q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], this layer's cache) -> (context [B,T,H,K], its new cache)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, width: int, epsilon: float, dtype: str) -> None:
+        self.scale = nnx.Param(
+            jnp.ones((width,), dtype), out_sharding=("embed",), eager_sharding=False
+        )
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normal = wide * jax.lax.rsqrt(variance + self.epsilon)
+        return (normal * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: H query heads share G key/value heads of width K."""
+
+    def __init__(
+        self, config: LlamaConfig, dtype: str, lora: LoraSpec | None, rngs: nnx.Rngs
+    ) -> None:
+        heads, groups, width = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.head_shape, self.group_shape = (heads, width), (groups, width)
+
+        def linear(name: str, d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
+            return Linear(
+                d_in,
+                d_out,
+                axes,
+                use_bias=config.attention_bias,
+                dtype=dtype,
+                lora=lora if lora and name in lora.targets else None,
+                rngs=rngs,
+            )
+
+        self.q = linear("q", config.hidden_size, heads * width, ("embed", "heads"))
+        self.k = linear("k", config.hidden_size, groups * width, ("embed", "kv_heads"))
+        self.v = linear("v", config.hidden_size, groups * width, ("embed", "kv_heads"))
+        self.o = linear("o", heads * width, config.hidden_size, ("heads", "embed"))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        cache: Cache,
+        precision: Precision,
+        keys: Sequence[jax.Array | None],
+    ) -> tuple[jax.Array, Cache]:
+        kept = precision.activations
+        leading = x.shape[:-1]
+        q = self.q(x, precision, keys[0]).reshape(*leading, *self.head_shape)
+        k = self.k(x, precision, keys[1]).reshape(*leading, *self.group_shape)
+        v = self.v(x, precision, keys[2]).reshape(*leading, *self.group_shape)
+        q, k = apply_rope(q, *rope).astype(kept), apply_rope(k, *rope).astype(kept)
+        context, cache = attend(q, k, v.astype(kept), cache)
+        return self.o(context.reshape(*leading, -1), precision, keys[3]), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward (Shazeer, 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: LlamaConfig, dtype: str, lora: LoraSpec | None, rngs: nnx.Rngs
+    ) -> None:
+        def linear(name: str, d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
+            return Linear(
+                d_in,
+                d_out,
+                axes,
+                use_bias=config.mlp_bias,
+                dtype=dtype,
+                lora=lora if lora and name in lora.targets else None,
+                rngs=rngs,
+            )
+
+        inner, outer = config.intermediate_size, config.hidden_size
+        self.gate = linear("gate", outer, inner, ("embed", "mlp"))
+        self.up = linear("up", outer, inner, ("embed", "mlp"))
+        self.down = linear("down", inner, outer, ("mlp", "embed"))
+
+    def __call__(
+        self, x: jax.Array, precision: Precision, keys: Sequence[jax.Array | None]
+    ) -> jax.Array:
+        gate = self.gate(x, precision, keys[0])
+        inner = (jax.nn.silu(gate) * self.up(x, precision, keys[1])).astype(precision.activations)
+        return self.down(inner, precision, keys[2])
+
+
+class Block(nnx.Module):
+    """One decoder layer: pre-norm attention and MLP, each with residual dropout in training."""
+
+    def __init__(
+        self, config: LlamaConfig, dtype: str, lora: LoraSpec | None, rngs: nnx.Rngs
+    ) -> None:
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attn = Attention(config, dtype, lora, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype, lora, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        cache: Cache,
+        precision: Precision,
+        dropout_rate: float,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, Cache]:
+        keys: Sequence[jax.Array | None] = [None] * 9 if key is None else jax.random.split(key, 9)
+        update, cache = self.attn(self.attn_norm(x), rope, attend, cache, precision, keys[0:4])
+        x = x + dropout(update, dropout_rate, keys[4]).astype(x.dtype)
+        update = self.mlp(self.mlp_norm(x), precision, keys[5:8])
+        return x + dropout(update, dropout_rate, keys[8]).astype(x.dtype), cache
+
+
+class Llama(nnx.Module):
+    """Decoder-only LLaMA.
+
+    Layers are built with `nnx.vmap` and applied with `lax.scan` (layout "scan"), or kept apart and
+    applied in a Python loop (layout "unrolled"), which decoding and CPU training need: slicing
+    stacked weights inside a loop copies them, and XLA's CPU backend runs a scanned gradient at a
+    fraction of the speed.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        layout: Layout = "scan",
+        lora: LoraSpec | None = None,
+    ) -> None:
+        self.config = config
+        table = nnx.initializers.normal(0.02)(
+            rngs.params(), (config.vocab_size, config.hidden_size), dtype
+        )
+        self.embed = Embedding(table)
+        depth = config.num_hidden_layers
+        if layout == "scan":
+
+            @functools.partial(
+                nnx.vmap, axis_size=depth, transform_metadata={nnx.PARTITION_NAME: "layers"}
+            )
+            def stacked(rngs: nnx.Rngs) -> Block:
+                return Block(config, dtype, lora, rngs)
+
+            self.layers: Any = stacked(rngs.fork(split=depth))
+        else:
+            self.layers = nnx.List([Block(config, dtype, lora, rngs) for _ in range(depth)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                config.hidden_size,
+                config.vocab_size,
+                ("embed", "vocab"),
+                use_bias=False,
+                dtype=dtype,
+                lora=None,
+                rngs=rngs,
+            )
+
+    def hidden_states(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        caches: Any = None,
+        *,
+        precision: Precision,
+        dropout_rate: float = 0.0,
+        dropout_key: jax.Array | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """Runs the decoder up to the final norm.
+
+        Args:
+          tokens, positions: int32 [B, T].
+          attend: how queries meet keys; see `model/attention.py`.
+          caches: one cache per layer: a list (unrolled) or a tree stacked on axis 0 (scan); None
+            when `attend` keeps none.
+          dropout_key: None switches dropout off.
+          remat: recompute each layer in the backward pass instead of keeping its activations.
+
+        Returns:
+          hidden [B, T, D] in `precision.activations`, and the new caches in the form given.
+        """
+        rope = rope_tables(self.config, positions)
+        x = self.embed(tokens).astype(precision.activations)
+
+        def run(
+            block: Block, x: jax.Array, cache: Cache, key: jax.Array | None
+        ) -> tuple[jax.Array, Cache]:
+            return block(x, rope, attend, cache, precision, dropout_rate, key)
+
+        if remat:
+            run = nnx.remat(run, prevent_cse=not isinstance(self.layers, Block))
+        depth = self.config.num_hidden_layers
+        keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
+        if isinstance(self.layers, Block):
+            graphdef, state = nnx.split(self.layers)
+
+            def body(x: jax.Array, per_layer: Any) -> tuple[jax.Array, Cache]:
+                layer, cache, key = per_layer
+                return run(nnx.merge(graphdef, layer), x, cache, key)
+
+            x, caches = jax.lax.scan(body, x, (state, caches, keys))
+        else:
+            updated = []
+            for index, block in enumerate(self.layers):
+                cache = None if caches is None else caches[index]
+                x, cache = run(block, x, cache, None if keys is None else keys[index])
+                updated.append(cache)
+            caches = None if caches is None else updated
+        return self.norm(x), caches
+
+    def logits(self, hidden: jax.Array, precision: Precision) -> jax.Array:
+        """hidden [..., D] -> float32 [..., V]."""
+        if self.config.tie_word_embeddings:
+            return matmul(hidden, self.embed.embedding[...].T, precision.compute)
+        return self.lm_head(hidden, precision)
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V, D]; also the output projection where the model ties them."""
+
+    def __init__(self, table: jax.Array) -> None:
+        self.embedding = nnx.Param(table, out_sharding=("vocab", "embed"), eager_sharding=False)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding[...], tokens, axis=0)
+
+
+@functools.lru_cache(maxsize=32)
+def abstract_model(
+    config: LlamaConfig, layout: Layout = "scan", lora: LoraSpec | None = None
+) -> tuple[Any, Any]:
+    """Graph definition and abstract state (shapes, dtypes, logical axes); allocates nothing."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), layout=layout, lora=lora))
+    return nnx.split(model)
+
+
+def bind(
+    config: LlamaConfig, params: Params, layout: Layout = "scan", lora: LoraSpec | None = None
+) -> Llama:
+    """The module that holds `params` (a nested dict of arrays, dtypes as given)."""
+    graphdef, state = abstract_model(config, layout, lora)
+    flat = dict(nnx.to_flat_state(state))
+    given = flatten(params)
+    leaves = {path: variable.replace(given[path]) for path, variable in flat.items()}
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def init_params(
+    config: LlamaConfig,
+    key: jax.Array,
+    dtype: str = "float32",
+    layout: Layout = "scan",
+    lora: LoraSpec | None = None,
+) -> Params:
+    """Freshly initialised parameters as a nested dict."""
+    model = Llama(config, rngs=nnx.Rngs(key), dtype=dtype, layout=layout, lora=lora)
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def flatten(params: Params, prefix: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    """Nested dict -> {path: leaf}, in sorted order of paths."""
+    flat: dict[tuple[Any, ...], Any] = {}
+    for name in sorted(params, key=str):
+        value = params[name]
+        if isinstance(value, dict):
+            flat.update(flatten(value, (*prefix, name)))
+        else:
+            flat[(*prefix, name)] = value
+    return flat
+
+
+def unflatten(flat: dict[tuple[Any, ...], Any]) -> Params:
+    """The inverse of `flatten`."""
+    params: Params = {}
+    for path, leaf in flat.items():
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return params
+
+
+def unstack_layers(params: Params) -> Params:
+    """Layout "scan" -> "unrolled": layers.X [L, ...] becomes layers.i.X [...] for each layer i."""
+    flat: dict[tuple[Any, ...], Any] = {}
+    for path, leaf in flatten(params).items():
+        if path[0] == "layers":
+            for index in range(leaf.shape[0]):
+                flat["layers", index, *path[1:]] = leaf[index]
+        else:
+            flat[path] = leaf
+    return unflatten(flat)
+
+
+def stack_layers(params: Params) -> Params:
+    """The inverse of `unstack_layers`."""
+    flat: dict[tuple[Any, ...], Any] = {}
+    grouped: dict[tuple[Any, ...], dict[int, Any]] = {}
+    for path, leaf in flatten(params).items():
+        if path[0] == "layers":
+            grouped.setdefault(path[2:], {})[path[1]] = leaf
+        else:
+            flat[path] = leaf
+    for path, by_layer in grouped.items():
+        flat["layers", *path] = jnp.stack([by_layer[index] for index in sorted(by_layer)])
+    return unflatten(flat)

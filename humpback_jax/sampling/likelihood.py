@@ -1,0 +1,143 @@
+"""Log-likelihoods of given texts: log p(y | x) for many (x, y), packed into rows of fixed shape."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from humpback_jax.model.attention import packed_attention
+from humpback_jax.model.llama import Params, bind
+from humpback_jax.training.loss import Batch, supervised_targets, token_nll
+from humpback_jax.training.packing import TrainingExample, best_fit, lay_out
+from humpback_jax.training.step import StepSpec
+
+ROWS = 2  # rows of one program call
+ROW_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def sequence_nll(
+    spec: StepSpec, params: Params, examples: Sequence[TrainingExample]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood of each example's supervised tokens, given all before them.
+
+    Args:
+      spec: model, layout and precision; `max_targets` and the training fields are not used.
+      params: in the spec's layout.
+
+    Returns:
+      (nll float64 [n] in nats, supervised tokens int64 [n]), in the order of `examples`.
+    """
+    nll = np.zeros(len(examples))
+    counts = np.array([example.supervised for example in examples], np.int64)
+    lengths = [example.length for example in examples]
+    by_width: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        by_width.setdefault(_row_length(length), []).append(index)
+    for width, members in sorted(by_width.items()):
+        rows = best_fit([lengths[i] for i in members], width)
+        for start in range(0, len(rows), ROWS):
+            packed = rows[start : start + ROWS]
+            batch = lay_out([examples[i] for i in members], packed, ROWS, width)
+            token_sums = _compiled(spec, width)(params, batch)
+            for r, row in enumerate(packed):
+                for segment, place in enumerate(row, start=1):
+                    nll[members[place]] = float(token_sums[r, segment])
+    return nll, counts
+
+
+def _row_length(length: int) -> int:
+    for width in ROW_LENGTHS:
+        if length <= width:
+            return width
+    return -(-length // ROW_LENGTHS[-1]) * ROW_LENGTHS[-1]
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(spec: StepSpec, width: int) -> Callable[[Params, Batch], np.ndarray]:
+    def run(params: Params, batch: Batch) -> jax.Array:
+        model = bind(spec.config, params, spec.layout, spec.lora)
+        hidden, _ = model.hidden_states(
+            batch.tokens,
+            batch.positions,
+            packed_attention(batch.segment_ids, batch.positions, spec.precision),
+            precision=spec.precision,
+        )
+        chosen = supervised_targets(batch, width)
+        _, nll = token_nll(model, hidden, chosen, spec.precision)
+        segments = jnp.take_along_axis(batch.segment_ids, chosen.columns, axis=1)
+        rows = jnp.arange(nll.shape[0])[:, None]
+        return jnp.zeros((nll.shape[0], width + 1), jnp.float32).at[rows, segments].add(nll)
+
+    program = jax.jit(run)
+    return lambda params, batch: np.asarray(program(params, batch))
+
+
+def next_token_log_probs(
+    spec: StepSpec, params: Params, prompts: Sequence[np.ndarray], token_ids: np.ndarray
+) -> np.ndarray:
+    """log p(token | prompt) for a fixed set of tokens after each prompt, from one prefill each.
+
+    Args:
+      prompts: int32 [length] each.
+      token_ids: int32 [k], the tokens to read.
+
+    Returns:
+      float64 [len(prompts), k], in nats, normalised over the whole vocabulary.
+    """
+    result = np.zeros((len(prompts), len(token_ids)))
+    lengths = [len(prompt) for prompt in prompts]
+    by_width: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        by_width.setdefault(_row_length(length), []).append(index)
+    for width, members in sorted(by_width.items()):
+        rows = best_fit([lengths[i] for i in members], width)
+        for start in range(0, len(rows), ROWS):
+            packed = rows[start : start + ROWS]
+            batch, ends = _lay_out_prompts([prompts[i] for i in members], packed, width)
+            log_probs = _compiled_next(spec, width)(params, batch, ends, token_ids)
+            for r, row in enumerate(packed):
+                for segment, place in enumerate(row):
+                    result[members[place]] = log_probs[r, segment]
+    return result
+
+
+PROMPTS_PER_ROW = 8
+
+
+def _lay_out_prompts(
+    prompts: Sequence[np.ndarray], rows: Sequence[Sequence[int]], width: int
+) -> tuple[Batch, np.ndarray]:
+    """Prompts as rows without targets, and the column of each prompt's last token [ROWS, 8]."""
+    examples = []
+    for prompt in prompts:
+        ids = np.append(prompt, 0).astype(np.int32)  # `lay_out` takes the last id as a target only
+        examples.append(TrainingExample("", ids, np.zeros(len(ids), bool)))
+    ends = np.zeros((ROWS, max(PROMPTS_PER_ROW, max(len(row) for row in rows))), np.int32)
+    for r, row in enumerate(rows):
+        for segment, end in enumerate(np.cumsum([len(prompts[i]) for i in row]) - 1):
+            ends[r, segment] = end
+    return lay_out(examples, rows, ROWS, width), ends
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_next(
+    spec: StepSpec, width: int
+) -> Callable[[Params, Batch, np.ndarray, np.ndarray], np.ndarray]:
+    def run(params: Params, batch: Batch, ends: jax.Array, token_ids: jax.Array) -> jax.Array:
+        model = bind(spec.config, params, spec.layout, spec.lora)
+        hidden, _ = model.hidden_states(
+            batch.tokens,
+            batch.positions,
+            packed_attention(batch.segment_ids, batch.positions, spec.precision),
+            precision=spec.precision,
+        )
+        last = jnp.take_along_axis(hidden, ends[..., None], axis=1)
+        log_probs = jax.nn.log_softmax(model.logits(last, spec.precision), axis=-1)
+        return log_probs[..., token_ids]
+
+    program = jax.jit(run)
+    return lambda *arguments: np.asarray(program(*arguments))

@@ -1,0 +1,1 @@
+"""The stages of a round; each reads artifacts and writes one."""

@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizers, the one prompt template, rubrics, tokenisation with masks."""

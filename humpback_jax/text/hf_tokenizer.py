@@ -1,0 +1,152 @@
+"""Tokenizer of a Hugging Face model folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.text.tokenizer import Tokenizer
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
+    """Reads `tokenizer.json`, else a sentencepiece `tokenizer.model`, with their settings.
+
+    Raises:
+      HumpbackError: nothing there, a file that cannot be read, no end-of-sequence token.
+    """
+    root = Path(folder)
+    config = _read_json(root / "tokenizer_config.json")
+    special_tokens = _special_tokens(config, _read_json(root / "special_tokens_map.json"))
+    if (root / "tokenizer.json").exists():
+        path = root / "tokenizer.json"
+        try:
+            backend = tokenizers.Tokenizer.from_str(_read_text(path))
+        except Exception as error:  # the Rust library raises the bare Exception
+            raise HumpbackError(
+                f"{path}: not a readable tokenizer ({error}); fetch the file again."
+            ) from error
+        add_bos = config.get("add_bos_token")
+        if add_bos is None:
+            add_bos = _adds_bos(backend, special_tokens.get("bos_token"))
+    elif (root / "tokenizer.model").exists():
+        from humpback_jax.text.sentencepiece_tokenizer import backend_from_model_file
+
+        path = root / "tokenizer.model"
+        # `legacy` is the name that transformers gave to "a prefix space after each special token".
+        backend, declared = backend_from_model_file(path, config.get("legacy") is not False)
+        special_tokens = {**declared, **special_tokens}
+        _add_tokens(backend, config, _read_json(root / "added_tokens.json"))
+        add_bos = config.get("add_bos_token", True)
+    else:
+        raise HumpbackError(
+            f"{root}: no tokenizer found; looked for tokenizer.json and tokenizer.model."
+        )
+    return Tokenizer(
+        backend,
+        special_tokens,
+        extra_eos_ids=_eos_ids(root),
+        add_bos=bool(add_bos),
+        chat_template=_chat_template(root, config),
+        where=str(path),
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise HumpbackError(
+            f"{path}: not UTF-8 text (byte {error.start}); the file is damaged or compressed, "
+            "fetch it again."
+        ) from error
+    except OSError as error:
+        raise HumpbackError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The file's mapping, or {} when there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise HumpbackError(
+            f"{path}: not valid JSON (line {error.lineno}: {error.msg}); fetch the file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise HumpbackError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token is written as its text or as an object with the text in `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None
+
+
+def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for source in sources:
+        for name in SPECIAL_NAMES:
+            text = _token_text(source.get(name))
+            if text is not None:
+                found.setdefault(name, text)
+    return found
+
+
+def _adds_bos(backend: tokenizers.Tokenizer, bos_token: str | None) -> bool:
+    """Whether the file's own post-processor puts BOS in front of a text."""
+    tokens = backend.encode("a", add_special_tokens=True).tokens
+    return bos_token is not None and tokens[:1] == [bos_token]
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], added: Mapping[str, Any]
+) -> None:
+    """Adds tokens that a sentencepiece folder keeps beside its model file, in id order."""
+    tokens = {int(i): AddedToken(text, special=True) for text, i in added.items()}
+    for i, raw in config.get("added_tokens_decoder", {}).items():
+        tokens[int(i)] = AddedToken(
+            raw["content"],
+            special=raw.get("special", False),
+            normalized=raw.get("normalized", False),
+            lstrip=raw.get("lstrip", False),
+            rstrip=raw.get("rstrip", False),
+            single_word=raw.get("single_word", False),
+        )
+    for i, token in sorted(tokens.items()):
+        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+        if backend.token_to_id(token.content) != i:
+            raise HumpbackError(
+                f"The added token {token.content!r} should have id {i} but gets "
+                f"{backend.token_to_id(token.content)}; tokenizer.model and tokenizer_config.json "
+                "do not belong together."
+            )
+
+
+def _eos_ids(root: Path) -> tuple[int, ...]:
+    """The ids that stop generation: `generation_config.json`, else `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(root / name).get("eos_token_id")
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (int(value),)
+    return ()
+
+
+def _chat_template(root: Path, config: Mapping[str, Any]) -> str | None:
+    path = root / "chat_template.jinja"
+    if path.exists():
+        return _read_text(path)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template

@@ -1,0 +1,228 @@
+"""The one tokenizer class, always backed by `tokenizers`, whatever file it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import AddedToken, processors
+
+from humpback_jax.errors import HumpbackError
+
+Offsets = NDArray[np.int32]  # [n, 2], character positions (start, end) in the encoded text
+
+
+class Tokenizer:
+    """Text to ids and back, plus everything about a model's text format that its files declare.
+
+    Nothing is ever added to a text: special tokens written *in* the text are recognised, and that
+    is the only way they come about, so a BOS cannot appear twice by accident.
+
+    Attributes:
+      backend: the underlying `tokenizers.Tokenizer`. Its post-processor is removed: it would add
+        BOS behind our back, and byte-level ones trim the offsets that the loss mask relies on.
+      special_tokens: names to texts (`bos_token`, `eos_token`, ...), as chat templates expect them.
+      bos_id: id of BOS, or None.
+      eos_ids: every id that ends a turn, the tokenizer's own EOS first.
+      pad_id: the padding id; an EOS id where the model has none (masks never depend on it).
+      add_bos: whether a text for this model starts with BOS.
+      chat_template: jinja source, or None for a base model.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        *,
+        extra_eos_ids: Iterable[int] = (),
+        add_bos: bool = False,
+        chat_template: str | None = None,
+        where: str = "tokenizer",
+    ) -> None:
+        eos_token = special_tokens.get("eos_token")
+        if not eos_token:
+            raise HumpbackError(
+                f"{where}: no end-of-sequence token is declared, so a model could never learn to "
+                "stop. Add eos_token to tokenizer_config.json."
+            )
+        backend.no_padding()
+        backend.no_truncation()
+        backend.post_processor = None  # type: ignore[assignment]
+        _declare_special(backend, special_tokens.values())
+        self.backend = backend
+        self.special_tokens: dict[str, str] = dict(sorted(special_tokens.items()))
+        self.chat_template = chat_template
+        self.bos_id = self._special_id("bos_token")
+        self.add_bos = add_bos and self.bos_id is not None
+        self.eos_ids = tuple(dict.fromkeys([backend.token_to_id(eos_token), *extra_eos_ids]))
+        unknown = [i for i in self.eos_ids if backend.id_to_token(i) is None]
+        if unknown:
+            raise HumpbackError(
+                f"{where}: the end-of-sequence ids {unknown} are not in the vocabulary of "
+                f"{self.vocab_size} tokens; correct eos_token_id in generation_config.json."
+            )
+        pad_id = self._special_id("pad_token")
+        self.pad_id: int = self.eos_ids[0] if pad_id is None else pad_id
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Reads a Hugging Face model folder, or a folder written by `save`."""
+        from humpback_jax.text.hf_tokenizer import tokenizer_from_folder
+
+        return tokenizer_from_folder(folder)
+
+    @classmethod
+    def from_gguf(cls, path: str | Path) -> Tokenizer:
+        """Reads the tokenizer out of a GGUF file's metadata."""
+        from humpback_jax.text.gguf_tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(path)
+
+    load = from_folder
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def eos_texts(self) -> tuple[str, ...]:
+        return tuple(self.backend.id_to_token(i) for i in self.eos_ids)
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts that stand for structure and must never arise from somebody's document."""
+        flagged = [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
+        return tuple(sorted({*flagged, *self.special_tokens.values(), *self.eos_texts}))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Special tokens in the text are recognised, none are added."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_with_offsets(self, text: str) -> tuple[NDArray[np.int32], Offsets]:
+        """Ids [n] int32 and their character offsets [n, 2] int32 into `text`."""
+        return self.encode_batch_with_offsets([text])[0]
+
+    def encode_batch_with_offsets(
+        self, texts: Sequence[str]
+    ) -> list[tuple[NDArray[np.int32], Offsets]]:
+        """`encode_with_offsets` for many texts, on all cores."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (
+                np.asarray(encoding.ids, np.int32),
+                np.asarray(encoding.offsets, np.int32).reshape(-1, 2),
+            )
+            for encoding in encodings
+        ]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids, spaces exactly as the tokens spell them."""
+        text: str = self.backend.decode(
+            [int(i) for i in ids], skip_special_tokens=skip_special_tokens
+        )
+        return text
+
+    def id_of(self, token: str) -> int | None:
+        found: int | None = self.backend.token_to_id(token)
+        return found
+
+    def with_chat_template(self, chat_template: str) -> Tokenizer:
+        """The same tokenizer under another chat template, as written at export."""
+        return Tokenizer(
+            tokenizers.Tokenizer.from_str(self.backend.to_str()),
+            self.special_tokens,
+            extra_eos_ids=self.eos_ids,
+            add_bos=self.add_bos,
+            chat_template=chat_template,
+        )
+
+    def to_files(self) -> dict[str, str]:
+        """File names and contents that `transformers.AutoTokenizer` and `from_folder` read."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        if self.add_bos:
+            bos = self.special_tokens["bos_token"]
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A",
+                pair=f"{bos} $A {bos} $B",
+                special_tokens=[(bos, self.bos_id)],
+            )
+        config: dict[str, Any] = {
+            # The generic class takes tokenizer.json as it is; the named ones rebuild parts of it.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.add_bos,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            **self.special_tokens,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        generation: dict[str, Any] = {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": list(self.eos_ids),
+            "pad_token_id": self.pad_id,
+        }
+        return {
+            "tokenizer.json": backend.to_str(pretty=True),
+            "tokenizer_config.json": _dumps(config),
+            "special_tokens_map.json": _dumps(self.special_tokens),
+            "generation_config.json": _dumps(generation),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files; other keys of a `generation_config.json` there are kept."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        files = self.to_files()
+        generation = target / "generation_config.json"
+        if generation.exists():
+            merged = {
+                **json.loads(generation.read_text("utf-8")),
+                **json.loads(files[generation.name]),
+            }
+            files[generation.name] = _dumps(merged)
+        for name, text in files.items():
+            (target / name).write_text(text, "utf-8")
+
+    def content_hash(self) -> str:
+        """SHA-256 over all that changes ids, stopping or rendered text."""
+        rest = [self.special_tokens, self.eos_ids, self.pad_id, self.add_bos, self.chat_template]
+        return hashlib.sha256((self.backend.to_str() + json.dumps(rest)).encode()).hexdigest()
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.id_of(token)
+
+
+def check_vocab(tokenizer: Tokenizer, config_vocab_size: int) -> None:
+    """Raises HumpbackError when the tokenizer can produce an id that the model has no row for.
+
+    An id too large would not fail by itself: an accelerator's gather clamps it and reads a
+    neighbour's embedding.
+    """
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    token, largest = max(vocabulary.items(), key=lambda item: item[1])
+    if largest >= config_vocab_size:
+        count = sum(i >= config_vocab_size for i in vocabulary.values())
+        raise HumpbackError(
+            f"The tokenizer has {count} token(s) beyond the model's vocabulary of "
+            f"{config_vocab_size}, up to {token!r} with id {largest}. Tokenizer and weights do not "
+            "belong together, or tokens were added without resizing the embedding."
+        )
+
+
+def _declare_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
+    declared = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = sorted(set(tokens) - declared)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
+
+
+def _dumps(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: loss, packing, optimizer, step and loop."""

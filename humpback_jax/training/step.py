@@ -1,0 +1,120 @@
+"""One optimizer step: gradients by sums and counts over micro-batches, then the update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from humpback_jax.model.attention import packed_attention
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.linear import LoraSpec, Precision
+from humpback_jax.model.llama import Layout, Params, bind
+from humpback_jax.model.lora import join
+from humpback_jax.training.loss import Batch, supervised_targets, token_nll
+
+
+class TrainState(NamedTuple):
+    """`trainable` is what the optimizer sees: all parameters, or the adapter's alone."""
+
+    step: jax.Array
+    trainable: Params
+    frozen: Params
+    optimizer: Any
+
+
+class StepMetrics(NamedTuple):
+    """Sums of one step, so that any average is one division later. All float32 or int32."""
+
+    nll: jax.Array  # [sources], nats over supervised tokens
+    supervised: jax.Array  # [sources]
+    tokens: jax.Array  # [], places in use
+    grad_norm: jax.Array  # [], before clipping
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Everything static about a step; two equal specs share one compiled program."""
+
+    config: LlamaConfig
+    layout: Layout
+    precision: Precision
+    max_targets: int
+    num_sources: int
+    lora: LoraSpec | None = None
+    dropout: float = 0.0
+    remat: bool = False
+
+
+def batch_nll(
+    spec: StepSpec, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of nll over supervised tokens, nll by source [sources]) of rows [rows, tokens]."""
+    model = bind(spec.config, params, spec.layout, spec.lora)
+    hidden, _ = model.hidden_states(
+        batch.tokens,
+        batch.positions,
+        packed_attention(batch.segment_ids, batch.positions, spec.precision),
+        precision=spec.precision,
+        dropout_rate=spec.dropout,
+        dropout_key=dropout_key,
+        remat=spec.remat,
+    )
+    chosen = supervised_targets(batch, spec.max_targets)
+    total, nll = token_nll(model, hidden, chosen, spec.precision)
+    sources = jnp.take_along_axis(batch.sources, chosen.columns, axis=1)
+    by_source = jnp.zeros((spec.num_sources,), jnp.float32).at[sources].add(nll)
+    return total, by_source
+
+
+def make_train_step(
+    spec: StepSpec, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]:
+    """Builds the jitted step. The state is donated.
+
+    The step takes a batch [micro-batches, rows, tokens] and the run's dropout key, from which the
+    key of a micro-batch is folded by (step, index).
+    """
+
+    def step(
+        state: TrainState, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        count = batch.mask.sum().astype(jnp.float32)
+        step_key = jax.random.fold_in(key, state.step)
+
+        def mean_nll(
+            trainable: Params, micro: Batch, index: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            dropout_key = jax.random.fold_in(step_key, index)
+            active = spec.dropout > 0 or (spec.lora is not None and spec.lora.dropout > 0)
+            total, by_source = batch_nll(
+                spec, join(state.frozen, trainable), micro, dropout_key if active else None
+            )
+            return total / count, by_source
+
+        gradient = jax.grad(mean_nll, has_aux=True)
+
+        def accumulate(carry: Any, item: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, gradient(state.trainable, *item)), None
+
+        micro_batches = batch.mask.shape[0]
+        if micro_batches == 1:
+            sums = gradient(state.trainable, jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
+        else:
+            first = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
+            start = first, jnp.zeros((spec.num_sources,), jnp.float32)
+            sums, _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(micro_batches)))
+        grads, nll = sums
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        supervised = jnp.zeros((spec.num_sources,), jnp.int32).at[batch.sources].add(batch.mask)
+        metrics = StepMetrics(
+            nll, supervised, (batch.segment_ids > 0).sum(), optax.global_norm(grads)
+        )
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)

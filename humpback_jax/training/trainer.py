@@ -1,0 +1,232 @@
+"""The training loop: from base parameters and tokenised examples to tuned parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.linear import LoraSpec, Precision
+from humpback_jax.model.llama import Layout, Params, init_params, stack_layers, unstack_layers
+from humpback_jax.model.lora import merge_adapter, split_adapter
+from humpback_jax.sampling.likelihood import sequence_nll
+from humpback_jax.training.loss import Batch
+from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
+from humpback_jax.training.packing import (
+    BatchOrder,
+    PackingPlan,
+    TrainingExample,
+    batch_at,
+    plan_packing,
+)
+from humpback_jax.training.step import StepMetrics, StepSpec, TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec:
+    """Settings of one SFT run. All sizes are static, so that a run compiles one program.
+
+    Attributes:
+      steps: optimizer steps. batch_examples: examples a step. row_tokens: places of a packed row.
+      accumulation: micro-batches a step. dropout: residual dropout.
+      eval_every, resume_every, log_every: in steps; 0 switches off.
+      checkpoint_epochs: also hand out the parameters at the end of every epoch.
+    """
+
+    steps: int
+    batch_examples: int = 32
+    row_tokens: int = 2048
+    accumulation: int = 1
+    optimizer: OptimizerSpec = OptimizerSpec()
+    lora: LoraSpec | None = None
+    dropout: float = 0.0
+    precision: Precision = Precision()
+    layout: Layout = "scan"
+    remat: bool = False
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 0
+    resume_every: int = 0
+    checkpoint_epochs: bool = False
+
+
+class Resume(Protocol):
+    """Where a run under way is kept (`checkpoint.ResumeFolder`)."""
+
+    def save(self, state: TrainState) -> None: ...
+
+    def restore(self, state: TrainState) -> TrainState | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Result: full float32 parameters (adapter merged), stacked by layer, and the adapter if any."""
+
+    params: Params
+    adapter: Params | None
+    history: list[dict[str, Any]]
+    plan: PackingPlan
+
+
+def train(
+    config: LlamaConfig,
+    base: Params,
+    examples: Sequence[TrainingExample],
+    spec: TrainSpec,
+    *,
+    validation: Sequence[TrainingExample] = (),
+    resume: Resume | None = None,
+    on_metrics: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_epoch: Callable[[int, Params], None] = lambda epoch, params: None,
+) -> Trained:
+    """Tunes `base` on `examples`.
+
+    Args:
+      base: stacked parameters; not modified. Trained in float32 whatever their dtype.
+      on_metrics: receives one row per logged step and per validation.
+
+    Raises:
+      HumpbackError: too little data, an example without supervised tokens, or a loss that is not
+        finite (the message names the step and the ids of its examples).
+    """
+    for example in examples:
+        if example.supervised == 0:
+            raise HumpbackError(f"training example {example.id} has no supervised token.")
+    order = BatchOrder([example.id for example in examples], spec.batch_examples, spec.seed)
+    plan = plan_packing(examples, order, spec.steps, spec.row_tokens, spec.accumulation)
+    sources = sorted({example.source for example in examples})
+    step_spec = StepSpec(
+        config,
+        spec.layout,
+        spec.precision,
+        plan.max_targets,
+        len(sources),
+        spec.lora,
+        spec.dropout,
+        spec.remat,
+    )
+    optimizer = make_optimizer(spec.optimizer, spec.steps)
+    rate = learning_rate(spec.optimizer, spec.steps)
+    step_fn = make_train_step(step_spec, optimizer)
+    state = initial_state(config, base, spec, optimizer)
+    state = (resume.restore(state) if resume else None) or state
+    dropout_key = jax.random.key(spec.seed)
+    history: list[dict[str, Any]] = []
+    pending: list[tuple[int, list[str], StepMetrics]] = []
+    clock = time.monotonic()
+
+    def flush() -> None:
+        nonlocal clock
+        now = time.monotonic()
+        for step, ids, metrics in pending:
+            row = _metrics_row(step, ids, metrics, sources, (now - clock) / len(pending))
+            row["learning_rate"] = float(rate(step))
+            history.append(row)
+            on_metrics(row)
+        pending.clear()
+        clock = time.monotonic()
+
+    def validate(done: int) -> None:
+        params = _joined(state)
+        nll, counts = sequence_nll(_eval_spec(step_spec), params, validation)
+        row = {"step": done, "validation_nll": float(nll.sum() / counts.sum())}
+        history.append(row)
+        on_metrics(row)
+
+    for step in range(int(state.step), spec.steps):
+        batch, ids = batch_at(examples, order, step, plan, sources)
+        state, metrics = step_fn(state, _micro_batches(batch, spec.accumulation), dropout_key)
+        pending.append((step, ids, metrics))
+        done = step + 1
+        if (spec.log_every and done % spec.log_every == 0) or done == spec.steps:
+            flush()
+        if validation and spec.eval_every and done % spec.eval_every == 0:
+            validate(done)
+        if resume and spec.resume_every and done % spec.resume_every == 0 and done < spec.steps:
+            flush()
+            resume.save(state)
+        if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, len(examples)):
+            epoch = done * spec.batch_examples // len(examples)
+            on_epoch(epoch, finished_params(state, spec)[0])
+    params, adapter = finished_params(state, spec)
+    return Trained(params, adapter, history, plan)
+
+
+def initial_state(config: LlamaConfig, base: Params, spec: TrainSpec, optimizer: Any) -> TrainState:
+    """Float32 copies of the base weights in the training layout, with fresh optimizer state."""
+    arrange = unstack_layers if spec.layout == "unrolled" else lambda params: params
+    convert = jax.jit(
+        lambda params: arrange(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    )
+    params = convert(base)
+    if spec.lora is None:
+        return TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+    fresh = init_params(
+        config, jax.random.key(spec.seed), layout=spec.layout, lora=spec.lora
+    )
+    _, adapter = split_adapter(fresh)
+    return TrainState(jnp.int32(0), adapter, params, optimizer.init(adapter))
+
+
+def finished_params(state: TrainState, spec: TrainSpec) -> tuple[Params, Params | None]:
+    """(full stacked parameters with the adapter merged, the stacked adapter or None)."""
+    stack = stack_layers if spec.layout == "unrolled" else lambda params: params
+    if spec.lora is None:
+        return stack(state.trainable), None
+    return (
+        stack(merge_adapter(state.frozen, state.trainable, spec.lora)),
+        stack(state.trainable),
+    )
+
+
+def _joined(state: TrainState) -> Params:
+    from humpback_jax.model.lora import join
+
+    return join(state.frozen, state.trainable)
+
+
+def _eval_spec(spec: StepSpec) -> StepSpec:
+    return dataclasses.replace(spec, max_targets=0, num_sources=1, dropout=0.0, remat=False)
+
+
+def _micro_batches(batch: Batch, accumulation: int) -> Batch:
+    """[rows, tokens] -> [accumulation, rows / accumulation, tokens]."""
+    return Batch(*(np.asarray(x).reshape(accumulation, -1, x.shape[-1]) for x in batch))  # type: ignore[arg-type]
+
+
+def _ends_epoch(done: int, batch_examples: int, count: int) -> bool:
+    return done * batch_examples // count > (done - 1) * batch_examples // count
+
+
+def _metrics_row(
+    step: int, ids: list[str], metrics: StepMetrics, sources: list[str], seconds: float
+) -> dict[str, Any]:
+    nll, supervised = np.asarray(metrics.nll), np.asarray(metrics.supervised)
+    loss = float(nll.sum() / supervised.sum())
+    if not np.isfinite(loss) or not np.isfinite(float(metrics.grad_norm)):
+        raise HumpbackError(
+            f"step {step + 1}: the loss is {loss} and the gradient norm {float(metrics.grad_norm)}; "
+            f"examples of that batch: {', '.join(ids)}. Lower the learning rate or inspect them."
+        )
+    row: dict[str, Any] = {
+        "step": step + 1,
+        "loss": loss,
+        "grad_norm": float(metrics.grad_norm),
+        "tokens": int(metrics.tokens),
+        "supervised_tokens": int(supervised.sum()),
+        "examples": len(ids),
+        "tokens_per_s": int(metrics.tokens) / seconds,
+        "supervised_tokens_per_s": int(supervised.sum()) / seconds,
+    }
+    for index, source in enumerate(sources):
+        if supervised[index]:
+            row[f"loss/{source}"] = float(nll[index] / supervised[index])
+            row[f"supervised_tokens/{source}"] = int(supervised[index])
+    return row
