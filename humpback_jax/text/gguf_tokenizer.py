@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
@@ -20,6 +17,7 @@ from humpback_jax.text.sentencepiece_tokenizer import (
     sentencepiece_backend,
 )
 from humpback_jax.text.tokenizer import Tokenizer
+from humpback_jax.weights.gguf_file import read_gguf_header
 
 # How a byte-level vocabulary cuts text before merging, by `tokenizer.ggml.pre`. The expressions
 # are facts of the models: GPT-2 cuts at words, numbers and punctuation; StarCoder's relatives cut
@@ -42,8 +40,6 @@ _SPECIAL_KEYS = {
     "unk_token": "unknown_token_id",
 }
 _TURN_END_KEYS = ("eot_token_id", "eom_token_id")
-_SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")
-_STRING, _ARRAY = 8, 9
 
 
 def tokenizer_from_gguf(path: str | Path) -> Tokenizer:
@@ -53,13 +49,12 @@ def tokenizer_from_gguf(path: str | Path) -> Tokenizer:
       HumpbackError: not a GGUF file, no tokenizer in it, or a kind that is not known here.
     """
     where = str(path)
-    fields = read_metadata(path, "tokenizer.")
-    kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
-    if kind is None or tokens is None:
-        raise HumpbackError(f"{where}: the GGUF file holds no tokenizer.")
+    fields = read_gguf_header(path).metadata
+    kind = _need(fields, "tokenizer.ggml.model", where)
+    tokens = _need(fields, "tokenizer.ggml.tokens", where)
     pre = fields.get("tokenizer.ggml.pre", "default")
     if kind == "llama":
-        backend = _sentencepiece(fields, tokens)
+        backend = _sentencepiece(fields, tokens, where)
     elif kind == "gpt2":
         backend = _byte_level(fields, tokens, pre, where)
     else:
@@ -84,12 +79,23 @@ def tokenizer_from_gguf(path: str | Path) -> Tokenizer:
     )
 
 
-def _sentencepiece(fields: Mapping[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
+def _need(fields: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in fields:
+        raise HumpbackError(
+            f"{where}: the field {key!r} is missing, so the file holds no complete tokenizer; use "
+            "another GGUF file or the model's Hugging Face folder."
+        )
+    return fields[key]
+
+
+def _sentencepiece(
+    fields: Mapping[str, Any], tokens: list[str], where: str
+) -> tokenizers.Tokenizer:
     return sentencepiece_backend(
         SentencePieceModel(
             pieces=tokens,
-            scores=fields["tokenizer.ggml.scores"],
-            types=fields["tokenizer.ggml.token_type"],
+            scores=_need(fields, "tokenizer.ggml.scores", where),
+            types=_need(fields, "tokenizer.ggml.token_type", where),
             prefix_space=fields.get("tokenizer.ggml.add_space_prefix", True),
             collapse_spaces=fields.get("tokenizer.ggml.remove_extra_whitespaces", False),
         )
@@ -99,9 +105,10 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str]) -> tokenizers.T
 def _byte_level(
     fields: Mapping[str, Any], tokens: list[str], pre: str, where: str
 ) -> tokenizers.Tokenizer:
+    merges = _need(fields, "tokenizer.ggml.merges", where)
     core = models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]],
+        merges=[tuple(merge.split(" ", 1)) for merge in merges],
         ignore_merges=pre in _LLAMA3,
     )
     backend = tokenizers.Tokenizer(core)
@@ -136,67 +143,3 @@ def _pre_tokenizer(pre: str, where: str) -> pre_tokenizers.PreTokenizer:
         f"{where}: the pre-tokenizer tokenizer.ggml.pre={pre!r} is unknown, and a guess would give "
         f"wrong tokens without a sign of it. Known: {known}. Use the model's Hugging Face folder."
     )
-
-
-def read_metadata(path: str | Path, prefix: str) -> dict[str, Any]:
-    """The key-value pairs of a GGUF file (version 2 or 3) whose key starts with `prefix`.
-
-    `gguf.GGUFReader` makes an array object of each string: 2 s for a vocabulary of 49,152. This
-    takes a tenth of a second, and every command that names a GGUF model waits for it.
-    """
-    try:
-        with (
-            Path(path).open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            return _MetadataReader(data).read(prefix)
-    except (OSError, ValueError, struct.error, IndexError) as error:
-        raise HumpbackError(f"{path}: not a readable GGUF file ({error}).") from error
-
-
-class _MetadataReader:
-    """A cursor over the little-endian header of a GGUF file."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.position = 0
-
-    def read(self, prefix: str) -> dict[str, Any]:
-        magic, version = self.data[:4], struct.unpack_from("<I", self.data, 4)[0]
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"magic {magic!r}, version {version}; expected b'GGUF', 2 or 3")
-        self.position = 8
-        self._scalar("Q")  # number of tensors
-        fields = {}
-        for _ in range(self._scalar("Q")):
-            key, kind = self._string(), self._scalar("I")
-            value = self._value(kind)
-            if key.startswith(prefix):
-                fields[key] = value
-        return fields
-
-    def _value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self._string()
-        if kind != _ARRAY:
-            return self._scalar(_SCALARS[kind] or "")
-        item, count = self._scalar("I"), self._scalar("Q")
-        if item in (_STRING, _ARRAY):
-            return [self._value(item) for _ in range(count)]
-        dtype = np.dtype(_SCALARS[item] or "").newbyteorder("<")
-        start = self.position
-        self.position += dtype.itemsize * count
-        return np.frombuffer(self.data[start : self.position], dtype).tolist()
-
-    def _scalar(self, code: str) -> Any:
-        value = struct.unpack_from("<" + code, self.data, self.position)[0]
-        self.position += struct.calcsize("<" + code)
-        return value
-
-    def _string(self) -> str:
-        size = self._scalar("Q")
-        start = self.position
-        self.position += size
-        if self.position > len(self.data):
-            raise ValueError(f"cut off at byte {len(self.data)}")
-        return self.data[start : self.position].decode("utf-8")

@@ -22,7 +22,7 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
     Raises:
       HumpbackError: nothing there, a file that cannot be read, no end-of-sequence token.
     """
-    root = Path(folder)
+    root = Path(folder) if isinstance(folder, str) else folder  # keeps paths into buckets
     config = _read_json(root / "tokenizer_config.json")
     special_tokens = _special_tokens(config, _read_json(root / "special_tokens_map.json"))
     if (root / "tokenizer.json").exists():

@@ -8,7 +8,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.text.tokenizer import Tokenizer
 
 SCORES = (1, 2, 3, 4, 5)
-_SCORE_LINE = re.compile(r"^\W*[Ss]core\W*([1-5])(?:\.\d+)?\W*$", re.ASCII)
+_SCORE_LINE = re.compile(r"^\W*[Ss]core\W*([1-5])(?:\.\d+)?\W*$")
 
 
 def parse_score(text: str) -> int | None:

@@ -44,7 +44,7 @@ def sentencepiece_backend(model: SentencePieceModel) -> tokenizers.Tokenizer:
     """A `tokenizers` object with the ids that sentencepiece itself gives."""
     unknown = model.types.index(UNKNOWN) if UNKNOWN in model.types else None
     if model.unigram:
-        # Nine digits hold a float32 and survive the JSON reader, which misreads longer ones by a bit.
+        # Nine digits hold a float32; the backend's JSON reader misreads longer numbers by a bit.
         scores = [float(f"{score:.9g}") for score in model.scores]
         core: models.Model = models.Unigram(
             list(zip(model.pieces, scores, strict=True)), unknown, model.byte_fallback
@@ -80,7 +80,7 @@ def backend_from_model_file(
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as error:
@@ -117,7 +117,8 @@ def _normalizers(model: SentencePieceModel) -> list[normalizers.Normalizer]:
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
     if model.collapse_spaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if model.prefix_space and model.prefix_after_special:
         steps.append(normalizers.Prepend(SPACE))
     return [*steps, normalizers.Replace(" ", SPACE)]

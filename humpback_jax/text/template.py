@@ -281,13 +281,11 @@ def baked_chat_template(template: Template, tags: Tags) -> str:
     text = render_chat(template.chat_template, probe, template.special_tokens, True)
     if not text.startswith(template.bos_text):
         steps.append(f"{{{{- {json.dumps(template.bos_text, ensure_ascii=False)} -}}}}")
-    prefix = "".join(steps)
-    # Clients trim the newline after a block; the template itself then starts on a line of its own.
-    return (
-        f"{prefix}{{%- if true %}}{{% endif %}}\n{template.chat_template}"
-        if prefix
-        else (template.chat_template)
-    )
+    if not any(steps):
+        return template.chat_template
+    # The comment keeps the steps' white-space control off the template; clients drop the newline
+    # after a comment, so that the template's first line begins a line.
+    return "".join([*steps, "{#- the model's own template: #}\n", template.chat_template])
 
 
 _BAKED_TAGS = (
@@ -342,7 +340,7 @@ def _append_tags(content: str, tags: Any) -> str:
 
 
 def _find_content(full: str, start: int, content: str) -> int:
-    """End of `content` in `full`, which may have white space before it and may have lost its own."""
+    """End of `content` in `full`, where white space may stand before it or be lost around it."""
     for wanted in (content, content.rstrip(), content.lstrip(), content.strip()):
         position = start
         while True:

@@ -60,7 +60,7 @@ def tokenize_example(
 ) -> TokenizedExample | Dropped:
     """Tokenises one row; see `tokenize_batch`."""
     batch = tokenize_batch(tokenizer, [(row_id, rendered)], max_tokens, on_long)
-    return (*batch.examples, *batch.dropped)[0]
+    return batch.examples[0] if batch.examples else batch.dropped[0]
 
 
 def tokenize_batch(

@@ -60,7 +60,8 @@ class Tokenizer:
         self.chat_template = chat_template
         self.bos_id = self._special_id("bos_token")
         self.add_bos = add_bos and self.bos_id is not None
-        self.eos_ids = tuple(dict.fromkeys([backend.token_to_id(eos_token), *extra_eos_ids]))
+        eos_id = _require_id(backend, eos_token)
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([eos_id, *extra_eos_ids]))
         unknown = [i for i in self.eos_ids if backend.id_to_token(i) is None]
         if unknown:
             raise HumpbackError(
@@ -68,7 +69,7 @@ class Tokenizer:
                 f"{self.vocab_size} tokens; correct eos_token_id in generation_config.json."
             )
         pad_id = self._special_id("pad_token")
-        self.pad_id: int = self.eos_ids[0] if pad_id is None else pad_id
+        self.pad_id: int = eos_id if pad_id is None else pad_id
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -93,7 +94,7 @@ class Tokenizer:
 
     @property
     def eos_texts(self) -> tuple[str, ...]:
-        return tuple(self.backend.id_to_token(i) for i in self.eos_ids)
+        return tuple(str(self.backend.id_to_token(i)) for i in self.eos_ids)
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -178,7 +179,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files; other keys of a `generation_config.json` there are kept."""
-        target = Path(folder)
+        target = Path(folder) if isinstance(folder, str) else folder  # keeps paths into buckets
         target.mkdir(parents=True, exist_ok=True)
         files = self.to_files()
         generation = target / "generation_config.json"
@@ -198,7 +199,7 @@ class Tokenizer:
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
-        return None if token is None else self.id_of(token)
+        return None if token is None else _require_id(self.backend, token)
 
 
 def check_vocab(tokenizer: Tokenizer, config_vocab_size: int) -> None:
@@ -222,6 +223,12 @@ def _declare_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> No
     declared = {token.content for token in backend.get_added_tokens_decoder().values()}
     missing = sorted(set(tokens) - declared)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
+
+
+def _require_id(backend: tokenizers.Tokenizer, declared: str) -> int:
+    token_id: int | None = backend.token_to_id(declared)
+    assert token_id is not None, declared  # _declare_special has added it
+    return token_id
 
 
 def _dumps(value: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ def resolve(name: str, cache_dir: Path | None = None) -> ResolvedModel:
 
     Args:
       name: one of `NAMED_MODELS`, `hf:ORG/NAME[@REVISION]`, `gs://...` (or another address that
-        fsspec knows), a GGUF file, or a folder: in Hugging Face's layout, or one of our checkpoints.
+        fsspec knows), a GGUF file, a folder in Hugging Face's layout, or one of our checkpoints.
       cache_dir: where fetched files are kept; by default $HUMPBACK_CACHE, else
         ~/.cache/humpback_jax. Models of the Hugging Face hub stay in the hub's own cache.
 

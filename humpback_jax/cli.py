@@ -1,0 +1,170 @@
+"""The `humpback` program: one verb a task. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from humpback_jax.errors import HumpbackError
+
+Verb = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code. Errors are one readable message on standard error."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        arguments.overrides = config_overrides(rest, arguments)
+        from humpback_jax import verbs
+
+        verbs.start(arguments)
+        result = getattr(verbs, arguments.function)(arguments)
+    except HumpbackError as error:
+        return _fail(f"error: {error}", arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to continue.", arguments, 130)
+    except Exception as error:
+        hint = "--debug shows where; this is a defect of humpback_jax, please report it."
+        return _fail(f"unexpected error: {error!r} ({hint})", arguments)
+    if arguments.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return int(result.get("ok", True) is False)
+
+
+def _fail(message: str, arguments: argparse.Namespace, code: int = 1) -> int:
+    if arguments.debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    # Compilation threads may still run after an error; they must not delay or break the exit.
+    sys.stderr.flush()
+    if os.environ.get("HUMPBACK_IN_PROCESS") != "1" and "jax" in sys.modules:
+        os._exit(code)
+    return code
+
+
+def config_overrides(rest: Sequence[str], arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """`--config.a.b=v` and `--config.a.b v` -> {"a.b": ["v"]}; anything else is an error."""
+    overrides: dict[str, list[str]] = {}
+    items = list(rest)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--config."):
+            raise HumpbackError(
+                f"unknown argument {item!r}; `humpback {arguments.verb} --help` lists the known."
+            )
+        name, equals, value = item.removeprefix("--config.").partition("=")
+        if not equals:
+            if not items:
+                raise HumpbackError(f"--config.{name} needs a value.")
+            value = items.pop(0)
+        overrides.setdefault(name, []).append(value)
+    return overrides
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The verbs and their flags; `--config.KEY=VALUE` overrides are read apart."""
+    parser = argparse.ArgumentParser(
+        prog="humpback",
+        description="Self-alignment with instruction backtranslation, in JAX.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, help_text: str, config: bool = False) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        sub.set_defaults(function=name.replace("import", "import_model"))
+        sub.add_argument("--json", action="store_true", help="print the result as a last line")
+        sub.add_argument("--debug", action="store_true", help="show tracebacks")
+        if config:
+            sub.add_argument(
+                "--config",
+                default=None,
+                help="configs/FILE.py[:arg,...]; override with --config.a.b=value",
+            )
+        return sub
+
+    run = verb("run", "the whole loop: augment, curate, train, evaluate, report", config=True)
+    run.add_argument("--workdir", required=True, help="run folder; a finished part is not redone")
+    run.add_argument("--fresh", action="store_true", help="ignore earlier artifacts; delete none")
+    run.add_argument("--dry-run", action="store_true", help="plan and estimate only")
+    run.add_argument("--limit", type=int, default=0, help="use at most N documents")
+
+    train = verb("train", "one SFT run on a file of pairs", config=True)
+    train.add_argument("--model", default="smollm2-135m-instruct")
+    train.add_argument("--data", required=True)
+    train.add_argument("--out", required=True)
+    train.add_argument("--limit", type=int, default=0, help="use at most N rows")
+    train.add_argument("--source", default="seed", help="source of the rows; decides their tags")
+    train.add_argument("--reverse", action="store_true", help="train M_yx: response to instruction")
+    train.add_argument("--skip-bad", action="store_true", help="count unreadable rows, go on")
+    train.add_argument("--preview", type=int, default=2, help="show the first N training rows")
+
+    sample = verb("sample", "batched generation", config=True)
+    sample.add_argument("--model", default="smollm2-135m-instruct")
+    sample.add_argument("--prompts", help="rows with prompt, instruction or messages")
+    sample.add_argument("--prompt", help="one prompt")
+    sample.add_argument("--out", help="where to write the rows; without it they are printed")
+    sample.add_argument("--format", choices=("jsonl", "parquet"), default=None)
+    sample.add_argument("--temperature", type=float, default=0.7)
+    sample.add_argument("--top-p", type=float, default=0.9)
+    sample.add_argument("--top-k", type=int, default=0)
+    sample.add_argument("--max-tokens", type=int, default=256)
+    sample.add_argument("--n", type=int, default=1, help="draws per prompt")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--tags", choices=("none", "S_a", "S_w", "both", "model"), default="model")
+    sample.add_argument("--reverse", action="store_true", help="prompts are responses, for M_yx")
+    sample.add_argument("--skip-bad", action="store_true")
+    sample.add_argument("--batch-size", type=int, default=16)
+    sample.add_argument("--precision", default="auto")
+
+    score = verb("score", "rate a file of pairs", config=True)
+    score.add_argument("--model", default="smollm2-135m-instruct")
+    score.add_argument("--data", required=True)
+    score.add_argument("--curator", default="rubric_likelihood")
+    score.add_argument("--out", required=True)
+    score.add_argument("--format", choices=("jsonl", "parquet"), default=None)
+    score.add_argument("--max-tokens", type=int, default=256, help="of the reasoned rubric")
+    score.add_argument("--seed", type=int, default=0)
+    score.add_argument("--skip-bad", action="store_true")
+    score.add_argument("--batch-size", type=int, default=16)
+    score.add_argument("--precision", default="auto")
+
+    evaluate = verb("evaluate", "score a model on held-out data", config=True)
+    evaluate.add_argument("--model", default="smollm2-135m-instruct")
+    evaluate.add_argument("--suite", default="nll")
+    evaluate.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
+    evaluate.add_argument("--tags", choices=("none", "S_a", "S_w", "both", "model"), default="model")
+    evaluate.add_argument("--out", help="folder for results.json")
+    evaluate.add_argument("--skip-bad", action="store_true")
+    evaluate.add_argument("--precision", default="auto")
+
+    export = verb("export", "write a model for other programs")
+    export.add_argument("--model", required=True)
+    export.add_argument("--format", choices=("hf",), default="hf")
+    export.add_argument("--out", required=True)
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
+
+    bring = verb("import", "turn a model into one of our checkpoints")
+    bring.add_argument("--from", dest="source", required=True)
+    bring.add_argument("--out", required=True)
+
+    fetch = verb("fetch", "bring a named model into the cache, checksum verified")
+    fetch.add_argument("name")
+
+    for name, help_text in (
+        ("report", "write the HTML and Markdown report of a run"),
+        ("verify", "recompute the hashes of a run and a slice of its work"),
+    ):
+        sub = verb(name, help_text)
+        sub.add_argument("--workdir", required=True)
+    trace = verb("trace", "lineage of a pair, document, model or step, both ways")
+    trace.add_argument("id", help="a pair, candidate, segment or document id, or MODEL:STEP")
+    trace.add_argument("--workdir", required=True)
+    return parser

@@ -1,0 +1,55 @@
+"""How a program is run on the machine at hand: number formats and layer layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.linear import Precision
+from humpback_jax.model.llama import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Attributes:
+    precision: number formats of training, scoring and generation.
+    train_layout: a scanned gradient loses a quarter of the speed on CPU and compiles in a
+      fraction of the time on accelerators, so the platform decides.
+    batch_size: rows decoded together.
+    """
+
+    precision: Precision
+    train_layout: Layout
+    batch_size: int
+
+
+def choose_compute(precision: str, batch_size: int) -> Compute:
+    """Resolves "auto": bfloat16 products on accelerators, float32 on CPU.
+
+    On CPU the activations stay float32 in any case: only the products gain from bfloat16 there.
+    """
+    import jax
+
+    on_cpu = jax.default_backend() == "cpu"
+    if precision == "auto":
+        precision = "float32" if on_cpu else "bfloat16"
+    if precision not in ("float32", "bfloat16"):
+        raise HumpbackError(
+            f"compute.precision={precision!r} is unknown; choose auto, float32 or bfloat16."
+        )
+    kept = "float32" if on_cpu else precision
+    return Compute(Precision(precision, kept), "unrolled" if on_cpu else "scan", batch_size)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, beside the fetched models unless the user says where."""
+    import jax
+
+    from humpback_jax.weights.named import default_cache_dir
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder: Path = default_cache_dir() / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,251 @@
+"""The configuration of a run: defaults, config files with arguments, typed overrides.
+
+Every field stands here once, with the paper's value or a marked choice of ours. A config file
+(`configs/*.py`) starts from `default_config()` and changes what it is about.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from humpback_jax.errors import HumpbackError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+# Humpback, table 18: (examples N, batch, steps); a data set takes the first row with N >= its size.
+STEP_TABLE = (
+    (100, 8, 30),
+    (800, 8, 300),
+    (1600, 8, 600),
+    (3200, 32, 500),
+    (6400, 32, 600),
+    (12800, 32, 600),
+    (25600, 32, 1200),
+    (51200, 32, 1600),
+)
+
+
+def default_config() -> ConfigDict:
+    """The paper's settings (sections 2 and 3.1); choices where it is silent are marked "ours"."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(
+        {
+            "name": "humpback",
+            "seed": 0,
+            "rounds": 2,
+            "base": {"model": "smollm2-135m-instruct", "template": "auto"},
+            "data": {
+                "seed": "builtin",  # a file of pairs, or the packaged set
+                "heldout": "builtin",  # a file of pairs, or the packaged held-out part
+                "seed_limit": 0,  # 0: all
+                "skip_bad": False,
+            },
+            "corpus": {
+                "documents": ("pydoc_topics",),
+                "limit": 0,  # documents; 0: all
+                "segments": 0,  # chosen among the kept ones by a hash of their ids; 0: all
+                "min_chars": 600,  # appendix E
+                "max_chars": 3000,  # appendix E
+            },
+            "backward": train_section(),
+            "train": train_section(),
+            "augment": {
+                "temperature": 0.7,  # section 3.1
+                "top_p": 0.9,
+                "top_k": 0,
+                "max_new_tokens": 512,  # ours, after the unofficial re-implementation
+                "min_chars": 10,
+                "max_chars": 800,
+                "shard_rows": 256,
+            },
+            "curate": {
+                "curator": "rubric",
+                "also": (),  # further curators, for the report
+                "also_limit": 0,  # pairs that the further curators see; 0: all
+                "select": "absolute",  # absolute | top_fraction | count
+                "threshold": 5.0,  # A_5
+                "fraction": 0.083,  # the paper's share of A_5
+                "count": 0,
+                "temperature": 0.7,
+                "top_p": 0.9,
+                "max_new_tokens": 512,
+                "shard_rows": 256,
+            },
+            "meters": {
+                "action": "stop",  # stop | warn
+                "pairs": 32,  # held-out pairs that the meters use
+                "curators": (),  # measured beside the loop's own
+                "min_auc": 0.6,
+                "min_lift": 0.0,  # nats a token
+                "max_copy_rate": 0.8,
+                "max_echo_rate": 0.2,
+            },
+            "evaluate": {
+                "tags": ("none", "S_a", "both"),
+                "answers": 6,  # held-out instructions answered by every model, for the report
+                "answer_tokens": 96,
+            },
+            "compute": {
+                "precision": "auto",  # auto | float32 | bfloat16
+                "batch_size": 16,  # rows decoded together
+            },
+        },
+        convert_dict=True,
+    ).lock()
+
+
+def train_section() -> dict[str, Any]:
+    """Settings of one SFT run; the length is `steps`, or `epochs`, or else `step_table`."""
+    return {
+        "steps": 0,
+        "epochs": 0.0,
+        "step_table": STEP_TABLE,
+        "batch_examples": 32,  # with the step table: its batch
+        "row_tokens": 2048,
+        "accumulation": 1,
+        "on_long": "drop",  # error | drop | truncate
+        "learning_rate": 1e-5,
+        "end_learning_rate": 9e-6,
+        "schedule": "linear",
+        "warmup_steps": 0,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "epsilon": 1e-8,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+        "dropout": 0.1,
+        "lora": {"rank": 0, "alpha": 32.0, "dropout": 0.0, "targets": ("q", "v")},
+        "remat": False,
+        "log_every": 1,
+        "eval_every": 0,
+        "resume_every": 0,
+        "checkpoint_epochs": False,
+    }
+
+
+# Fields that change what is shown or kept, never what is computed: no artifact depends on them.
+WITHOUT_EFFECT = ("log_every", "eval_every", "resume_every", "checkpoint_epochs", "shard_rows")
+
+
+def apply_tiny(config: ConfigDict) -> None:
+    """Shrinks any experiment to a rehearsal: a random 2-layer model on bytes, seconds on a CPU.
+
+    The curator becomes a likelihood one, selection the top fraction, and the meters only warn: a
+    random model cannot pass them.
+    """
+    with config.unlocked():
+        config.name = f"{config.name}-tiny"
+        config.base.model = "tiny-random"
+        config.base.template = "auto"
+        config.data.seed_limit = 24
+        config.corpus.update({"documents": ("pydoc_topics",), "limit": 12, "segments": 16})
+        config.corpus.max_chars = 1000
+        for section in (config.backward, config.train):
+            section.update({"steps": 4, "epochs": 0.0, "batch_examples": 4, "row_tokens": 2048})
+            section.update({"learning_rate": 1e-3, "end_learning_rate": 9e-4, "accumulation": 1})
+            section.update({"resume_every": 2, "eval_every": 2, "on_long": "drop"})
+        config.augment.update({"max_new_tokens": 24, "min_chars": 0, "shard_rows": 4})
+        config.curate.update({"curator": "pmi", "also": ("rubric_likelihood",), "also_limit": 0})
+        config.curate.update({"select": "top_fraction", "fraction": 0.5, "shard_rows": 4})
+        config.curate.max_new_tokens = 16
+        config.meters.update({"action": "warn", "pairs": 4, "curators": ("rubric_likelihood",)})
+        config.evaluate.update({"answers": 2, "answer_tokens": 16})
+        config.compute.update({"precision": "float32", "batch_size": 4})
+
+
+def load_config(reference: str, overrides: Mapping[str, Sequence[str]] | None = None) -> ConfigDict:
+    """Loads `path/to/config.py[:arg,...]` and applies `--config.a.b=value` overrides.
+
+    Raises:
+      HumpbackError: the file is missing or fails, an argument or key is unknown, a value has the
+        wrong type. The message names the key and the nearest known one.
+    """
+    path_text, _, argument = reference.partition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        raise HumpbackError(f"--config={reference}: the file {path} does not exist.")
+    spec = importlib.util.spec_from_file_location(f"humpback_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise HumpbackError(f"--config={reference}: {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*([argument] if argument else []))
+    except HumpbackError:
+        raise
+    except Exception as error:
+        raise HumpbackError(f"--config={reference}: {path} failed: {error!r}.") from error
+    for key, values in (overrides or {}).items():
+        set_field(config, key, values)
+    return config
+
+
+def arguments(argument: str, known: Sequence[str], where: str) -> list[str]:
+    """Splits a config argument (`llama2_70b,tiny`) and checks each part."""
+    parts = [part for part in argument.split(",") if part]
+    for part in parts:
+        if part not in known:
+            raise HumpbackError(
+                f"{where}: the argument {part!r} is unknown{_nearest(part, known)}; "
+                f"known: {', '.join(known)}."
+            )
+    return parts
+
+
+def set_field(config: ConfigDict, key: str, values: Sequence[str]) -> None:
+    """Sets one dotted key from command-line text, converted to the type of its default."""
+    from ml_collections import ConfigDict
+
+    node, parts = config, key.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, ConfigDict) or part not in node:
+            known = list(node) if isinstance(node, ConfigDict) else []
+            inside = ".".join(["config", *parts[:depth]])
+            raise HumpbackError(
+                f"--config.{key}: unknown key {part!r} in {inside}{_nearest(part, known)}."
+            )
+        if depth < len(parts) - 1:
+            node = node[part]
+    current = node[parts[-1]]
+    if isinstance(current, ConfigDict):
+        raise HumpbackError(f"--config.{key} is a section; set one of its fields: {list(current)}.")
+    node[parts[-1]] = _convert(key, values, current)
+
+
+def _convert(key: str, values: Sequence[str], current: Any) -> Any:
+    if isinstance(current, tuple):
+        items = [item for value in values for item in value.split(",") if item]
+        if current and not isinstance(current[0], str):
+            raise HumpbackError(f"--config.{key} is a table; change it in the config file.")
+        return tuple(items)
+    text = values[-1]
+    try:
+        if isinstance(current, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(current, int):
+            return int(text)
+        if isinstance(current, float):
+            return float(text)
+    except (KeyError, ValueError):
+        kind = type(current).__name__
+        raise HumpbackError(
+            f"--config.{key}={text}: the value must be of type {kind}, like {current!r}."
+        ) from None
+    return text
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def effective_fields(section: Any) -> dict[str, Any]:
+    """A section as plain data, without the fields that change nothing in the result."""
+    plain = section.to_dict() if hasattr(section, "to_dict") else dict(section)
+    return {name: value for name, value in plain.items() if name not in WITHOUT_EFFECT}

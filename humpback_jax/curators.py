@@ -1,0 +1,185 @@
+"""Ratings of (instruction, response) pairs by a model: four curators, one row form.
+
+`rubric` is the paper's reasoned rating (section 2.3); the likelihood curators read the same model
+without generating. All see the pair without source tags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.inference import Inference
+from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.text.rubric import SCORES, parse_score, score_token_ids
+from humpback_jax.text.template import Rendered
+
+CURATORS = ("rubric", "rubric_likelihood", "pmi", "pmi_frozen", "combined")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairText:
+    """What a curator sees. `document` names the response, whose log p(y) is computed once."""
+
+    id: str
+    document: str
+    instruction: str
+    response: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rating:
+    """A curator's verdict; `value` is None when it gave none (an unparsable rating)."""
+
+    id: str
+    curator: str
+    value: float | None
+    detail: str
+
+
+def check_curator(name: str, rounds: int) -> None:
+    """Raises HumpbackError for an unknown curator, or one that cannot drive the loop."""
+    if name not in CURATORS:
+        raise HumpbackError(f"curator {name!r} is unknown; choose from {', '.join(CURATORS)}.")
+    if name == "pmi_frozen" and rounds > 1:
+        raise HumpbackError(
+            "curate.curator='pmi_frozen' scores under the base model, so every round would select "
+            "the same pairs. Use it with rounds=1 or in curate.also; for the loop use 'pmi'."
+        )
+
+
+def rate(
+    curator: str,
+    judge: Inference,
+    pairs: Sequence[PairText],
+    decoding: Decoding,
+    seed: int,
+    alone: dict[str, tuple[float, int]],
+) -> list[Rating]:
+    """Rates pairs, in order.
+
+    Args:
+      judge: M_{t-1}; the base model for `pmi_frozen`.
+      decoding: of the reasoned rubric.
+      alone: log p(y) and tokens of documents already scored under this judge; filled here.
+    """
+    match curator:
+        case "rubric":
+            return _rubric(judge, pairs, decoding, seed)
+        case "rubric_likelihood":
+            return _rubric_likelihood(judge, pairs)
+        case "pmi" | "pmi_frozen":
+            return _pmi(curator, judge, pairs, alone)
+        case "combined":
+            return _combined(
+                pairs,
+                _pmi("pmi", judge, pairs, alone),
+                _rubric_likelihood(judge, pairs),
+            )
+        case unknown:
+            raise AssertionError(unknown)
+
+
+def _rubric(
+    judge: Inference, pairs: Sequence[PairText], decoding: Decoding, seed: int
+) -> list[Rating]:
+    template = judge.model.template
+    prompts = [(p.id, template.rubric_prompt(p.instruction, p.response)) for p in pairs]
+    texts = judge.generate(prompts, decoding, seed=seed, stage="rubric")
+    ratings = []
+    for pair, generation in zip(pairs, texts, strict=True):
+        score = parse_score(generation.text) if generation.finish_reason == "stop" else None
+        value = None if score is None else float(score)
+        ratings.append(Rating(pair.id, "rubric", value, json.dumps({"text": generation.text})))
+    return ratings
+
+
+def _rubric_likelihood(judge: Inference, pairs: Sequence[PairText]) -> list[Rating]:
+    """Expected score over the five score tokens, divided by their share for an empty pair.
+
+    Small models favour one digit whatever they read; the empty pair shows which (calibration by a
+    content-free input, Zhao et al., 2021).
+    """
+    template = judge.model.template
+    groups = score_token_ids(judge.model.tokenizer)
+    ids = [token for group in groups for token in group]
+    prompts = [template.rubric_likelihood_prompt(p.instruction, p.response) for p in pairs]
+    log_probs = judge.next_token_log_probs([template.rubric_likelihood_prompt("", ""), *prompts], ids)
+    bounds = np.cumsum([len(group) for group in groups])[:-1]
+    probs = np.stack([part.sum(axis=1) for part in np.split(np.exp(log_probs), bounds, axis=1)], 1)
+    prior = probs[0] / probs[0].sum()
+    ratings = []
+    for pair, mass in zip(pairs, probs[1:], strict=True):
+        share = mass / mass.sum()
+        calibrated = share / prior
+        calibrated /= calibrated.sum()
+        detail = {
+            "distribution": [round(float(x), 6) for x in share],
+            "calibrated": [round(float(x), 6) for x in calibrated],
+            "outside": round(float(1 - mass.sum()), 6),
+            "raw": round(float(share @ np.array(SCORES)), 6),
+        }
+        value = round(float(calibrated @ np.array(SCORES)), 6)
+        ratings.append(Rating(pair.id, "rubric_likelihood", value, json.dumps(detail)))
+    return ratings
+
+
+def _pmi(
+    curator: str,
+    judge: Inference,
+    pairs: Sequence[PairText],
+    alone: dict[str, tuple[float, int]],
+) -> list[Rating]:
+    """(log p(y | x) - log p(y)) / |y|, in nats a token; log p(y) once per document."""
+    template = judge.model.template
+    new = {p.document: p.response for p in pairs if p.document not in alone}
+    rows: list[tuple[str, Rendered]] = [(d, template.response_alone(y)) for d, y in new.items()]
+    if rows:
+        nll, tokens = judge.nll(rows)
+        for (document, _), value, count in zip(rows, nll, tokens, strict=True):
+            alone[document] = (-float(value), int(count))
+    joint = [
+        (
+            p.id,
+            template.forward(
+                [
+                    {"role": "user", "content": p.instruction},
+                    {"role": "assistant", "content": p.response},
+                ]
+            ),
+        )
+        for p in pairs
+    ]
+    nll, tokens = judge.nll(joint)
+    ratings = []
+    for pair, value, count in zip(pairs, nll, tokens, strict=True):
+        given, prior = -float(value), alone[pair.document][0]
+        detail = {"log_p_y_given_x": round(given, 4), "log_p_y": round(prior, 4), "tokens": int(count)}
+        score = round((given - prior) / int(count), 6)
+        ratings.append(Rating(pair.id, curator, score, json.dumps(detail)))
+    return ratings
+
+
+def _combined(
+    pairs: Sequence[PairText], pmi: Sequence[Rating], rubric: Sequence[Rating]
+) -> list[Rating]:
+    """Mean percentile rank, among these pairs, under `pmi` and `rubric_likelihood`."""
+    ranks = [_percentiles([r.value or 0.0 for r in ratings]) for ratings in (pmi, rubric)]
+    ratings = []
+    for index, pair in enumerate(pairs):
+        detail = {"pmi": pmi[index].value, "rubric_likelihood": rubric[index].value}
+        value = round(float((ranks[0][index] + ranks[1][index]) / 2), 6)
+        ratings.append(Rating(pair.id, "combined", value, json.dumps(detail)))
+    return ratings
+
+
+def _percentiles(values: Sequence[float]) -> np.ndarray:
+    """Mid-rank percentiles in [0, 1]; ties share theirs."""
+    array = np.asarray(values)
+    below = (array[:, None] > array[None, :]).sum(axis=1)
+    equal = (array[:, None] == array[None, :]).sum(axis=1)
+    return (below + 0.5 * equal) / len(array)

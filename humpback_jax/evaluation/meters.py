@@ -1,0 +1,169 @@
+"""Meters that run before money is spent: can the curator tell good pairs from broken ones, and does
+the backward model write instructions that fit?
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from humpback_jax.curators import PairText, Rating
+from humpback_jax.evaluation.nll import instruction_nll
+from humpback_jax.evaluation.statistics import Estimate, auc, token_mean
+from humpback_jax.inference import Generation, Inference
+from humpback_jax.records import Example, stable_id
+from humpback_jax.text.template import Template
+
+PROMOTIONS = (
+    "Sign up for our free newsletter and get 10 % off your first order!",
+    "Share this page: Facebook | Twitter | Pinterest | E-mail",
+    "Home » Products » Support » Contact us » Terms of use",
+    "Click here to read more reviews and find the best deals near you.",
+)
+ECHO_WORDS = 5  # a run of this many words of the prompt's wording counts as an echo
+
+
+@dataclasses.dataclass(frozen=True)
+class CurationMeter:
+    """AUC of a curator on true pairs against one kind of corruption."""
+
+    auc: float
+    n: int
+
+
+def corruptions(examples: Sequence[Example]) -> dict[str, list[PairText]]:
+    """True held-out pairs ("true") and three broken forms of each.
+
+    "shuffled": the instruction of another pair (each pair takes the next one in an order by hash,
+    so none keeps its own). "truncated": the response without its first half. "promo": navigation
+    and advertising text put around and into the response.
+    """
+    order = sorted(range(len(examples)), key=lambda i: stable_id("shuffle", examples[i].id))
+    other = {order[k]: order[(k + 1) % len(order)] for k in range(len(order))}
+    kinds: dict[str, list[PairText]] = {"true": [], "shuffled": [], "truncated": [], "promo": []}
+    for index, example in enumerate(examples):
+        x, y, name = example.instruction, example.response, example.id
+        kinds["true"].append(PairText(name, name, x, y))
+        wrong = examples[other[index]].instruction
+        kinds["shuffled"].append(PairText(f"{name}/shuffled", name, wrong, y))
+        for kind, text in (("truncated", _second_half(y)), ("promo", _with_promotion(y, index))):
+            kinds[kind].append(PairText(f"{name}/{kind}", f"{name}/{kind}", x, text))
+    return kinds
+
+
+def curation_meter(
+    rate: Callable[[Sequence[PairText]], list[Rating]], examples: Sequence[Example]
+) -> dict[str, CurationMeter]:
+    """How well a curator separates true pairs from each corruption; unparsed ratings count lowest.
+
+    Args:
+      rate: the curator, applied to all pairs at once.
+    """
+    kinds = corruptions(examples)
+    everything = [pair for pairs in kinds.values() for pair in pairs]
+    values = {r.id: -np.inf if r.value is None else r.value for r in rate(everything)}
+    scores = {kind: np.array([values[p.id] for p in pairs]) for kind, pairs in kinds.items()}
+    true = scores.pop("true")
+    return {
+        kind: CurationMeter(_finite_auc(true, broken), len(broken))
+        for kind, broken in scores.items()
+    }
+
+
+def _finite_auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    both = np.concatenate([positive, negative])
+    finite = both[np.isfinite(both)]
+    floor = finite.min() - 1 if len(finite) else 0.0
+    return auc(np.maximum(positive, floor), np.maximum(negative, floor))
+
+
+def _second_half(text: str) -> str:
+    words = list(re.finditer(r"\S+", text))
+    return text[words[len(words) // 2].start() :] if len(words) > 1 else text
+
+
+def _with_promotion(text: str, index: int) -> str:
+    first, second = (PROMOTIONS[(index + k) % len(PROMOTIONS)] for k in (0, 1))
+    middle = text.find("\n\n")
+    if middle < 0:
+        return f"{first}\n\n{text}\n\n{second}"
+    return f"{first}\n\n{text[:middle]}\n\n{second}{text[middle:]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardMeter:
+    """What M_yx does on held-out pairs.
+
+    Attributes:
+      nll: nats a token of the true instruction given the response.
+      lift: mean of (log p(y | x̂) - log p(y)) / |y| under the judge, for drawn instructions x̂.
+      copy_rate: longest common substring of x̂ and y, as a share of x̂, on average.
+      echo_rate: share of x̂ that repeat the wording of the prompt that M_yx was given.
+    """
+
+    nll: Estimate
+    lift: Estimate
+    copy_rate: float
+    echo_rate: float
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "nll": self.nll.record(),
+            "lift": self.lift.record(),
+            "copy_rate": self.copy_rate,
+            "echo_rate": self.echo_rate,
+        }
+
+
+def backward_meter(
+    backward: Inference,
+    examples: Sequence[Example],
+    generations: Sequence[Generation],
+    rate_pmi: Callable[[Sequence[PairText]], list[Rating]],
+) -> BackwardMeter:
+    """Measures M_yx on held-out pairs.
+
+    Args:
+      generations: one drawn instruction per example.
+      rate_pmi: the `pmi` curator under the judge.
+    """
+    nll, tokens = instruction_nll(backward, examples)
+    pairs = [
+        PairText(e.id, e.id, g.text, e.response)
+        for e, g in zip(examples, generations, strict=True)
+    ]
+    lifts = np.array([r.value for r in rate_pmi(pairs)], float)
+    wording = backward.model.template
+    return BackwardMeter(
+        nll=token_mean(nll, tokens),
+        lift=Estimate(float(lifts.mean()), len(lifts), float(lifts.std() / len(lifts) ** 0.5)),
+        copy_rate=float(np.mean([copy_rate(p.instruction, p.response) for p in pairs])),
+        echo_rate=float(np.mean([echoes(p.instruction, wording) for p in pairs])),
+    )
+
+
+def copy_rate(instruction: str, response: str) -> float:
+    """Length of the longest common substring over the instruction's length; 0 for an empty one."""
+    if not instruction:
+        return 0.0
+    matcher = difflib.SequenceMatcher(None, instruction, response, autojunk=False)
+    return matcher.find_longest_match().size / len(instruction)
+
+
+def echoes(instruction: str, template: Template) -> bool:
+    """Whether the instruction repeats `ECHO_WORDS` words in a row of the backward prompt."""
+    prompt = _words(template.backward_text.replace("{response}", " "))
+    runs = {tuple(prompt[i : i + ECHO_WORDS]) for i in range(len(prompt) - ECHO_WORDS + 1)}
+    words = _words(instruction)
+    return any(
+        tuple(words[i : i + ECHO_WORDS]) in runs for i in range(len(words) - ECHO_WORDS + 1)
+    )
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())

@@ -1,0 +1,120 @@
+"""The loop, in order, on one page: augment once; then curate and train, round by round.
+
+    M_yx <- SFT(base, seed turned round)          M_0 <- SFT(base, seed)
+    A    <- {(x̂ ~ M_yx(. | y), y) for y in U}
+    for t = 1..T:
+        a     <- scores of A under M_{t-1}
+        A_k   <- the best of A by a
+        M_t   <- SFT(base, seed with tag S_a  +  A_k with tag S_w)
+
+(Li et al., 2023, section 2.) Each line below is a stage: it reads artifacts, writes one, and is
+skipped when that one is done.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.artifacts import Artifact, Row, RunFolder, write_json
+from humpback_jax.compute import choose_compute
+from humpback_jax.curators import check_curator
+from humpback_jax.environment import describe_environment
+from humpback_jax.models import load_model
+from humpback_jax.stages.augment import augment_stage
+from humpback_jax.stages.context import Context
+from humpback_jax.stages.curate import score_stage, select_stage, selected_examples
+from humpback_jax.stages.evaluate import answers_stage, evaluate_stage, results_table
+from humpback_jax.stages.measure import backward_meter_stage, curation_meter_stage
+from humpback_jax.stages.sources import corpus_stage, seed_pairs
+from humpback_jax.stages.train import train_stage
+
+
+def run(
+    config: Any, workdir: Path, *, fresh: bool = False, say: Callable[[str], None] = print
+) -> Row:
+    """Runs, or continues, the whole loop; returns the summary that `--json` prints.
+
+    Raises:
+      HumpbackError: bad input, a meter that stops the run, nothing selected. What is done stays.
+    """
+    started = time.monotonic()
+    context = prepare(config, workdir, fresh=fresh, say=say)
+    seed = context.seed
+    corpus = corpus_stage(context)
+
+    m_yx = train_stage(context, "round_0/M_yx", seed, "backward", [], "none")
+    m_0 = train_stage(context, "round_0/M_0", seed, "forward", [], "S_a")
+    backward_meter = backward_meter_stage(context, m_yx, m_0)
+    candidates = augment_stage(context, m_yx, corpus)
+
+    models = {"base": context.base_artifact, "M_0": m_0}
+    judge, meters = m_0, []
+    for t in range(1, config.rounds + 1):
+        meters.append(curation_meter_stage(context, f"round_{t}/curation_meter", judge))
+        scores = _score(context, t, judge, candidates)
+        pairs = select_stage(context, f"round_{t}/pairs", candidates, scores)
+        chosen = selected_examples(context.folder.read(pairs))
+        judge = train_stage(
+            context, f"round_{t}/M_{t}", seed + chosen, "forward", [pairs], "both"
+        )
+        models[f"M_{t}"] = judge
+
+    table = _evaluate(context, models)
+    context.folder.finish()
+    summary = {
+        "status": "done",
+        "workdir": str(workdir),
+        "seconds": round(time.monotonic() - started, 1),
+        "redone": context.folder.redone,
+        "models": table,
+        "meters": {
+            "curation": meters[-1].details if meters else {},
+            "backward": backward_meter.details,
+        },
+    }
+    write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def prepare(
+    config: Any, workdir: Path, *, fresh: bool = False, say: Callable[[str], None] = print
+) -> Context:
+    """Checks the config, opens the run folder and loads base model and human pairs."""
+    check_curator(config.curate.curator, config.rounds)
+    for curator in (*config.curate.also, *config.meters.curators):
+        check_curator(curator, 1)
+    folder = RunFolder(workdir, fresh=fresh, say=say)
+    seed, heldout = seed_pairs(config)
+    compute = choose_compute(config.compute.precision, config.compute.batch_size)
+    base = load_model(config.base.model, config.base.template, config.seed)
+    write_json(workdir / "config.json", json.loads(config.to_json()))
+    write_json(workdir / "environment.json", describe_environment())
+    return Context(config, folder, compute, base, seed, heldout, say)
+
+
+def _score(context: Context, t: int, judge: Artifact, candidates: Artifact) -> Artifact:
+    """Scores of the loop's curator, which select, and of the further ones, for the report."""
+    section = context.config.curate
+
+    def score(curator: str, name: str, limit: int) -> Artifact:
+        reader = context.base_artifact if curator == "pmi_frozen" else judge
+        return score_stage(context, name, reader, candidates, curator, limit)
+
+    for curator in section.also:
+        if curator != section.curator:
+            score(curator, f"round_{t}/scores_{curator}", section.also_limit)
+    return score(section.curator, f"round_{t}/scores", 0)
+
+
+def _evaluate(context: Context, models: dict[str, Artifact]) -> Row:
+    evaluations, tags = {}, {"M_0": "S_a"}
+    for name, model in models.items():
+        evaluations[name] = context.folder.read(evaluate_stage(context, name, model))
+        if name not in ("base", "M_0"):
+            tags[name] = "both"
+        answers_stage(context, name, model, tags.get(name, "none"))
+    return results_table(evaluations, tags)

@@ -1,0 +1,147 @@
+"""A language model as one object: weights, tokenizer and template, loaded by name and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.checkpoint import load_params, save_params
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.llama import Params, init_params
+from humpback_jax.text.template import Template, require_same_template
+from humpback_jax.text.tokenizer import Tokenizer, check_vocab
+from humpback_jax.weights.hashing import params_hash
+
+DESCRIPTION = "humpback.json"  # marks a folder as one of our checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Everything needed to prompt, train or export a model. `params` are stacked by layer.
+
+    Attributes:
+      tags: the tags it is prompted with by default, those it was trained for.
+    """
+
+    name: str
+    config: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer
+    template: Template
+    tags: str = "none"
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Identity by content: weights, tokenizer and template, whatever the path."""
+        parts = [params_hash(self.params), self.tokenizer.content_hash()]
+        parts.append(self.template.content_hash())
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.tokenizer.eos_ids, *self.config.eos_token_ids}))
+
+
+def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageModel:
+    """Loads a model by name (`weights.named.resolve`), or "tiny-random" for rehearsals.
+
+    Args:
+      template: "auto" (the model's own chat template, else plain), "chat" or "plain". A checkpoint
+        of ours brings its own; asking for another one is an error.
+
+    Raises:
+      HumpbackError: no such model, unreadable files, or a tokenizer that does not fit the weights.
+    """
+    if name == "tiny-random":
+        return _tiny_random(seed, template)
+    from humpback_jax.weights.gguf_io import load_gguf
+    from humpback_jax.weights.named import resolve
+    from humpback_jax.weights.safetensors_io import load_hf
+
+    found = resolve(name)
+    if found.kind == "checkpoint":
+        return load_checkpoint(found.path, template)
+    if found.kind == "gguf":
+        config, params = load_gguf(found.path)
+        tokenizer = Tokenizer.from_gguf(found.path)
+    else:
+        config, params = load_hf(found.path)
+        tokenizer = Tokenizer.from_folder(found.path)
+    check_vocab(tokenizer, config.vocab_size)
+    return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))
+
+
+def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any]) -> None:
+    """Writes weights (Orbax), tokenizer, template and config; `humpback.json` last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_params(folder / "weights", model.params)
+    model.tokenizer.save(folder / "tokenizer")
+    description = {
+        "name": model.name,
+        "tags": model.tags,
+        "config": dataclasses.asdict(model.config),
+        "template": json.loads(model.template.to_json()),
+        "hash": model.hash,
+        "details": details,
+    }
+    text = json.dumps(description, indent=1, ensure_ascii=False)
+    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+
+
+def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
+    """Reads what `save_checkpoint` wrote.
+
+    Raises:
+      HumpbackError: incomplete or unreadable, or another template was asked for.
+    """
+    path = folder / DESCRIPTION
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        fields = raw["config"]
+        fields["rope_scaling"] = tuple((key, value) for key, value in fields["rope_scaling"])
+        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+        config = LlamaConfig(**fields)
+        stored = Template.from_json(json.dumps(raw["template"]), str(path))
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise HumpbackError(f"{path}: not a readable checkpoint description ({error}).") from error
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+    check_vocab(tokenizer, config.vocab_size)
+    if template != "auto":
+        require_same_template(stored, _choose(tokenizer, template), str(folder))
+    params = load_params(folder / "weights")
+    return LanguageModel(raw["name"], config, params, tokenizer, stored, raw["tags"])
+
+
+def _choose(tokenizer: Tokenizer, template: str) -> Template:
+    if template == "auto":
+        return Template.for_tokenizer(tokenizer)
+    if template not in ("chat", "plain"):
+        raise HumpbackError(f"template={template!r} is unknown; choose auto, chat or plain.")
+    return Template.for_tokenizer(tokenizer, name=template)  # type: ignore[arg-type]
+
+
+def _tiny_random(seed: int, template: str) -> LanguageModel:
+    import jax
+
+    from humpback_jax.text.byte_tokenizer import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=4096,
+        eos_token_ids=tokenizer.eos_ids,
+        pad_token_id=tokenizer.pad_id,
+    )
+    params = init_params(config, jax.random.key(seed))
+    return LanguageModel("tiny-random", config, params, tokenizer, _choose(tokenizer, template))

@@ -1,0 +1,77 @@
+"""Stage: M_yx writes one instruction for every segment (section 2.2). Done once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from humpback_jax.artifacts import Artifact, Row, Stage
+from humpback_jax.config import effective_fields
+from humpback_jax.evaluation.meters import copy_rate, echoes
+from humpback_jax.records import Candidate, Segment, stable_id
+from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.stages.context import Context
+from humpback_jax.text.template import Template
+
+VERSION = 1
+
+
+def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Artifact:
+    """Candidates (x̂_j, y_j), one row per segment, in the order of the corpus."""
+    section = context.config.augment
+    segments = [Segment(**row) for row in context.folder.read(corpus)]
+    decoding = Decoding(
+        section.temperature, section.top_p, section.top_k, section.max_new_tokens
+    )
+    fields = {**effective_fields(section), "seed": context.config.seed}
+    stage = Stage("augment", VERSION, json.loads(json.dumps(fields)))
+    size = section.shard_rows
+    shards = [segments[i : i + size] for i in range(0, len(segments), size)]
+
+    def make(index: int) -> list[Row]:
+        reader = context.inference(backward)
+        template = reader.model.template
+        prompts = [(s.id, template.backward_prompt(s.text)) for s in shards[index]]
+        drawn = reader.generate(
+            prompts, decoding, seed=context.config.seed, stage="augment", draw=0
+        )
+        context.say(f"augment: shard {index + 1} of {len(shards)}")
+        return [
+            dataclasses.asdict(
+                Candidate(
+                    id=stable_id(backward.hash, segment.id, "0"),
+                    segment_id=segment.id,
+                    instruction=generation.text,
+                    response=segment.text,
+                    raw=generation.text,
+                    draw=0,
+                    finish_reason=generation.finish_reason,
+                    logprob=round(generation.logprob, 4),
+                    tokens=generation.tokens,
+                    model_hash=backward.hash,
+                    template_hash=template.content_hash(),
+                    decoding=json.dumps(dataclasses.asdict(decoding)),
+                )
+            )
+            for segment, generation in zip(shards[index], drawn, strict=True)
+        ]
+
+    return context.folder.rows(
+        "candidates", "candidates", stage, [backward, corpus], len(shards), make
+    )
+
+
+def gate(candidate: Candidate, template: Template, min_chars: int, max_chars: int) -> str | None:
+    """The structural reason to refuse a candidate before any model rates it, or None."""
+    text = candidate.instruction
+    if candidate.finish_reason != "stop":
+        return "instruction_unfinished"
+    if not text or len(text) < min_chars:
+        return "instruction_too_short"
+    if len(text) > max_chars:
+        return "instruction_too_long"
+    if echoes(text, template):
+        return "instruction_echoes_prompt"
+    if len(text) >= 40 and copy_rate(text, candidate.response) > 0.9:
+        return "instruction_copies_document"
+    return None

@@ -1,0 +1,177 @@
+"""Stage: M_{t-1} scores every candidate, and A_k^(t) is selected (section 2.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from humpback_jax.artifacts import Artifact, Row, Stage
+from humpback_jax.curators import PairText, rate
+from humpback_jax.errors import HumpbackError
+from humpback_jax.records import Candidate, Pair, Score
+from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.stages.augment import gate
+from humpback_jax.stages.context import Context
+
+VERSION = 1
+
+
+def rubric_decoding(section: Any) -> Decoding:
+    """How the reasoned rubric writes; the likelihood curators generate nothing."""
+    return Decoding(section.temperature, section.top_p, 0, section.max_new_tokens)
+
+
+def score_stage(
+    context: Context,
+    name: str,
+    judge: Artifact,
+    candidates: Artifact,
+    curator: str,
+    limit: int = 0,
+) -> Artifact:
+    """Scores of one curator under one model, one row per candidate that passes the gates.
+
+    Args:
+      judge: M_{t-1}, or the base for `pmi_frozen`.
+      limit: only the first candidates by hash of their id; 0 means all.
+    """
+    config = context.config
+    section = config.curate
+    pairs = _gated(context, candidates)
+    if not pairs:
+        raise HumpbackError(
+            f"{name}: the gates refuse every candidate, so nothing is left to score. Look at the "
+            "candidates' instructions; augment.min_chars, max_chars and max_new_tokens set the gates."
+        )
+    pairs = sorted(pairs, key=lambda pair: pair.id)[:limit] if limit else pairs
+    decoding = rubric_decoding(section)
+    fields: Row = {"curator": curator, "limit": limit, "gate": _gate_fields(config)}
+    if curator == "rubric":
+        fields |= {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
+    # Ranks are over all pairs, so `combined` cannot be cut into shards.
+    size = len(pairs) if curator == "combined" else section.shard_rows
+    shards = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+    def make(index: int) -> list[Row]:
+        reader = context.inference(judge)
+        ratings = rate(curator, reader, shards[index], decoding, config.seed, {})
+        template_hash = reader.model.template.content_hash()
+        context.say(f"{name}: shard {index + 1} of {len(shards)}")
+        return [
+            dataclasses.asdict(
+                Score(r.id, curator, r.value, r.detail, judge.hash, template_hash)
+            )
+            for r in ratings
+        ]
+
+    stage = Stage("score", VERSION, json.loads(json.dumps(fields)))
+    return context.folder.rows(
+        name, "scores", stage, [judge, candidates], len(shards), make, _histogram
+    )
+
+
+def select_stage(
+    context: Context, name: str, candidates: Artifact, scores: Artifact
+) -> Artifact:
+    """Decides on every candidate and writes down why.
+
+    Raises:
+      HumpbackError: nothing is selected.
+    """
+    config = context.config
+    section = config.curate
+    names = ("curator", "select", "threshold", "fraction", "count")
+    fields = {key: section[key] for key in names} | {"gate": _gate_fields(config)}
+    stage = Stage("select", VERSION, json.loads(json.dumps(fields)))
+
+    def make(_: int) -> list[Row]:
+        rows = [Candidate(**row) for row in context.folder.read(candidates)]
+        values = {row["candidate_id"]: row["value"] for row in context.folder.read(scores)}
+        template = context.base.template
+        refused = {
+            c.id: gate(c, template, config.augment.min_chars, config.augment.max_chars)
+            for c in rows
+        }
+        rated = {c.id: values[c.id] for c in rows if values.get(c.id) is not None}
+        chosen, rule = choose(rated, section)
+        pairs = []
+        for c in rows:
+            value = values.get(c.id)
+            selected = c.id in chosen
+            unrated = "no_rating" if value is None else rule
+            reason = refused[c.id] or (rule if selected else unrated)
+            pairs.append(
+                Pair(c.id, c.id, c.instruction, c.response, "web", value, selected, reason)
+            )
+        return [dataclasses.asdict(pair) for pair in pairs]
+
+    artifact = context.folder.rows(
+        name, "pairs", stage, [candidates, scores], 1, make, _decisions
+    )
+    if not artifact.details["selected"]:
+        raise HumpbackError(
+            f"{name}: none of {artifact.rows} candidates is selected "
+            f"({artifact.details['reasons']}). Lower curate.threshold, or set "
+            "curate.select=top_fraction; the scores are kept."
+        )
+    return artifact
+
+
+def choose(rated: dict[str, float], section: Any) -> tuple[set[str], str]:
+    """Ids of A_k among the rated candidates, and the rule as text. Ties are broken by id."""
+    order = sorted(rated, key=lambda name: (-rated[name], name))
+    match section.select:
+        case "absolute":
+            rule = f"score >= {section.threshold:g}"
+            return {name for name in order if rated[name] >= section.threshold}, rule
+        case "top_fraction":
+            count = round(section.fraction * len(order)) or min(1, len(order))
+            return set(order[:count]), f"top {section.fraction:.1%} by score"
+        case "count":
+            return set(order[: section.count]), f"top {section.count} by score"
+        case unknown:
+            raise HumpbackError(
+                f"curate.select={unknown!r} is unknown; choose absolute, top_fraction or count."
+            )
+
+
+def _gated(context: Context, candidates: Artifact) -> list[PairText]:
+    section = context.config.augment
+    rows = [Candidate(**row) for row in context.folder.read(candidates)]
+    template = context.base.template
+    return [
+        PairText(c.id, c.segment_id, c.instruction, c.response)
+        for c in rows
+        if gate(c, template, section.min_chars, section.max_chars) is None
+    ]
+
+
+def _gate_fields(config: Any) -> Row:
+    return {"min_chars": config.augment.min_chars, "max_chars": config.augment.max_chars}
+
+
+def _histogram(rows: list[Row]) -> Row:
+    """Parse rate and score histogram, logged every time."""
+    values = [row["value"] for row in rows if row["value"] is not None]
+    bins: dict[str, int] = {}
+    for value in values:
+        label = f"{value:.1f}"
+        bins[label] = bins.get(label, 0) + 1
+    rate = len(values) / len(rows) if rows else 0.0
+    ordered = dict(sorted(bins.items(), key=lambda item: float(item[0])))
+    return {"rated": len(values), "parse_rate": round(rate, 4), "histogram": ordered}
+
+
+def _decisions(rows: list[Row]) -> Row:
+    reasons: dict[str, int] = {}
+    for row in rows:
+        label = ("selected: " if row["selected"] else "rejected: ") + row["reason"]
+        reasons[label] = reasons.get(label, 0) + 1
+    return {"selected": sum(row["selected"] for row in rows), "reasons": reasons}
+
+
+def selected_examples(rows: Sequence[Row]) -> list[Any]:
+    """The selected pairs of a `pairs` artifact as training examples."""
+    return [Pair(**row).example() for row in rows if row["selected"]]

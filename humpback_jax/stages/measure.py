@@ -1,0 +1,153 @@
+"""Stage: the meters that run before money is spent, and may stop the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+from humpback_jax.artifacts import Artifact, Row, Stage
+from humpback_jax.curators import PairText, Rating, rate
+from humpback_jax.errors import HumpbackError
+from humpback_jax.evaluation.meters import backward_meter, curation_meter
+from humpback_jax.inference import Inference
+from humpback_jax.records import Example, stable_id
+from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.stages.context import Context
+from humpback_jax.stages.curate import rubric_decoding
+
+VERSION = 1
+
+
+def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) -> Artifact:
+    """Measures M_yx on held-out pairs: NLL, lift under M_0, copy rate, echo rate.
+
+    Raises:
+      HumpbackError: a limit of `config.meters` is broken and its action is "stop".
+    """
+    config = context.config
+    examples = _examples(context)
+    section = config.augment
+    decoding = Decoding(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
+    fields = {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
+    fields["examples"] = [example.id for example in examples]
+    stage = Stage("backward_meter", VERSION, fields)
+
+    def make(_: int) -> list[Row]:
+        writer = context.inference(backward)
+        prompts = [(e.id, writer.model.template.backward_prompt(e.response)) for e in examples]
+        drawn = writer.generate(prompts, decoding, seed=config.seed, stage="backward_meter")
+        reader = Inference(context.model(judge), context.compute)
+        measured = backward_meter(
+            writer, examples, drawn, functools.partial(_rate, "pmi", reader, decoding, config.seed)
+        )
+        pairs = [[e.instruction, g.text] for e, g in zip(examples, drawn, strict=True)]
+        return [{"meter": json.dumps(measured.record()), "examples": json.dumps(pairs)}]
+
+    artifact = context.folder.rows(
+        "round_0/backward_meter",
+        "meter",
+        stage,
+        [backward, judge],
+        1,
+        make,
+        lambda rows: json.loads(rows[0]["meter"]),
+    )
+    meter, limits = artifact.details, config.meters
+    _judge(
+        context,
+        {
+            f"lift {meter['lift']['value']:.3f} is below {limits.min_lift}": (
+                meter["lift"]["value"] < limits.min_lift
+            ),
+            f"copy rate {meter['copy_rate']:.2f} is above {limits.max_copy_rate}": (
+                meter["copy_rate"] > limits.max_copy_rate
+            ),
+            f"echo rate {meter['echo_rate']:.2f} is above {limits.max_echo_rate}": (
+                meter["echo_rate"] > limits.max_echo_rate
+            ),
+        },
+        "the backward model's instructions do not fit their responses",
+    )
+    return artifact
+
+
+def curation_meter_stage(context: Context, name: str, judge: Artifact) -> Artifact:
+    """AUC of every curator of interest on true against shuffled, truncated and promo pairs.
+
+    Raises:
+      HumpbackError: the loop's curator cannot tell true from shuffled pairs, and the action is
+        "stop".
+    """
+    config = context.config
+    examples = _examples(context)
+    decoding = rubric_decoding(config.curate)
+    curators = list(dict.fromkeys([config.curate.curator, *config.meters.curators]))
+    fields: Row = {"curators": curators, "examples": [example.id for example in examples]}
+    if "rubric" in curators:
+        fields |= {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
+    stage = Stage("curation_meter", VERSION, json.loads(json.dumps(fields)))
+
+    def make(_: int) -> list[Row]:
+        alone: dict[str, tuple[float, int]] = {}
+        rows = []
+        for curator in curators:
+            reader = context.inference(
+                context.base_artifact if curator == "pmi_frozen" else judge
+            )
+            seen = {} if curator == "pmi_frozen" else alone
+            measured = curation_meter(
+                functools.partial(_rate, curator, reader, decoding, config.seed, alone=seen),
+                examples,
+            )
+            for kind, meter in measured.items():
+                rows.append({"curator": curator, "kind": kind, "auc": meter.auc, "n": meter.n})
+        return rows
+
+    def nested(rows: list[Row]) -> Row:
+        table: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            table.setdefault(row["curator"], {})[row["kind"]] = {"auc": row["auc"], "n": row["n"]}
+        return table
+
+    artifact = context.folder.rows(name, "meter", stage, [judge], 1, make, nested)
+    auc = artifact.details[config.curate.curator]["shuffled"]["auc"]
+    _judge(
+        context,
+        {f"AUC {auc:.2f} is below {config.meters.min_auc}": auc < config.meters.min_auc},
+        f"the curator {config.curate.curator!r} under {judge.name} cannot tell true pairs from "
+        "shuffled ones",
+    )
+    return artifact
+
+
+def _rate(
+    curator: str,
+    reader: Inference,
+    decoding: Decoding,
+    seed: int,
+    pairs: Any,
+    alone: dict[str, tuple[float, int]] | None = None,
+) -> list[Rating]:
+    texts: list[PairText] = list(pairs)
+    return rate(curator, reader, texts, decoding, seed, {} if alone is None else alone)
+
+
+def _examples(context: Context) -> list[Example]:
+    """The held-out single-turn pairs that the meters use, chosen by a hash of their ids."""
+    order = sorted(context.heldout, key=lambda e: stable_id("meter", e.id))
+    return order[: context.config.meters.pairs]
+
+
+def _judge(context: Context, broken: dict[str, bool], meaning: str) -> None:
+    failures = [text for text, is_broken in broken.items() if is_broken]
+    if not failures:
+        return
+    message = f"{meaning}: {'; '.join(failures)}."
+    if context.config.meters.action == "stop":
+        raise HumpbackError(
+            f"{message} Stopped before compute is spent on it; everything so far is kept. Improve "
+            "the model or the data, choose another curator, or set meters.action=warn."
+        )
+    context.say(f"warning: {message}")

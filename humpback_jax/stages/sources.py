@@ -1,0 +1,94 @@
+"""Stage: where the human pairs and the unlabelled segments come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.artifacts import Artifact, Row, Stage, rows_hash
+from humpback_jax.corpus.documents import Document, read_documents
+from humpback_jax.corpus.filters import extract_segments
+from humpback_jax.corpus.segments import choose
+from humpback_jax.errors import HumpbackError
+from humpback_jax.records import Example, stable_id
+from humpback_jax.rows import read_examples
+from humpback_jax.stages.context import Context
+
+VERSION = 1
+
+
+def seed_pairs(config: Any) -> tuple[list[Example], list[Example]]:
+    """(training pairs, held-out pairs): the packaged set, or the files that the config names.
+
+    Raises:
+      HumpbackError: an unreadable file, or an id that stands in both parts.
+    """
+    seed = _pairs(config.data.seed, "train", config.data.skip_bad)
+    heldout = _pairs(config.data.heldout, "heldout", config.data.skip_bad)
+    shared = {e.instruction for e in seed} & {e.instruction for e in heldout}
+    if shared:
+        raise HumpbackError(
+            f"{len(shared)} instructions stand in both data.seed and data.heldout, for example "
+            f"{min(shared)[:80]!r}. Remove them from one of the two."
+        )
+    if config.data.seed_limit:
+        seed = sorted(seed, key=lambda e: stable_id("seed", e.id))[: config.data.seed_limit]
+    return seed, heldout
+
+
+def packaged_pairs(split: str) -> list[Example]:
+    """The pairs written for this project: split "train" or "heldout"."""
+    with resources.as_file(resources.files("humpback_jax") / "data" / "seed.jsonl") as path:
+        examples, _ = read_examples(path, "seed")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    splits = {row["id"]: row["split"] for row in map(json.loads, lines)}
+    return [example for example in examples if splits[example.id] == split]
+
+
+def _pairs(where: str, split: str, skip_bad: bool) -> list[Example]:
+    if where == "builtin":
+        return packaged_pairs(split)
+    examples, _ = read_examples(Path(where), "seed", skip_bad=skip_bad)
+    return examples
+
+
+def corpus_stage(context: Context) -> Artifact:
+    """The unlabelled segments U, with counts per rule in the artifact's details.
+
+    Raises:
+      HumpbackError: no segment is left.
+    """
+    section = context.config.corpus
+    documents = _documents(section)
+    identity = rows_hash({"id": d.id, "text": d.text} for d in documents)
+    fields = {**section.to_dict(), "documents": identity}
+    stage = Stage("corpus", VERSION, json.loads(json.dumps(fields)))
+    counts: Row = {}
+
+    def make(_: int) -> list[Row]:
+        kept, _rejected, found = extract_segments(
+            documents, min_chars=section.min_chars, max_chars=section.max_chars
+        )
+        chosen = choose(kept, section.segments or len(kept), context.config.seed)
+        counts.update(found)
+        return [dataclasses.asdict(segment) for segment in chosen]
+
+    artifact = context.folder.rows(
+        "corpus", "corpus", stage, [], 1, make, lambda rows: {"documents": len(documents), **counts}
+    )
+    if not artifact.rows:
+        raise HumpbackError(
+            f"no segment is left of {len(documents)} documents ({artifact.details}). Check "
+            "corpus.documents and the length window corpus.min_chars and max_chars."
+        )
+    return artifact
+
+
+def _documents(section: Any) -> list[Document]:
+    documents = sorted(read_documents(list(section.documents)), key=lambda d: d.id)
+    if section.limit:
+        documents = sorted(documents, key=lambda d: stable_id("limit", d.id))[: section.limit]
+    return documents

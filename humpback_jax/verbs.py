@@ -1,0 +1,355 @@
+"""What each verb of the command line does; every function returns what `--json` prints."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.compute import choose_compute, use_compilation_cache
+from humpback_jax.config import default_config, load_config, set_field
+from humpback_jax.errors import HumpbackError
+from humpback_jax.models import load_model, save_checkpoint
+
+Result = dict[str, Any]
+
+
+def start(arguments: argparse.Namespace) -> None:
+    """Common to all verbs that compute."""
+    if arguments.verb not in ("fetch", "trace", "report"):
+        use_compilation_cache()
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    """The whole loop for a config, then its report."""
+    from humpback_jax import loop
+    from humpback_jax.plan import dry_run
+    from humpback_jax.report.build import build_report
+    from humpback_jax.report.tables import result_lines
+
+    if not arguments.config:
+        raise HumpbackError("run needs --config=configs/FILE.py; configs/ holds the experiments.")
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.limit:
+        with config.unlocked():
+            config.corpus.limit = arguments.limit
+    workdir = Path(arguments.workdir)
+    say = progress()
+    if arguments.dry_run:
+        return dry_run(config, say)
+    summary = loop.run(config, workdir, fresh=arguments.fresh, say=say)
+    build_report(workdir)
+    print()
+    for line in result_lines(workdir):
+        print(line)
+    print(f"\nreport: {workdir / 'report' / 'index.html'}")
+    return summary
+
+
+def train(arguments: argparse.Namespace) -> Result:
+    """SFT on a file of rows; writes one of our checkpoints."""
+    from humpback_jax.checkpoint import ResumeFolder
+    from humpback_jax.records import stable_id
+    from humpback_jax.rows import read_examples
+    from humpback_jax.stages.train import render, tune, tuned_model
+    from humpback_jax.text.preview import preview_lines
+
+    config = _config(arguments)
+    out = Path(arguments.out)
+    _writable_folder(out)
+    examples, report = read_examples(Path(arguments.data), arguments.source, arguments.skip_bad)
+    examples = examples[: arguments.limit or None]
+    section = config.backward if arguments.reverse else config.train
+    if not arguments.config and not _touches_length(arguments.overrides):
+        section.epochs = 1.0
+        section.batch_examples = min(8, max(len(examples), 1))
+    if not arguments.config and not any("on_long" in key for key in arguments.overrides):
+        section.on_long = "error"
+    compute = choose_compute(config.compute.precision, config.compute.batch_size)
+    base = load_model(arguments.model, config.base.template, config.seed)
+    direction = "backward" if arguments.reverse else "forward"
+    rows = render(base.template, examples[: arguments.preview], direction)
+    for line in preview_lines(base.tokenizer, rows, sys.stdout.isatty()):
+        print(line)
+    resume = ResumeFolder(out / "resume" / stable_id(config.to_json(), str(len(examples))))
+    started, say = time.monotonic(), progress()
+    history = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    with history:
+
+        def report_row(row: Result) -> None:
+            history.write(json.dumps(row) + "\n")
+            if "loss" in row:
+                say(
+                    f"train: step {row['step']}, loss {row['loss']:.4f}, "
+                    f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s"
+                )
+
+        trained, used, dropped = tune(
+            base,
+            examples,
+            section,
+            direction,
+            compute,
+            config.seed,
+            resume=resume,
+            on_metrics=report_row,
+            on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
+        )
+    tags = "none" if arguments.reverse else {"seed": "S_a", "web": "S_w"}.get(arguments.source, "none")
+    model = tuned_model(base, out.name, trained, tags)  # type: ignore[arg-type]
+    losses = [row["loss"] for row in trained.history if "loss" in row]
+    details = {
+        "examples": len(used),
+        "dropped": dropped,
+        "bad_rows": report.bad,
+        "supervised_tokens": sum(example.supervised for example in used),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+    }
+    save_checkpoint(out, model, details)
+    resume.delete()
+    say(f"saved {out}: {details}")
+    return {"out": str(out), "seconds": round(time.monotonic() - started, 1), **details}
+
+
+def sample(arguments: argparse.Namespace) -> Result:
+    """Generates for each prompt; the rows come out with output, finish reason, log-probability."""
+    from humpback_jax.inference import Inference
+    from humpback_jax.rows import read_prompts, write_rows
+    from humpback_jax.sampling.sampler import Decoding
+
+    if (arguments.prompts is None) == (arguments.prompt is None):
+        raise HumpbackError("sample needs either --prompts FILE or --prompt TEXT.")
+    if arguments.prompts:
+        prompts, _ = read_prompts(Path(arguments.prompts), arguments.skip_bad)
+    else:
+        from humpback_jax.rows import single_prompt
+
+        prompts = [single_prompt(arguments.prompt)]
+    model = load_model(arguments.model)
+    tags = model.tags if arguments.tags == "model" else arguments.tags
+    reader = Inference(model, choose_compute(arguments.precision, arguments.batch_size))
+    template = model.template
+    texts = []
+    for prompt in prompts:
+        if arguments.reverse:
+            texts.append((prompt.id, template.backward_prompt(prompt.messages[-1]["content"])))
+        else:
+            texts.append((prompt.id, template.forward_prompt(prompt.messages, tags)))
+    decoding = Decoding(
+        arguments.temperature, arguments.top_p, arguments.top_k, arguments.max_tokens
+    )
+    started = time.monotonic()
+    rows = []
+    for draw in range(arguments.n):
+        drawn = reader.generate(
+            texts, decoding, seed=arguments.seed, stage="sample", draw=draw
+        )
+        for prompt, done in zip(prompts, drawn, strict=True):
+            rows.append(
+                {
+                    **prompt.row,
+                    "output": done.text,
+                    "finish_reason": done.finish_reason,
+                    "logprob": round(done.logprob, 4),
+                    "tokens": done.tokens,
+                    "draw": draw,
+                }
+            )
+    if arguments.n > 1:
+        count = len(prompts)
+        rows = [rows[d * count + i] for i in range(count) for d in range(arguments.n)]
+    if arguments.out:
+        write_rows(Path(arguments.out), rows, arguments.format)
+    else:
+        for row in rows:
+            print(row["output"])
+    seconds = time.monotonic() - started
+    return {"rows": len(rows), "seconds": round(seconds, 2), "out": arguments.out}
+
+
+def score(arguments: argparse.Namespace) -> Result:
+    """Rates each pair of a file."""
+    from humpback_jax.curators import PairText, check_curator, rate
+    from humpback_jax.inference import Inference
+    from humpback_jax.rows import read_examples, write_rows
+    from humpback_jax.sampling.sampler import Decoding
+
+    check_curator(arguments.curator, 1)
+    examples, report = read_examples(Path(arguments.data), "seed", arguments.skip_bad)
+    model = load_model(arguments.model)
+    reader = Inference(model, choose_compute(arguments.precision, arguments.batch_size))
+    pairs = [PairText(e.id, e.id, e.instruction, e.response) for e in examples]
+    decoding = Decoding(0.7, 0.9, 0, arguments.max_tokens)
+    started = time.monotonic()
+    ratings = rate(arguments.curator, reader, pairs, decoding, arguments.seed, {})
+    rows = [
+        {
+            "id": pair.id,
+            "instruction": pair.instruction,
+            "response": pair.response,
+            "curator": rating.curator,
+            "score": rating.value,
+            "detail": json.loads(rating.detail),
+        }
+        for pair, rating in zip(pairs, ratings, strict=True)
+    ]
+    write_rows(Path(arguments.out), rows, arguments.format)
+    rated = sum(row["score"] is not None for row in rows)
+    return {
+        "rows": len(rows),
+        "rated": rated,
+        "bad_rows": report.bad,
+        "seconds": round(time.monotonic() - started, 2),
+        "out": arguments.out,
+    }
+
+
+def evaluate(arguments: argparse.Namespace) -> Result:
+    """Held-out figures of one model; so far the suite `nll`."""
+    from humpback_jax.artifacts import write_json
+    from humpback_jax.evaluation.nll import response_nll
+    from humpback_jax.evaluation.statistics import token_mean
+    from humpback_jax.inference import Inference
+    from humpback_jax.rows import read_examples
+    from humpback_jax.stages.sources import packaged_pairs
+
+    suites = [name for name in arguments.suite.split(",") if name]
+    unknown = sorted(set(suites) - {"nll"})
+    if unknown or not suites:
+        raise HumpbackError(f"--suite={arguments.suite}: {unknown} is unknown; known: nll.")
+    if arguments.data == "builtin":
+        examples = packaged_pairs("heldout")
+    else:
+        examples, _ = read_examples(Path(arguments.data), "seed", arguments.skip_bad)
+    model = load_model(arguments.model)
+    tags: Any = model.tags if arguments.tags == "model" else arguments.tags
+    reader = Inference(model, choose_compute(arguments.precision, 16))
+    nll, tokens = response_nll(reader, examples, tags)
+    estimate = token_mean(nll, tokens)
+    results = {"nll": {"nll_per_token": estimate.record()}}
+    print(
+        f"{'suite':<8}{'metric':<16}{'value':>10}{'stderr':>10}{'n':>7}\n"
+        f"{'nll':<8}{'nll_per_token':<16}{estimate.value:>10.4f}"
+        f"{estimate.stderr:>10.4f}{estimate.n:>7}"
+    )
+    result: Result = {"results": results, "model": arguments.model, "tags": tags}
+    if arguments.out:
+        folder = Path(arguments.out)
+        _writable_folder(folder)
+        write_json(folder / "results.json", result)
+    return result
+
+
+def export(arguments: argparse.Namespace) -> Result:
+    """Weights, config and tokenizer as a folder that `transformers` loads."""
+    from humpback_jax.text.template import baked_chat_template
+    from humpback_jax.weights.safetensors_io import save_hf
+
+    model = load_model(arguments.model)
+    out = Path(arguments.out)
+    _writable_folder(out)
+    save_hf(out, model.config, model.params, arguments.dtype)
+    source = baked_chat_template(model.template, model.tags)  # type: ignore[arg-type]
+    model.tokenizer.with_chat_template(source).save(out)
+    generation = {
+        "bos_token_id": model.config.bos_token_id,
+        "eos_token_id": list(model.stop_ids),
+        "pad_token_id": model.tokenizer.pad_id,
+    }
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=1))
+    print(f"exported {arguments.model} to {out}")
+    return {"out": str(out), "format": arguments.format, "hash": model.hash}
+
+
+def import_model(arguments: argparse.Namespace) -> Result:
+    """Any model that we can name, as one of our checkpoints."""
+    model = load_model(arguments.source)
+    out = Path(arguments.out)
+    _writable_folder(out)
+    save_checkpoint(out, dataclasses.replace(model, name=out.name), {"source": arguments.source})
+    print(f"imported {arguments.source} to {out}")
+    return {"out": str(out), "hash": model.hash}
+
+
+def fetch(arguments: argparse.Namespace) -> Result:
+    """Brings a model into the cache."""
+    from humpback_jax.weights.named import resolve
+
+    found = resolve(arguments.name)
+    print(f"{arguments.name}: {found.kind} at {found.path}")
+    return {"name": arguments.name, "kind": found.kind, "path": str(found.path)}
+
+
+def report(arguments: argparse.Namespace) -> Result:
+    """Rewrites the report of a run from its artifacts."""
+    from humpback_jax.report.build import build_report
+
+    path = build_report(_run_folder(arguments))
+    print(f"report: {path}")
+    return {"report": str(path)}
+
+
+def verify(arguments: argparse.Namespace) -> Result:
+    """Recomputes hashes and a slice; `ok` is False and the exit code 1 when anything differs."""
+    from humpback_jax.verification import verify_run
+
+    result = verify_run(_run_folder(arguments), progress())
+    print("everything agrees" if result["ok"] else "differs: " + "; ".join(result["differs"]))
+    return result
+
+
+def trace(arguments: argparse.Namespace) -> Result:
+    """Prints the lineage of one id."""
+    from humpback_jax.lineage import trace_id
+
+    result = trace_id(_run_folder(arguments), arguments.id)
+    if not arguments.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    return result
+
+
+def progress() -> Any:
+    """Prints progress lines with the time since the start, flushed at once."""
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:7.1f}s] {text}", flush=True)
+
+    return say
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    """The config of `train`: a file's, or the defaults; overrides apply to both."""
+    if arguments.config:
+        return load_config(arguments.config, arguments.overrides)
+    config = default_config()
+    for key, values in arguments.overrides.items():
+        set_field(config, key, values)
+    return config
+
+
+def _touches_length(overrides: dict[str, list[str]]) -> bool:
+    return any(key.rsplit(".", 1)[-1] in ("steps", "epochs") for key in overrides)
+
+
+def _run_folder(arguments: argparse.Namespace) -> Path:
+    folder = Path(arguments.workdir)
+    if not (folder / "manifest.json").is_file():
+        raise HumpbackError(f"--workdir={folder}: no run stands there (manifest.json is missing).")
+    return folder
+
+
+def _writable_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".probe").touch()
+        (folder / ".probe").unlink()
+    except OSError as error:
+        raise HumpbackError(f"{folder} cannot be written ({error.strerror}).") from error
+
+
