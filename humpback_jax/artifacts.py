@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,10 @@ class RunFolder:
             self._say(f"{name}: already done, {record['hash'][:12]}")
         else:
             self.redone += 1
+            started = time.monotonic()
             folder.mkdir(parents=True, exist_ok=True)
             digest, rows, details = build(folder)
+            self._say(f"{name}: done in {time.monotonic() - started:.1f} s")
             record = {"hash": digest, "rows": rows, "details": details}
             record |= {"stage": stage.name, "version": stage.version, "fields": stage.fields}
             write_json(seal, record)

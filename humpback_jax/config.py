@@ -145,9 +145,9 @@ def apply_tiny(config: ConfigDict) -> None:
         config.base.template = "auto"
         config.data.seed_limit = 24
         config.corpus.update({"documents": ("pydoc_topics",), "limit": 12, "segments": 16})
-        config.corpus.max_chars = 1000
+        config.corpus.max_chars = 800
         for section in (config.backward, config.train):
-            section.update({"steps": 4, "epochs": 0.0, "batch_examples": 4, "row_tokens": 2048})
+            section.update({"steps": 3, "epochs": 0.0, "batch_examples": 4, "row_tokens": 1024})
             section.update({"learning_rate": 1e-3, "end_learning_rate": 9e-4, "accumulation": 1})
             section.update({"resume_every": 2, "eval_every": 2, "on_long": "drop"})
         config.augment.update({"max_new_tokens": 24, "min_chars": 0, "shard_rows": 4})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,128 +11,19 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from text_samples import (
+    LINES,
+    LLAMA_STYLE,
+    digits_split,
+    train_sentencepiece,
+    trained_bpe,
+    varied_texts,
+)
+from tokenizers import AddedToken, processors
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.text.byte_tokenizer import byte_tokenizer
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
-
-LINES = [
-    "The quick brown fox doesn't jump over 12345 lazy dogs, does it?",
-    "def add(a, b):\n    return a + b  # sums 10 numbers",
-    "Zürich, naïve café: l'été 2024 — 日本語のテキスト 😀👩‍👩‍👧",
-    "   leading and trailing   ",
-    "tabs\tand\r\nnew lines\n\n\nand {braces} <tags/> [INST] | pipes",
-    "I'LL SHOUT, they've said 3.14159 or 1,000,000",
-    "",
-    " ",
-]
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-
-def varied_texts() -> list[str]:
-    draw = random.Random(0)
-    alphabet = " aab\né😀ct1.,'"
-    noise = ["".join(draw.choice(alphabet) for _ in range(draw.randint(1, 50))) for _ in range(800)]
-    spaces = ["".join(draw.choice("ab ") for _ in range(draw.randint(1, 30))) for _ in range(400)]
-    return LINES + noise + spaces
-
-
-def trained_bpe(pre: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(LINES * 3, trainer)
-    return backend
-
-
-def gpt2_split() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def digits_split() -> pre_tokenizers.PreTokenizer:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, gpt2_split()])
-
-
-def llama3_split() -> pre_tokenizers.PreTokenizer:
-    words = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def write_gguf(path: Path, **fields: Any) -> Path:
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in fields.items():
-        name = key if key == "tokenizer.chat_template" else f"tokenizer.ggml.{key}"
-        if isinstance(value, bool):
-            writer.add_bool(name, value)
-        elif isinstance(value, int):
-            writer.add_uint32(name, value)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        else:
-            writer.add_array(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
-def gguf_of(path: Path, backend: tokenizers.Tokenizer, pre: str, **fields: Any) -> Path:
-    model = json.loads(backend.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    return write_gguf(
-        path,
-        model="gpt2",
-        pre=pre,
-        tokens=tokens,
-        token_type=[3 if token in SPECIALS else 1 for token in tokens],
-        merges=[" ".join(merge) for merge in model["merges"]],
-        bos_token_id=tokens.index("<|endoftext|>"),
-        eos_token_id=tokens.index("<|im_end|>"),
-        **fields,
-    )
-
-
-def train_sentencepiece(folder: Path, **options: Any) -> Any:
-    sentencepiece = pytest.importorskip("sentencepiece")
-    buffer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for line in LINES if line.strip()] * 4 + ["aa  ab   aaaa"]),
-        model_writer=buffer,
-        vocab_size=400,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
-    )
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(buffer.getvalue())
-    return sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
-
-
-LLAMA_STYLE = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "split_digits": True,
-    "allow_whitespace_only_pieces": True,
-}
 
 
 def hf_folder(folder: Path, config: dict[str, Any], **files: Any) -> Path:
@@ -342,96 +231,6 @@ def test_unreadable_tokenizer_model_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-# --- GGUF ---
-
-
-@pytest.mark.parametrize(
-    ("pre", "split"),
-    [
-        ("smollm", digits_split),
-        ("gpt-2", gpt2_split),
-        ("default", gpt2_split),
-        ("llama-bpe", llama3_split),
-    ],
-)
-def test_gguf_byte_level_gives_the_ids_of_the_original(
-    tmp_path: Path, pre: str, split: Any
-) -> None:
-    original = trained_bpe(split())
-    original.model.ignore_merges = pre == "llama-bpe"
-    path = gguf_of(tmp_path / "m.gguf", original, pre)
-    tokenizer = Tokenizer.from_gguf(path)
-    for text in [*varied_texts(), "a<|im_end|>\nb<|im_start|>"]:
-        assert tokenizer.encode(text) == original.encode(text, add_special_tokens=False).ids
-        assert tokenizer.decode(tokenizer.encode(text), False) == text
-    assert tokenizer.eos_texts == ("<|im_end|>",)
-    assert tokenizer.add_bos == (pre == "llama-bpe")
-
-
-def test_gguf_flags_and_turn_end_ids_are_read(tmp_path: Path) -> None:
-    path = gguf_of(
-        tmp_path / "m.gguf",
-        trained_bpe(digits_split()),
-        "smollm",
-        add_bos_token=True,
-        eot_token_id=0,
-        **{"tokenizer.chat_template": "hello"},
-    )
-    tokenizer = Tokenizer.from_gguf(path)
-    assert tokenizer.add_bos and tokenizer.eos_ids == (2, 0) and tokenizer.chat_template == "hello"
-
-
-def test_gguf_sentencepiece_gives_the_ids_of_sentencepiece(tmp_path: Path) -> None:
-    reference = train_sentencepiece(tmp_path / "m", **LLAMA_STYLE)
-    count = reference.get_piece_size()
-    kinds = [
-        2
-        if reference.is_unknown(i)
-        else 3
-        if reference.is_control(i)
-        else 6
-        if reference.is_byte(i)
-        else 1
-        for i in range(count)
-    ]
-    path = write_gguf(
-        tmp_path / "m.gguf",
-        model="llama",
-        tokens=[reference.id_to_piece(i) for i in range(count)],
-        scores=[reference.get_score(i) for i in range(count)],
-        token_type=kinds,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    tokenizer = Tokenizer.from_gguf(path)
-    assert tokenizer.add_bos and tokenizer.eos_texts == ("</s>",)
-    for text in varied_texts():
-        assert tokenizer.encode(text) == reference.encode(text)
-
-
-def test_unknown_gguf_pre_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
-    path = gguf_of(tmp_path / "m.gguf", trained_bpe(gpt2_split()), "brand-new-pre")
-    with pytest.raises(HumpbackError, match="brand-new-pre"):
-        Tokenizer.from_gguf(path)
-
-
-def test_unknown_gguf_tokenizer_kind_and_broken_files_are_refused(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", model="rwkv", tokens=["a"])
-    with pytest.raises(HumpbackError, match="rwkv"):
-        Tokenizer.from_gguf(path)
-    bare = write_gguf(tmp_path / "bare.gguf", model="gpt2", tokens=["a"])
-    with pytest.raises(HumpbackError, match="merges"):
-        Tokenizer.from_gguf(bare)
-    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(HumpbackError, match=r"cut\.gguf"):
-        Tokenizer.from_gguf(tmp_path / "cut.gguf")
-    (tmp_path / "text.gguf").write_text("hello, this is no model at all")
-    with pytest.raises(HumpbackError, match="GGUF"):
-        Tokenizer.from_gguf(tmp_path / "text.gguf")
-    with pytest.raises(HumpbackError, match=r"absent\.gguf"):
-        Tokenizer.from_gguf(tmp_path / "absent.gguf")
-
-
 # --- saving ---
 
 
@@ -459,6 +258,8 @@ def test_saved_tokenizer_loads_here_and_in_transformers_with_the_same_ids(
     out = tmp_path / "out"
     tokenizer.save(out)
     again = Tokenizer.load(out)
+    settings = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
+    assert settings["add_bos_token"] == tokenizer.add_bos  # what converters to GGUF go by
     assert again.content_hash() == tokenizer.content_hash()
     assert (again.eos_ids, again.pad_id) == (tokenizer.eos_ids, tokenizer.pad_id)
     if (
@@ -501,36 +302,3 @@ def test_token_beyond_the_models_vocabulary_is_refused_before_training() -> None
     check_vocab(tokenizer, 512)
     with pytest.raises(HumpbackError, match="258"):
         check_vocab(tokenizer, 258)
-
-
-# --- the embedded default model ---
-
-
-def default_model_path() -> Path:
-    from humpback_jax.weights import named
-
-    return Path(named.resolve("smollm2-135m-instruct").path)
-
-
-@pytest.mark.real_model
-def test_default_model_tokenizer_is_smollm2s_own() -> None:
-    tokenizer = Tokenizer.from_gguf(default_model_path())
-    check_vocab(tokenizer, 49152)
-    assert tokenizer.vocab_size == 49152 and tokenizer.eos_texts == ("<|im_end|>",)
-    assert not tokenizer.add_bos  # its BOS id is <|im_start|>, which the chat template writes
-    assert tokenizer.encode("Hello 12345") == [19556, 216, 33, 34, 35, 36, 37]  # single digits
-    for text in varied_texts():
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@pytest.mark.real_model
-def test_default_model_tokenizer_agrees_with_transformers_reading_the_same_file() -> None:
-    transformers = pytest.importorskip("transformers")
-    path = default_model_path()
-    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    # Its GGUF reader knows the merges but not this model's rule of one token per digit.
-    theirs.backend_tokenizer.pre_tokenizer = digits_split()
-    ours = Tokenizer.from_gguf(path)
-    for text in varied_texts():
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-    assert ours.chat_template == theirs.chat_template

@@ -1,1 +1,1 @@
-"""corpus"""
+"""From documents to self-contained segments."""

@@ -102,6 +102,11 @@ class LlamaConfig:
 
         heads = int(need("num_attention_heads"))
         hidden = int(need("hidden_size"))
+        if hidden % heads and raw.get("head_dim") is None:
+            raise HumpbackError(
+                f"{where}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}, "
+                "and head_dim is not given."
+            )
         rope_type, rope_theta, scaling = _rope_from_hf(raw, where)
         return cls(
             vocab_size=int(need("vocab_size")),
@@ -177,10 +182,9 @@ def _rope_from_hf(
         raise HumpbackError(f"{where}: partial_rotary_factor={partial} is not supported.")
     required, optional = _ROPE_FIELDS[kind]
     rope = {key: value for key, value in rope.items() if value is not None}
-    if kind in ("dynamic", "yarn") and raw.get("original_max_position_embeddings"):
-        rope.setdefault(
-            "original_max_position_embeddings", raw["original_max_position_embeddings"]
-        )
+    if kind in ("llama3", "yarn") and raw.get("original_max_position_embeddings"):
+        # transformers lets the field outside overrule the one inside
+        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     missing, unknown = required - rope.keys(), rope.keys() - required - optional
     if kind == "default":
         unknown -= {"factor"}  # written by some exporters beside the default type, without effect

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Linear, LoraSpec, Precision, dropout, matmul
 from humpback_jax.model.rope import apply_rope, rope_tables
@@ -179,7 +180,7 @@ class Llama(nnx.Module):
             def stacked(rngs: nnx.Rngs) -> Block:
                 return Block(config, dtype, lora, rngs)
 
-            self.layers: Any = stacked(rngs.fork(split=depth))
+            self.layers: Any = stacked(rngs.split(depth))
         else:
             self.layers = nnx.List([Block(config, dtype, lora, rngs) for _ in range(depth)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -277,12 +278,33 @@ def abstract_model(
 def bind(
     config: LlamaConfig, params: Params, layout: Layout = "scan", lora: LoraSpec | None = None
 ) -> Llama:
-    """The module that holds `params` (a nested dict of arrays, dtypes as given)."""
+    """The module that holds `params` (a nested dict of arrays, dtypes as given).
+
+    Raises:
+      HumpbackError: `params` is not the tree of this model.
+    """
     graphdef, state = abstract_model(config, layout, lora)
     flat = dict(nnx.to_flat_state(state))
     given = flatten(params)
+    _check_tree({path: leaf.shape for path, leaf in flat.items()}, given)
     leaves = {path: variable.replace(given[path]) for path, variable in flat.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def _check_tree(shapes: dict[tuple[Any, ...], tuple[int, ...]], given: dict[Any, Any]) -> None:
+    missing, unknown = shapes.keys() - given.keys(), given.keys() - shapes.keys()
+    if missing or unknown:
+        raise HumpbackError(
+            f"the parameters do not fit the model: missing {_names(missing)}, "
+            f"unknown {_names(unknown)}."
+        )
+    misshaped = {path for path, shape in shapes.items() if given[path].shape != shape}
+    if misshaped:
+        raise HumpbackError(f"parameters of the wrong shape for the model: {_names(misshaped)}.")
+
+
+def _names(paths: set[tuple[Any, ...]]) -> str:
+    return ", ".join(sorted(".".join(map(str, path)) for path in paths)) or "none"
 
 
 def init_params(

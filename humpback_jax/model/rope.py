@@ -107,10 +107,22 @@ def _yarn_attention_factor(scaling: dict[str, float]) -> float:
 def _dynamic(
     config: LlamaConfig, positions: jax.Array, exponents: np.ndarray, scaling: dict[str, float]
 ) -> jax.Array:
-    """NTK-aware scaling whose base grows with the row's length, once it exceeds the trained one."""
+    """NTK-aware scaling whose base grows with a sequence's length, beyond the trained one."""
     limit = config.max_position_embeddings
-    length = jnp.maximum(positions.max(axis=-1) + 1, limit).astype(jnp.float32)
+    length = jnp.maximum(_sequence_lengths(positions), limit).astype(jnp.float32)
     factor = scaling["factor"]
     stretch = factor * length / limit - (factor - 1)
     base = config.rope_theta * stretch ** (config.head_dim / (config.head_dim - 2))
-    return (1.0 / base[:, None] ** exponents)[:, None, :]
+    return 1.0 / base[..., None] ** exponents
+
+
+def _sequence_lengths(positions: jax.Array) -> jax.Array:
+    """int32 [B, T]: length of the packed sequence that each token belongs to.
+
+    A token's sequence is known by the place where it starts. In decoding, that lies before the
+    only column, and the length is what has been reached so far.
+    """
+    rows = jnp.arange(positions.shape[0])[:, None]
+    starts = jnp.maximum(jnp.arange(positions.shape[1]) - positions, 0)
+    lengths = jnp.zeros_like(positions).at[rows, starts].max(positions + 1)
+    return lengths[rows, starts]

@@ -121,23 +121,26 @@ class Template:
         full = self._render(prepared)
         spans = []
         for k, message in enumerate(prepared):
-            if message["role"] == "assistant":
-                last = k == len(prepared) - 1
-                start = self._prompt_end(full, prepared[:k])
-                content_end = _find_content(full, start, message["content"])
-                if not last:
-                    own = self._render(prepared[: k + 1])
-                    end = self._eos_end(own, content_end)
-                    if not full.startswith(own[: end or content_end]):
-                        raise HumpbackError(_ALTERED)
-                    spans.append((start, end or content_end))
-                    continue
-                end = self._eos_end(full, content_end)
-                if end is None or not complete:
-                    full = full[:content_end] + (self.eos_texts[0] if complete else "")
-                    end = len(full)
-                spans.append((start, end))
-                full = full[:end]
+            if message["role"] != "assistant":
+                continue
+            start = self._prompt_end(full, prepared[:k])
+            end = content_end = _find_content(full, start, message["content"])
+            if k < len(prepared) - 1:
+                so_far = self._render(prepared[: k + 1])
+                eos_end = self._eos_end(so_far, content_end)
+                # Some templates write EOS after the last turn alone.
+                if eos_end is not None and full.startswith(so_far[:eos_end]):
+                    end = eos_end
+            else:
+                eos_end = self._eos_end(full, content_end)
+                if not complete:
+                    full = full[:content_end]
+                elif eos_end is None:
+                    full = full[:content_end] + self.eos_texts[0]
+                else:
+                    full = full[:eos_end]
+                end = len(full)
+            spans.append((start, end))
         return Rendered(full, tuple(spans))
 
     def forward_prompt(self, messages: Messages, tags: Tags = "none") -> str:

@@ -124,6 +124,9 @@ def train(
 
     def flush() -> None:
         nonlocal clock
+        if not pending:
+            return
+        jax.block_until_ready(pending[-1][2])
         now = time.monotonic()
         for step, ids, metrics in pending:
             row = _metrics_row(step, ids, metrics, sources, (now - clock) / len(pending))

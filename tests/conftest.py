@@ -1,0 +1,29 @@
+"""What all tests share: one cache of compiled programs, and the data that may lie beside the tree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+# JAX reads these when it is imported, which happens after this file; processes that tests start
+# inherit them. Most programs are small: even those that compile in 0.1 s are worth keeping.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO_ROOT / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+# A test may wait for the processor or for a compilation: slowness of one example is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder `shared/data` beside the working tree; the test is skipped where there is none."""
+    folder = REPO_ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder}, which does not come with the repository")
+    return folder

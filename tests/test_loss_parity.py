@@ -1,0 +1,366 @@
+"""The loss is the response's loss, whatever the packing, and its gradient is torch's.
+
+If these fail, users train on other tokens than they marked, or on a loss that changes with the
+batch layout, and no curve will show it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from tiny_llama import (
+    FLOAT32,
+    assert_trees_close,
+    from_torch,
+    gradients_of,
+    our_params,
+    random_examples,
+    torch_llama,
+    torch_nll,
+    trees_equal,
+)
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.linear import Precision
+from humpback_jax.model.llama import flatten, init_params, unflatten
+from humpback_jax.model.lora import lora_spec
+from humpback_jax.training import loss as loss_module
+from humpback_jax.training.loss import Batch
+from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
+from humpback_jax.training.packing import TrainingExample, best_fit, lay_out
+from humpback_jax.training.step import StepSpec, TrainState, batch_nll, make_train_step
+
+SOURCES = ("seed", "web")
+WIDTH = 96
+ONE_EACH = "one example a row"
+
+
+@functools.cache
+def model_of(tied: bool):
+    model = torch_llama(tie_word_embeddings=tied)
+    return model, *from_torch(model)
+
+
+def packed(examples, width: int = WIDTH, rows: int | None = None, layout: str = "packed") -> Batch:
+    lengths = [example.length for example in examples]
+    plan = [[i] for i in range(len(examples))] if layout == ONE_EACH else best_fit(lengths, width)
+    return lay_out(examples, plan, rows or len(plan), width, SOURCES)
+
+
+def spec_for(config: LlamaConfig, batch: Batch, **changes) -> StepSpec:
+    most = int(np.asarray(batch.mask).sum(axis=1).max())
+    return dataclasses.replace(StepSpec(config, "scan", FLOAT32, most, len(SOURCES)), **changes)
+
+
+def mean_and_gradient(spec: StepSpec, params, batch: Batch):
+    def mean(params):
+        return batch_nll(spec, params, batch)[0] / batch.mask.sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(mean))(params)
+    return float(value), gradient
+
+
+def mean_nll(spec: StepSpec, params, batch: Batch) -> float:
+    return float(jax.jit(lambda p: batch_nll(spec, p, batch)[0])(params)) / batch.mask.sum()
+
+
+def sgd_step(spec: StepSpec, params, batch: Batch, accumulation: int = 1, seed: int = 0):
+    """(gradient of the step, metrics): plain descent at rate 1 shows the gradient itself."""
+    step = make_train_step(spec, optimizer := optax.sgd(1.0))
+    params = jax.tree.map(jnp.array, params)
+    before = jax.tree.map(np.array, params)
+    state = TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+    micro = Batch(*(np.asarray(x).reshape(accumulation, -1, x.shape[-1]) for x in batch))
+    state, metrics = step(state, micro, jax.random.key(seed))
+    return jax.tree.map(lambda old, new: old - np.asarray(new), before, state.trainable), metrics
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_response_only_loss_and_every_gradient_equal_torch(tied) -> None:
+    model, config, params = model_of(tied)
+    examples = random_examples(7)
+    batch = packed(examples)
+    count = sum(example.supervised for example in examples)
+    assert batch.mask.sum() == count < sum(example.length for example in examples)
+    model.zero_grad()
+    expected = torch_nll(model, examples).sum() / count
+    expected.backward()
+    value, gradient = mean_and_gradient(spec_for(config, batch), params, batch)
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    assert_trees_close(gradient, gradients_of(model), 1e-4)
+
+
+def test_rematerialised_and_unrolled_gradients_are_the_same_gradient() -> None:
+    _, config, params = model_of(False)
+    batch = packed(random_examples(5))
+    spec = spec_for(config, batch)
+    value, gradient = mean_and_gradient(spec, params, batch)
+    again, recomputed = mean_and_gradient(dataclasses.replace(spec, remat=True), params, batch)
+    assert again == pytest.approx(value, rel=1e-6)
+    assert_trees_close(recomputed, gradient, 1e-5)
+
+
+def test_packing_does_not_change_the_loss_or_the_gradient() -> None:
+    _, config, params = model_of(False)
+    examples = random_examples(9, longest=60)
+    tight, loose = packed(examples), packed(examples, layout=ONE_EACH)
+    assert len(tight.mask) < len(loose.mask) == len(examples)
+    spec = spec_for(config, tight)
+    value, gradient = mean_and_gradient(spec, params, tight)
+    alone, gradient_alone = mean_and_gradient(spec, params, loose)
+    assert value == pytest.approx(alone, rel=1e-6)
+    assert_trees_close(gradient, gradient_alone, 1e-5)
+
+
+def test_unequal_micro_batches_weigh_every_token_alike() -> None:
+    """T-21: a mean of micro-batch means would favour the tokens of short micro-batches."""
+    _, config, params = model_of(True)
+    long, short = random_examples(4, 90, 80), random_examples(4, 8, seed=1)
+    batch = packed([*long, *short], layout=ONE_EACH)
+    spec = spec_for(config, batch)
+    gradient, metrics = sgd_step(spec, params, batch)
+    for accumulation in (2, 4):
+        other, other_metrics = sgd_step(spec, params, batch, accumulation)
+        assert_trees_close(other, gradient, 1e-5)
+        assert other_metrics.nll.sum() == pytest.approx(float(metrics.nll.sum()), rel=1e-6)
+        assert np.array_equal(other_metrics.supervised, metrics.supervised)
+
+
+def test_losses_by_source_sum_to_the_whole() -> None:
+    _, config, params = model_of(True)
+    examples = random_examples(6)
+    batch = packed(examples)
+    _, metrics = sgd_step(spec_for(config, batch), params, batch)
+    supervised = {s: sum(e.supervised for e in examples if e.source == s) for s in SOURCES}
+    assert dict(zip(SOURCES, np.asarray(metrics.supervised).tolist(), strict=True)) == supervised
+    nll = torch_nll(model_of(True)[0], examples).detach().numpy()
+    for index, source in enumerate(SOURCES):
+        expected = sum(nll[i] for i, e in enumerate(examples) if e.source == source)
+        assert metrics.nll[index] == pytest.approx(expected, rel=1e-5)
+    assert int(metrics.tokens) == sum(e.length for e in examples)
+
+
+def test_the_mask_alone_decides_what_is_learnt() -> None:
+    """Tokens that look like padding (0) or like the end of text (2) are learnt where marked."""
+    model, config, params = model_of(True)
+    ids = np.array([0, 2, 0, 0, 2, 2, 7, 0, 2], np.int32)
+    examples = [
+        TrainingExample("a", ids, np.arange(9) >= 2),
+        TrainingExample("b", ids[::-1].copy(), np.arange(9) % 2 == 1),
+    ]
+    batch = packed(examples)
+    expected = torch_nll(model, examples).sum().item() / batch.mask.sum()
+    assert mean_nll(spec_for(config, batch), params, batch) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
+def test_chunking_the_vocabulary_loss_does_not_change_it(tied, chunk, monkeypatch) -> None:
+    hidden, kernel, targets, weights = _projection(tied)
+
+    def plain(hidden, kernel):
+        logits = jnp.matmul(hidden, kernel.T if tied else kernel, precision="highest")
+        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+        return 3 * (nll * weights).sum()
+
+    def chunked(hidden, kernel):
+        return (
+            3
+            * loss_module._projected_nll(
+                hidden, kernel, targets, weights, 0 if tied else 1, "float32"
+            )[0]
+        )
+
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    expected = jax.value_and_grad(plain, (0, 1))(hidden, kernel)
+    value = jax.jit(chunked)(hidden, kernel)
+    with_gradient = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, kernel)
+    assert float(value) == pytest.approx(float(expected[0]), rel=1e-6)
+    assert float(with_gradient[0]) == pytest.approx(float(expected[0]), rel=1e-6)
+    for ours, theirs in zip(with_gradient[1], expected[1], strict=True):
+        assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+
+
+def _projection(tied: bool):
+    generator = np.random.default_rng(0)
+    kernel = generator.normal(size=(37, 16) if tied else (16, 37)).astype(np.float32)
+    hidden = generator.normal(size=(65, 16)).astype(np.float32)
+    targets = generator.integers(0, 37, 65).astype(np.int32)
+    return hidden, kernel, targets, generator.integers(0, 2, 65).astype(np.float32)
+
+
+def test_a_target_far_from_the_mode_has_a_finite_exact_loss() -> None:
+    """Logits of order 1,000: a loss through exp, then log, would be infinite."""
+    hidden = np.array([[1000.0, 0.0]], np.float32)
+    kernel = np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
+    arguments = hidden, kernel, np.array([1], np.int32), np.ones(1, np.float32), 1, "float32"
+    total, _ = loss_module._projected_nll(*arguments)
+    assert float(total) == pytest.approx(2000.0)
+
+
+def _lowered_step(config: LlamaConfig, chunk: int, monkeypatch) -> tuple[str, str, Batch]:
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    examples = random_examples(12, longest=60, shortest=40)
+    batch = packed(examples, width=128)
+    spec = spec_for(config, batch)
+    optimizer = make_optimizer(OptimizerSpec(), 10)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), params, {}, jax.eval_shape(optimizer.init, params)
+    )
+    micro = Batch(*(x[None] for x in batch))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    lowered = make_train_step(spec, optimizer).lower(state, micro, key)
+    return lowered.as_text(), lowered.compile().as_text(), batch
+
+
+def test_no_tokens_by_vocab_array(monkeypatch) -> None:
+    """Logits exist for CHUNK positions at most: a 128k vocabulary would not fit otherwise."""
+    vocab, hidden, chunk = 2053, 64, 16
+    config = dataclasses.replace(model_of(True)[1], vocab_size=vocab, hidden_size=hidden)
+    before, after, batch = _lowered_step(config, chunk, monkeypatch)
+    assert batch.mask.sum(axis=1).max() > 2 * max(chunk, hidden)
+    sizes = []
+    for shape in re.findall(r"tensor<((?:\d+x)+)[a-z]", before):
+        sizes.append([int(n) for n in shape.rstrip("x").split("x")])
+    for shape in re.findall(r"\b[a-z]\w*\[([\d,]+)\]", after):
+        sizes.append([int(n) for n in shape.split(",")])
+    beside = [int(np.prod(size)) // vocab for size in sizes if vocab in size]
+    assert chunk in beside and hidden in beside, "the expressions above find nothing"
+    assert max(beside) == max(chunk, hidden)
+
+
+def test_bfloat16_products_give_nearly_the_float32_loss_and_gradient() -> None:
+    _, config, params = model_of(False)
+    batch = packed(random_examples(6))
+    spec = spec_for(config, batch)
+    value, gradient = mean_and_gradient(spec, params, batch)
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+    for precision in (Precision("bfloat16", "float32"), Precision("bfloat16", "bfloat16")):
+        rounded = dataclasses.replace(spec, precision=precision)
+        other_value, other = mean_and_gradient(rounded, params, batch)
+        other_flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(other)])
+        assert other_value == pytest.approx(value, rel=0.01)
+        cosine = flat @ other_flat / np.linalg.norm(flat) / np.linalg.norm(other_flat)
+        assert cosine > 0.995
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(other))
+
+
+def test_adamw_steps_equal_torch() -> None:
+    """Same clip, same rates, same decay mask: embeddings and kernels, not norms and biases."""
+    model = torch_llama(seed=3, attention_bias=True)
+    config, params = from_torch(model)
+    examples, steps = random_examples(5), 6
+    batch = packed(examples)
+    settings = OptimizerSpec(1e-2, 2e-3, weight_decay=0.1, clip_norm=0.5, warmup_steps=2)
+    optimizer = make_optimizer(settings, steps)
+    rate = learning_rate(settings, steps)
+    step = make_train_step(spec_for(config, batch), optimizer)
+    params = jax.tree.map(jnp.array, params)
+    state = TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+    start = jax.tree.map(np.array, params)
+
+    def decays(name: str) -> bool:
+        return "norm" not in name and not name.endswith("bias")
+
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if decays(n)], "weight_decay": 0.1},
+        {"params": [p for n, p in model.named_parameters() if not decays(n)], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for index in range(steps):
+        state, metrics = step(state, Batch(*(x[None] for x in batch)), jax.random.key(0))
+        for group in reference.param_groups:
+            group["lr"] = float(rate(index))
+        reference.zero_grad()
+        (torch_nll(model, examples).sum() / batch.mask.sum()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        assert norm > 0.5, "the clip must act"
+        assert float(metrics.grad_norm) == pytest.approx(norm.item(), rel=1e-3)
+        reference.step()
+    tensors = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    expected = our_params(tensors, config.num_hidden_layers)
+    moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.trainable, start)
+    theirs = jax.tree.map(lambda new, old: new - old, expected, start)
+    assert_trees_close(moved, theirs, 1e-3)
+
+
+def test_norms_and_biases_are_not_decayed_and_everything_else_is() -> None:
+    config = dataclasses.replace(model_of(False)[1], attention_bias=True, mlp_bias=True)
+    spec = lora_spec(2, 4, 0.0, ("q", "down"))
+    params = jax.tree.map(jnp.ones_like, init_params(config, jax.random.key(0), lora=spec))
+    optimizer = make_optimizer(OptimizerSpec(1.0, 1.0, weight_decay=0.5), 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for path, update in flatten(updates).items():
+        expected = 0.0 if path[-1] in ("scale", "bias") else -0.5
+        assert np.allclose(update, expected), path
+
+
+def test_T04_the_learning_rate_ends_at_an_absolute_rate_not_at_a_fraction() -> None:
+    """Seen elsewhere: 9e-6 was taken as a share of 1e-5, and the rate fell to about zero."""
+    default = learning_rate(OptimizerSpec(), 1000)
+    assert float(default(0)) == pytest.approx(1e-5)
+    assert float(default(500)) == pytest.approx(9.5e-6)
+    assert float(default(1000)) == pytest.approx(9e-6)
+    assert float(default(2000)) == pytest.approx(9e-6)
+    for schedule in ("linear", "cosine"):
+        rate = learning_rate(OptimizerSpec(2e-4, 2e-5, schedule, warmup_steps=10), 110)
+        assert float(rate(0)) == 0.0
+        assert float(rate(5)) == pytest.approx(1e-4)
+        assert float(rate(10)) == pytest.approx(2e-4)
+        assert float(rate(60)) == pytest.approx(1.1e-4)
+        assert float(rate(110)) == pytest.approx(2e-5)
+        falling = [float(rate(step)) for step in range(10, 111)]
+        assert falling == sorted(falling, reverse=True)
+    constant = learning_rate(OptimizerSpec(3e-4, 9e-6, "constant"), 50)
+    assert {float(constant(step)) for step in range(50)} == {float(np.float32(3e-4))}
+    with pytest.raises(HumpbackError, match="triangle"):
+        learning_rate(OptimizerSpec(schedule="triangle"), 10)
+
+
+@pytest.mark.parametrize("where", ["residual", "adapter"])
+def test_dropout_acts_with_a_key_only_and_follows_it(where) -> None:
+    _, config, params = model_of(True)
+    batch = packed(random_examples(4))
+    spec = spec_for(config, batch, dropout=0.3 if where == "residual" else 0.0)
+    if where == "adapter":
+        adapter = lora_spec(4, 8, 0.3, ("q", "down"))
+        spec = dataclasses.replace(spec, lora=adapter)
+        fresh = flatten(init_params(config, jax.random.key(1), lora=adapter))
+        random = {p: x + 0.3 for p, x in fresh.items() if p[-1] in ("lora_a", "lora_b")}
+        params = unflatten({**flatten(params), **random})
+    run = jax.jit(lambda key: batch_nll(spec, params, batch, key)[0])
+    without = dataclasses.replace(spec, dropout=0.0)
+    if spec.lora:
+        without = dataclasses.replace(without, lora=dataclasses.replace(spec.lora, dropout=0.0))
+    plain = float(jax.jit(lambda: batch_nll(without, params, batch)[0])())
+    one, two = jax.random.key(1), jax.random.key(2)
+    assert float(run(None)) == pytest.approx(plain, rel=1e-6)
+    assert float(run(one)) == float(run(one))
+    assert len({round(float(x), 3) for x in (run(one), run(two), plain)}) == 3
+
+
+def test_dropout_keeps_the_mean_and_differs_between_micro_batches_and_steps() -> None:
+    from humpback_jax.model.linear import dropout
+
+    x = jnp.ones((200, 500), jnp.float32)
+    dropped = np.asarray(dropout(x, 0.25, jax.random.key(0)))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert dropped.mean() == pytest.approx(1.0, abs=0.01)
+    _, config, params = model_of(True)
+    example = random_examples(1, 40, 40)
+    batch = packed(example * 2, layout=ONE_EACH)
+    spec = spec_for(config, batch, dropout=0.2)
+    twice, _ = sgd_step(spec, params, batch, accumulation=2)
+    once, _ = sgd_step(spec, params, packed(example), accumulation=1)
+    assert not trees_equal(twice, once), "both micro-batches were thinned by the same mask"

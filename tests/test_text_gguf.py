@@ -1,0 +1,194 @@
+"""Tokenizers out of GGUF files, the embedded default model's among them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from text_samples import (
+    LLAMA_STYLE,
+    SPECIALS,
+    digits_split,
+    gpt2_split,
+    train_sentencepiece,
+    trained_bpe,
+    varied_texts,
+)
+from tokenizers import Regex, pre_tokenizers
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.text.tokenizer import Tokenizer, check_vocab
+
+
+def llama3_split() -> pre_tokenizers.PreTokenizer:
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def write_gguf(path: Path, **fields: Any) -> Path:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in fields.items():
+        name = key if key == "tokenizer.chat_template" else f"tokenizer.ggml.{key}"
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_array(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def gguf_of(path: Path, backend: tokenizers.Tokenizer, pre: str, **fields: Any) -> Path:
+    model = json.loads(backend.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return write_gguf(
+        path,
+        model="gpt2",
+        pre=pre,
+        tokens=tokens,
+        token_type=[3 if token in SPECIALS else 1 for token in tokens],
+        merges=[" ".join(merge) for merge in model["merges"]],
+        bos_token_id=tokens.index("<|endoftext|>"),
+        eos_token_id=tokens.index("<|im_end|>"),
+        **fields,
+    )
+
+
+@pytest.mark.parametrize(
+    ("pre", "split"),
+    [
+        ("smollm", digits_split),
+        ("gpt-2", gpt2_split),
+        ("default", gpt2_split),
+        ("llama-bpe", llama3_split),
+    ],
+)
+def test_gguf_byte_level_gives_the_ids_of_the_original(
+    tmp_path: Path, pre: str, split: Any
+) -> None:
+    state = json.loads(trained_bpe(gpt2_split()).to_str())
+    del state["model"]["merges"][-20:]  # words that only their presence in the vocabulary explains
+    state["model"]["ignore_merges"] = pre == "llama-bpe"
+    original = tokenizers.Tokenizer.from_str(json.dumps(state))
+    original.pre_tokenizer = split()
+    path = gguf_of(tmp_path / "m.gguf", original, pre)
+    tokenizer = Tokenizer.from_gguf(path)
+    for text in [*varied_texts(), "a<|im_end|>\nb<|im_start|>"]:
+        assert tokenizer.encode(text) == original.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(tokenizer.encode(text), False) == text
+    assert tokenizer.eos_texts == ("<|im_end|>",)
+    assert tokenizer.add_bos == (pre == "llama-bpe")
+
+
+def test_gguf_flags_and_turn_end_ids_are_read(tmp_path: Path) -> None:
+    path = gguf_of(
+        tmp_path / "m.gguf",
+        trained_bpe(digits_split()),
+        "smollm",
+        add_bos_token=True,
+        eot_token_id=0,
+        **{"tokenizer.chat_template": "hello"},
+    )
+    tokenizer = Tokenizer.from_gguf(path)
+    assert tokenizer.add_bos and tokenizer.eos_ids == (2, 0) and tokenizer.chat_template == "hello"
+
+
+def test_gguf_sentencepiece_gives_the_ids_of_sentencepiece(tmp_path: Path) -> None:
+    reference = train_sentencepiece(tmp_path / "m", **LLAMA_STYLE)
+    count = reference.get_piece_size()
+    kinds = [
+        2
+        if reference.is_unknown(i)
+        else 3
+        if reference.is_control(i)
+        else 6
+        if reference.is_byte(i)
+        else 1
+        for i in range(count)
+    ]
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        model="llama",
+        tokens=[reference.id_to_piece(i) for i in range(count)],
+        scores=[reference.get_score(i) for i in range(count)],
+        token_type=kinds,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    tokenizer = Tokenizer.from_gguf(path)
+    assert tokenizer.add_bos and tokenizer.eos_texts == ("</s>",)
+    for text in varied_texts():
+        assert tokenizer.encode(text) == reference.encode(text)
+
+
+def test_unknown_gguf_pre_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    path = gguf_of(tmp_path / "m.gguf", trained_bpe(gpt2_split()), "brand-new-pre")
+    with pytest.raises(HumpbackError, match="brand-new-pre"):
+        Tokenizer.from_gguf(path)
+
+
+def test_unknown_gguf_tokenizer_kind_and_broken_files_are_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", model="rwkv", tokens=["a"])
+    with pytest.raises(HumpbackError, match="rwkv"):
+        Tokenizer.from_gguf(path)
+    bare = write_gguf(tmp_path / "bare.gguf", model="gpt2", tokens=["a"])
+    with pytest.raises(HumpbackError, match="merges"):
+        Tokenizer.from_gguf(bare)
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(HumpbackError, match=r"cut\.gguf"):
+        Tokenizer.from_gguf(tmp_path / "cut.gguf")
+    (tmp_path / "text.gguf").write_text("hello, this is no model at all")
+    with pytest.raises(HumpbackError, match="GGUF"):
+        Tokenizer.from_gguf(tmp_path / "text.gguf")
+    with pytest.raises(HumpbackError, match=r"absent\.gguf"):
+        Tokenizer.from_gguf(tmp_path / "absent.gguf")
+
+
+# --- the embedded default model ---
+
+
+def default_model_path() -> Path:
+    from humpback_jax.weights import named
+
+    return Path(named.resolve("smollm2-135m-instruct").path)
+
+
+@pytest.mark.real_model
+def test_default_model_tokenizer_is_smollm2s_own() -> None:
+    tokenizer = Tokenizer.from_gguf(default_model_path())
+    check_vocab(tokenizer, 49152)
+    assert tokenizer.vocab_size == 49152 and tokenizer.eos_texts == ("<|im_end|>",)
+    assert not tokenizer.add_bos  # its BOS id is <|im_start|>, which the chat template writes
+    assert tokenizer.encode("Hello 12345") == [19556, 216, 33, 34, 35, 36, 37]  # single digits
+    for text in varied_texts():
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.real_model
+def test_default_model_tokenizer_agrees_with_transformers_reading_the_same_file() -> None:
+    transformers = pytest.importorskip("transformers")
+    path = default_model_path()
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # Its GGUF reader knows the merges but not this model's rule of one token per digit.
+    theirs.backend_tokenizer.pre_tokenizer = digits_split()
+    ours = Tokenizer.from_gguf(path)
+    for text in varied_texts():
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert ours.chat_template == theirs.chat_template
