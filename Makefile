@@ -9,7 +9,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # The first of these names that is new enough; empty where there is none.
 IS_NEW_ENOUGH = 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -59,9 +59,11 @@ $(HAS_PYTHON):
 	@touch $@
 
 $(HAS_PACKAGE): $(ASKED) | $(HAS_PYTHON)
+	@echo "Installing into $(VENV); this takes a few minutes."
 	$(PIP_INSTALL) -e .
 	@touch $@
 
 $(HAS_TESTS): $(ASKED) | $(HAS_PYTHON)
+	@echo "Installing into $(VENV), test tools included; this takes a few minutes."
 	$(PIP_INSTALL) -e '.[test,dev]'
 	@touch $(HAS_PACKAGE) $@

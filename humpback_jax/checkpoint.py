@@ -34,12 +34,18 @@ def load_params(folder: Path) -> Params:
     return _unnamed(_load(folder))
 
 
-def _load(folder: Path, abstract: Any = None) -> Any:
+def _load(folder: Path) -> Any:
+    import jax
     import orbax.checkpoint.experimental.v1 as ocp
 
     if not ocp.is_orbax_checkpoint(folder.absolute()):
         raise HumpbackError(f"{folder}: no complete Orbax checkpoint stands there.")
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
+        stored = ocp.metadata(folder.absolute()).metadata
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), stored
+        )
         return ocp.load(folder.absolute(), abstract)
     except Exception as error:  # Orbax and TensorStore raise many unrelated types
         raise HumpbackError(f"{folder}: the checkpoint cannot be read ({error}).") from error

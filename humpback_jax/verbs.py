@@ -26,14 +26,14 @@ def start(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> Result:
     """The whole loop for a config, then its report."""
+    if not arguments.config:
+        raise HumpbackError("run needs --config=configs/FILE.py; configs/ holds the experiments.")
+    config = load_config(arguments.config, arguments.overrides)
     from humpback_jax import loop
     from humpback_jax.plan import dry_run
     from humpback_jax.report.build import build_report
     from humpback_jax.report.tables import result_lines
 
-    if not arguments.config:
-        raise HumpbackError("run needs --config=configs/FILE.py; configs/ holds the experiments.")
-    config = load_config(arguments.config, arguments.overrides)
     if arguments.limit:
         with config.unlocked():
             config.corpus.limit = arguments.limit

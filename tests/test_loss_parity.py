@@ -21,17 +21,15 @@ from tiny_llama import (
     assert_trees_close,
     from_torch,
     gradients_of,
-    our_params,
     random_examples,
     torch_llama,
     torch_nll,
-    trees_equal,
 )
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.linear import Precision
-from humpback_jax.model.llama import flatten, init_params, unflatten
+from humpback_jax.model.linear import Precision, dropout
+from humpback_jax.model.llama import flatten, init_params, stack_layers, unflatten, unstack_layers
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.training import loss as loss_module
 from humpback_jax.training.loss import Batch
@@ -40,47 +38,51 @@ from humpback_jax.training.packing import TrainingExample, best_fit, lay_out
 from humpback_jax.training.step import StepSpec, TrainState, batch_nll, make_train_step
 
 SOURCES = ("seed", "web")
-WIDTH = 96
-ONE_EACH = "one example a row"
+ROWS, WIDTH = 8, 96
 
 
 @functools.cache
 def model_of(tied: bool):
     model = torch_llama(tie_word_embeddings=tied)
-    return model, *from_torch(model)
+    return model, *from_torch(model, "unrolled")
 
 
-def packed(examples, width: int = WIDTH, rows: int | None = None, layout: str = "packed") -> Batch:
+def packed(examples, rows: int = ROWS, one_each: bool = False) -> Batch:
     lengths = [example.length for example in examples]
-    plan = [[i] for i in range(len(examples))] if layout == ONE_EACH else best_fit(lengths, width)
-    return lay_out(examples, plan, rows or len(plan), width, SOURCES)
+    plan = [[i] for i in range(len(examples))] if one_each else best_fit(lengths, WIDTH)
+    return lay_out(examples, plan, rows, WIDTH, SOURCES)
 
 
-def spec_for(config: LlamaConfig, batch: Batch, **changes) -> StepSpec:
-    most = int(np.asarray(batch.mask).sum(axis=1).max())
-    return dataclasses.replace(StepSpec(config, "scan", FLOAT32, most, len(SOURCES)), **changes)
+def spec_for(config: LlamaConfig, **changes) -> StepSpec:
+    plain = StepSpec(config, "unrolled", FLOAT32, max_targets=WIDTH, num_sources=len(SOURCES))
+    return dataclasses.replace(plain, **changes)
+
+
+@functools.cache
+def _mean_and_gradient(spec: StepSpec):
+    def mean(params, batch):
+        return batch_nll(spec, params, batch)[0] / batch.mask.sum()
+
+    return jax.jit(jax.value_and_grad(mean))
 
 
 def mean_and_gradient(spec: StepSpec, params, batch: Batch):
-    def mean(params):
-        return batch_nll(spec, params, batch)[0] / batch.mask.sum()
-
-    value, gradient = jax.jit(jax.value_and_grad(mean))(params)
+    value, gradient = _mean_and_gradient(spec)(params, batch)
     return float(value), gradient
 
 
-def mean_nll(spec: StepSpec, params, batch: Batch) -> float:
-    return float(jax.jit(lambda p: batch_nll(spec, p, batch)[0])(params)) / batch.mask.sum()
+@functools.cache
+def _descent(spec: StepSpec):
+    return make_train_step(spec, optax.sgd(1.0))
 
 
-def sgd_step(spec: StepSpec, params, batch: Batch, accumulation: int = 1, seed: int = 0):
+def step_gradient(spec: StepSpec, params, batch: Batch, accumulation: int = 1):
     """(gradient of the step, metrics): plain descent at rate 1 shows the gradient itself."""
-    step = make_train_step(spec, optimizer := optax.sgd(1.0))
-    params = jax.tree.map(jnp.array, params)
     before = jax.tree.map(np.array, params)
-    state = TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+    params = jax.tree.map(jnp.array, params)
+    state = TrainState(jnp.int32(0), params, {}, optax.sgd(1.0).init(params))
     micro = Batch(*(np.asarray(x).reshape(accumulation, -1, x.shape[-1]) for x in batch))
-    state, metrics = step(state, micro, jax.random.key(seed))
+    state, metrics = _descent(spec)(state, micro, jax.random.key(0))
     return jax.tree.map(lambda old, new: old - np.asarray(new), before, state.trainable), metrics
 
 
@@ -94,29 +96,32 @@ def test_response_only_loss_and_every_gradient_equal_torch(tied) -> None:
     model.zero_grad()
     expected = torch_nll(model, examples).sum() / count
     expected.backward()
-    value, gradient = mean_and_gradient(spec_for(config, batch), params, batch)
+    value, gradient = mean_and_gradient(spec_for(config), params, batch)
     assert value == pytest.approx(expected.item(), rel=1e-5)
-    assert_trees_close(gradient, gradients_of(model), 1e-4)
+    assert_trees_close(gradient, gradients_of(model, "unrolled"), 1e-4)
 
 
-def test_rematerialised_and_unrolled_gradients_are_the_same_gradient() -> None:
+@pytest.mark.parametrize("remat", [False, True], ids=["kept", "recomputed"])
+def test_scanned_layers_with_the_tightest_bound_have_the_same_gradient(remat) -> None:
+    """`max_targets` as `plan_packing` finds it: the fullest row fills it to the last place."""
     _, config, params = model_of(False)
-    batch = packed(random_examples(5))
-    spec = spec_for(config, batch)
-    value, gradient = mean_and_gradient(spec, params, batch)
-    again, recomputed = mean_and_gradient(dataclasses.replace(spec, remat=True), params, batch)
-    assert again == pytest.approx(value, rel=1e-6)
-    assert_trees_close(recomputed, gradient, 1e-5)
+    batch = packed(random_examples(7))
+    value, gradient = mean_and_gradient(spec_for(config), params, batch)
+    most = int(np.asarray(batch.mask).sum(axis=1).max())
+    assert most < WIDTH
+    scanned = spec_for(config, layout="scan", max_targets=most, remat=remat)
+    other, stacked = mean_and_gradient(scanned, stack_layers(params), batch)
+    assert other == pytest.approx(value, rel=1e-6)
+    assert_trees_close(unstack_layers(stacked), gradient, 1e-5)
 
 
 def test_packing_does_not_change_the_loss_or_the_gradient() -> None:
     _, config, params = model_of(False)
-    examples = random_examples(9, longest=60)
-    tight, loose = packed(examples), packed(examples, layout=ONE_EACH)
-    assert len(tight.mask) < len(loose.mask) == len(examples)
-    spec = spec_for(config, tight)
-    value, gradient = mean_and_gradient(spec, params, tight)
-    alone, gradient_alone = mean_and_gradient(spec, params, loose)
+    examples = random_examples(ROWS, longest=60)
+    tight, loose = packed(examples), packed(examples, one_each=True)
+    assert tight.segment_ids.max() > 1 == loose.segment_ids.max()
+    value, gradient = mean_and_gradient(spec_for(config), params, tight)
+    alone, gradient_alone = mean_and_gradient(spec_for(config), params, loose)
     assert value == pytest.approx(alone, rel=1e-6)
     assert_trees_close(gradient, gradient_alone, 1e-5)
 
@@ -124,29 +129,27 @@ def test_packing_does_not_change_the_loss_or_the_gradient() -> None:
 def test_unequal_micro_batches_weigh_every_token_alike() -> None:
     """T-21: a mean of micro-batch means would favour the tokens of short micro-batches."""
     _, config, params = model_of(True)
-    long, short = random_examples(4, 90, 80), random_examples(4, 8, seed=1)
-    batch = packed([*long, *short], layout=ONE_EACH)
-    spec = spec_for(config, batch)
-    gradient, metrics = sgd_step(spec, params, batch)
-    for accumulation in (2, 4):
-        other, other_metrics = sgd_step(spec, params, batch, accumulation)
-        assert_trees_close(other, gradient, 1e-5)
-        assert other_metrics.nll.sum() == pytest.approx(float(metrics.nll.sum()), rel=1e-6)
-        assert np.array_equal(other_metrics.supervised, metrics.supervised)
+    batch = packed([*random_examples(4, 90, 80), *random_examples(4, 8, seed=1)], one_each=True)
+    _, expected = mean_and_gradient(spec_for(config), params, batch)
+    for accumulation in (1, 2, 4):
+        gradient, metrics = step_gradient(spec_for(config), params, batch, accumulation)
+        assert_trees_close(gradient, expected, 1e-5)
+        assert metrics.supervised.sum() == batch.mask.sum()
+        if accumulation == 1:
+            nll = float(metrics.nll.sum())
+        assert metrics.nll.sum() == pytest.approx(nll, rel=1e-6)
 
 
 def test_losses_by_source_sum_to_the_whole() -> None:
-    _, config, params = model_of(True)
+    model, config, params = model_of(True)
     examples = random_examples(6)
-    batch = packed(examples)
-    _, metrics = sgd_step(spec_for(config, batch), params, batch)
-    supervised = {s: sum(e.supervised for e in examples if e.source == s) for s in SOURCES}
-    assert dict(zip(SOURCES, np.asarray(metrics.supervised).tolist(), strict=True)) == supervised
-    nll = torch_nll(model_of(True)[0], examples).detach().numpy()
+    _, metrics = step_gradient(spec_for(config), params, packed(examples))
+    nll = torch_nll(model, examples).detach().numpy()
     for index, source in enumerate(SOURCES):
-        expected = sum(nll[i] for i, e in enumerate(examples) if e.source == source)
-        assert metrics.nll[index] == pytest.approx(expected, rel=1e-5)
-    assert int(metrics.tokens) == sum(e.length for e in examples)
+        of_source = [i for i, example in enumerate(examples) if example.source == source]
+        assert metrics.supervised[index] == sum(examples[i].supervised for i in of_source)
+        assert metrics.nll[index] == pytest.approx(nll[of_source].sum(), rel=1e-5)
+    assert int(metrics.tokens) == sum(example.length for example in examples)
 
 
 def test_the_mask_alone_decides_what_is_learnt() -> None:
@@ -159,11 +162,12 @@ def test_the_mask_alone_decides_what_is_learnt() -> None:
     ]
     batch = packed(examples)
     expected = torch_nll(model, examples).sum().item() / batch.mask.sum()
-    assert mean_nll(spec_for(config, batch), params, batch) == pytest.approx(expected, rel=1e-5)
+    value, _ = mean_and_gradient(spec_for(config), params, batch)
+    assert value == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
+@pytest.mark.parametrize("chunk", [7, 65, 10_000])
 def test_chunking_the_vocabulary_loss_does_not_change_it(tied, chunk, monkeypatch) -> None:
     hidden, kernel, targets, weights = _projection(tied)
 
@@ -207,47 +211,35 @@ def test_a_target_far_from_the_mode_has_a_finite_exact_loss() -> None:
     assert float(total) == pytest.approx(2000.0)
 
 
-def _lowered_step(config: LlamaConfig, chunk: int, monkeypatch) -> tuple[str, str, Batch]:
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
-    examples = random_examples(12, longest=60, shortest=40)
-    batch = packed(examples, width=128)
-    spec = spec_for(config, batch)
-    optimizer = make_optimizer(OptimizerSpec(), 10)
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), params, {}, jax.eval_shape(optimizer.init, params)
-    )
-    micro = Batch(*(x[None] for x in batch))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = make_train_step(spec, optimizer).lower(state, micro, key)
-    return lowered.as_text(), lowered.compile().as_text(), batch
-
-
 def test_no_tokens_by_vocab_array(monkeypatch) -> None:
     """Logits exist for CHUNK positions at most: a 128k vocabulary would not fit otherwise."""
     vocab, hidden, chunk = 2053, 64, 16
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
     config = dataclasses.replace(model_of(True)[1], vocab_size=vocab, hidden_size=hidden)
-    before, after, batch = _lowered_step(config, chunk, monkeypatch)
-    assert batch.mask.sum(axis=1).max() > 2 * max(chunk, hidden)
-    sizes = []
-    for shape in re.findall(r"tensor<((?:\d+x)+)[a-z]", before):
-        sizes.append([int(n) for n in shape.rstrip("x").split("x")])
-    for shape in re.findall(r"\b[a-z]\w*\[([\d,]+)\]", after):
-        sizes.append([int(n) for n in shape.split(",")])
-    beside = [int(np.prod(size)) // vocab for size in sizes if vocab in size]
-    assert chunk in beside and hidden in beside, "the expressions above find nothing"
-    assert max(beside) == max(chunk, hidden)
+    optimizer = make_optimizer(OptimizerSpec(), 10)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), layout="unrolled"))
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), params, {}, jax.eval_shape(optimizer.init, params)
+    )
+    batch = Batch(*(x[None] for x in packed(random_examples(ROWS))))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    lowered = make_train_step(spec_for(config), optimizer).lower(state, batch, key)
+    shapes = re.findall(r"tensor<((?:\d+x)+)[a-z]", lowered.as_text())
+    shapes += re.findall(r"\b[a-z]\w*\[([\d,]+)\]", lowered.compile().as_text())
+    sizes = [[int(n) for n in re.findall(r"\d+", shape)] for shape in shapes]
+    beside_vocab = {int(np.prod(size)) // vocab for size in sizes if vocab in size}
+    assert {chunk, hidden} <= beside_vocab, "the expressions above find nothing"
+    assert max(beside_vocab) == max(chunk, hidden) < batch.mask.size
 
 
 def test_bfloat16_products_give_nearly_the_float32_loss_and_gradient() -> None:
     _, config, params = model_of(False)
     batch = packed(random_examples(6))
-    spec = spec_for(config, batch)
-    value, gradient = mean_and_gradient(spec, params, batch)
+    value, gradient = mean_and_gradient(spec_for(config), params, batch)
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
     for precision in (Precision("bfloat16", "float32"), Precision("bfloat16", "bfloat16")):
-        rounded = dataclasses.replace(spec, precision=precision)
-        other_value, other = mean_and_gradient(rounded, params, batch)
+        spec = spec_for(config, precision=precision)
+        other_value, other = mean_and_gradient(spec, params, batch)
         other_flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(other)])
         assert other_value == pytest.approx(value, rel=0.01)
         cosine = flat @ other_flat / np.linalg.norm(flat) / np.linalg.norm(other_flat)
@@ -256,18 +248,22 @@ def test_bfloat16_products_give_nearly_the_float32_loss_and_gradient() -> None:
 
 
 def test_adamw_steps_equal_torch() -> None:
-    """Same clip, same rates, same decay mask: embeddings and kernels, not norms and biases."""
+    """Same clip, same rates, same decay mask: embeddings and kernels, not norms and biases.
+
+    Compared by the norm of each tensor's movement: Adam divides by the gradient's own size, so
+    that single entries with gradients near 0 move by their rounding error in torch, too.
+    """
     model = torch_llama(seed=3, attention_bias=True)
-    config, params = from_torch(model)
+    config, params = from_torch(model, "unrolled")
     examples, steps = random_examples(5), 6
     batch = packed(examples)
     settings = OptimizerSpec(1e-2, 2e-3, weight_decay=0.1, clip_norm=0.5, warmup_steps=2)
     optimizer = make_optimizer(settings, steps)
     rate = learning_rate(settings, steps)
-    step = make_train_step(spec_for(config, batch), optimizer)
+    step = make_train_step(spec_for(config), optimizer)
+    start = params
     params = jax.tree.map(jnp.array, params)
     state = TrainState(jnp.int32(0), params, {}, optimizer.init(params))
-    start = jax.tree.map(np.array, params)
 
     def decays(name: str) -> bool:
         return "norm" not in name and not name.endswith("bias")
@@ -285,21 +281,22 @@ def test_adamw_steps_equal_torch() -> None:
         (torch_nll(model, examples).sum() / batch.mask.sum()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         assert norm > 0.5, "the clip must act"
-        assert float(metrics.grad_norm) == pytest.approx(norm.item(), rel=1e-3)
+        assert float(metrics.grad_norm) == pytest.approx(norm.item(), rel=1e-4)
         reference.step()
-    tensors = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    expected = our_params(tensors, config.num_hidden_layers)
-    moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.trainable, start)
-    theirs = jax.tree.map(lambda new, old: new - old, expected, start)
-    assert_trees_close(moved, theirs, 1e-3)
+    expected = flatten(from_torch(model, "unrolled")[1])
+    for path, before in flatten(start).items():
+        theirs = expected[path] - before
+        ours = np.asarray(flatten(state.trainable)[path]) - before
+        assert np.linalg.norm(ours - theirs) < 1e-3 * np.linalg.norm(theirs), path
 
 
 def test_norms_and_biases_are_not_decayed_and_everything_else_is() -> None:
     config = dataclasses.replace(model_of(False)[1], attention_bias=True, mlp_bias=True)
     spec = lora_spec(2, 4, 0.0, ("q", "down"))
-    params = jax.tree.map(jnp.ones_like, init_params(config, jax.random.key(0), lora=spec))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), lora=spec))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
     optimizer = make_optimizer(OptimizerSpec(1.0, 1.0, weight_decay=0.5), 10)
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     for path, update in flatten(updates).items():
         expected = 0.0 if path[-1] in ("scale", "bias") else -0.5
@@ -323,7 +320,7 @@ def test_T04_the_learning_rate_ends_at_an_absolute_rate_not_at_a_fraction() -> N
         falling = [float(rate(step)) for step in range(10, 111)]
         assert falling == sorted(falling, reverse=True)
     constant = learning_rate(OptimizerSpec(3e-4, 9e-6, "constant"), 50)
-    assert {float(constant(step)) for step in range(50)} == {float(np.float32(3e-4))}
+    assert [float(constant(step)) for step in (0, 49)] == pytest.approx([3e-4, 3e-4])
     with pytest.raises(HumpbackError, match="triangle"):
         learning_rate(OptimizerSpec(schedule="triangle"), 10)
 
@@ -332,17 +329,24 @@ def test_T04_the_learning_rate_ends_at_an_absolute_rate_not_at_a_fraction() -> N
 def test_dropout_acts_with_a_key_only_and_follows_it(where) -> None:
     _, config, params = model_of(True)
     batch = packed(random_examples(4))
-    spec = spec_for(config, batch, dropout=0.3 if where == "residual" else 0.0)
+    spec, without = spec_for(config, dropout=0.3), spec_for(config)
     if where == "adapter":
-        adapter = lora_spec(4, 8, 0.3, ("q", "down"))
-        spec = dataclasses.replace(spec, lora=adapter)
-        fresh = flatten(init_params(config, jax.random.key(1), lora=adapter))
-        random = {p: x + 0.3 for p, x in fresh.items() if p[-1] in ("lora_a", "lora_b")}
-        params = unflatten({**flatten(params), **random})
+        lora = lora_spec(4, 8, 0.3, ("q", "down"))
+        spec, without = (
+            spec_for(config, lora=lora),
+            spec_for(config, lora=dataclasses.replace(lora, dropout=0.0)),
+        )
+        shapes = jax.eval_shape(
+            lambda: init_params(config, jax.random.key(0), layout="unrolled", lora=lora)
+        )
+        generator = np.random.default_rng(0)
+        adapter = {
+            path: generator.normal(size=leaf.shape).astype(np.float32)
+            for path, leaf in flatten(shapes).items()
+            if path[-1] in ("lora_a", "lora_b")
+        }
+        params = unflatten({**flatten(params), **adapter})
     run = jax.jit(lambda key: batch_nll(spec, params, batch, key)[0])
-    without = dataclasses.replace(spec, dropout=0.0)
-    if spec.lora:
-        without = dataclasses.replace(without, lora=dataclasses.replace(spec.lora, dropout=0.0))
     plain = float(jax.jit(lambda: batch_nll(without, params, batch)[0])())
     one, two = jax.random.key(1), jax.random.key(2)
     assert float(run(None)) == pytest.approx(plain, rel=1e-6)
@@ -350,17 +354,19 @@ def test_dropout_acts_with_a_key_only_and_follows_it(where) -> None:
     assert len({round(float(x), 3) for x in (run(one), run(two), plain)}) == 3
 
 
-def test_dropout_keeps_the_mean_and_differs_between_micro_batches_and_steps() -> None:
-    from humpback_jax.model.linear import dropout
-
-    x = jnp.ones((200, 500), jnp.float32)
-    dropped = np.asarray(dropout(x, 0.25, jax.random.key(0)))
+def test_dropout_keeps_the_mean() -> None:
+    dropped = np.asarray(dropout(jnp.ones((200, 500)), 0.25, jax.random.key(0)))
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
     assert dropped.mean() == pytest.approx(1.0, abs=0.01)
+
+
+def test_micro_batches_are_thinned_by_masks_of_their_own() -> None:
     _, config, params = model_of(True)
     example = random_examples(1, 40, 40)
-    batch = packed(example * 2, layout=ONE_EACH)
-    spec = spec_for(config, batch, dropout=0.2)
-    twice, _ = sgd_step(spec, params, batch, accumulation=2)
-    once, _ = sgd_step(spec, params, packed(example), accumulation=1)
-    assert not trees_equal(twice, once), "both micro-batches were thinned by the same mask"
+    spec = spec_for(config, dropout=0.2)
+    twice, _ = step_gradient(spec, params, packed(example * 2, 2, one_each=True), 2)
+    once, _ = step_gradient(spec, params, packed(example, 1))
+    gap = max(
+        np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (once, twice)), strict=True)
+    )
+    assert gap > 1e-3

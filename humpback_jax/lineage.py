@@ -1,0 +1,319 @@
+"""Where a row comes from and what became of it: the lineage of one id, both ways."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.artifacts import Row
+from humpback_jax.compute import Compute
+from humpback_jax.config import train_section
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.linear import Precision
+from humpback_jax.records import Example
+from humpback_jax.run_view import RunView, round_of, short_name
+from humpback_jax.training.packing import BatchOrder
+
+
+def trace_id(workdir: Path, name: str) -> Row:
+    """All that a run folder knows about one id.
+
+    Args:
+      name: the id of a pair (that of its candidate), segment, document, seed or held-out example,
+        or a model (`M_1`), or one of its train steps (`M_1:12`, counted from 1).
+
+    Raises:
+      HumpbackError: no such id; the message gives an example of every kind.
+    """
+    return Lineage(RunView(workdir)).trace(name)
+
+
+def batches(run: RunView, model: str) -> list[list[str]]:
+    """The ids of the examples of every train step: entry t holds those of step t + 1.
+
+    Nothing was written down while training: batch t is a function of the seed, t and the ids.
+    """
+    from ml_collections import ConfigDict
+
+    from humpback_jax.stages.train import train_spec
+
+    fields = run.entries[model]["fields"]
+    ids = [row["id"] for row in run.training_data(model)]
+    # The fields that change no result are not stored; their defaults do as well.
+    section = ConfigDict({**train_section(), **fields["train"]}, convert_dict=True)
+    spec = train_spec(section, Compute(Precision(), "scan", 1), fields["seed"], len(ids))
+    order = BatchOrder(ids, spec.batch_examples, spec.seed)
+    return [[ids[index] for index in order.indices(step)] for step in range(spec.steps)]
+
+
+class Lineage:
+    """Indices over the rows of a run, built when first needed."""
+
+    def __init__(self, run: RunView) -> None:
+        self.run = run
+
+    def trace(self, name: str) -> Row:
+        """See `trace_id`."""
+        if name in self._candidates:
+            return self.pair(name)
+        if name in self._segments:
+            return self.segment(name)
+        if any(segment["document_id"] == name for segment in self._segments.values()):
+            return self.document(name)
+        if name in self._sources:
+            return self.human_example(name, "seed")
+        if name in self._measured:
+            return self.human_example(name, "heldout")
+        model, colon, step = name.rpartition(":")
+        if colon and step.isdigit() and self._model(model):
+            return self.step(self._model(model), int(step))
+        if self._model(name):
+            return self.model(self._model(name))
+        raise HumpbackError(f"{self.run.root} knows no id {name!r}. {self._examples_of_ids()}")
+
+    def pair(self, name: str) -> Row:
+        """The whole chain of a pair: document, augmentation, ratings, decisions, train steps."""
+        candidate = self._candidates[name]
+        return {
+            "kind": "pair",
+            "id": name,
+            "document": self._origin(candidate["segment_id"]),
+            "augmentation": {
+                "model": self.run.name_of(candidate["model_hash"]),
+                "model_hash": candidate["model_hash"],
+                "template_hash": candidate["template_hash"],
+                "decoding": json.loads(candidate["decoding"]),
+                "draw": candidate["draw"],
+                "raw": candidate["raw"],
+                "finish_reason": candidate["finish_reason"],
+                "logprob": candidate["logprob"],
+                "tokens": candidate["tokens"],
+            },
+            "instruction": candidate["instruction"],
+            "response": candidate["response"],
+            "rounds": [self._round(name, number) for number in self._rounds],
+            "training": self._training(name),
+        }
+
+    def segment(self, name: str) -> Row:
+        """A segment's place in its document, and its pairs."""
+        return {
+            "kind": "segment",
+            "id": name,
+            "document": self._origin(name),
+            "text": self._segments[name]["text"],
+            "pairs": [self.pair(pair) for pair in self._pairs_of(name)],
+        }
+
+    def document(self, name: str) -> Row:
+        """A document's segments in the corpus, with the instruction and fate of each pair."""
+        segments = []
+        for segment, row in self._segments.items():
+            if row["document_id"] != name:
+                continue
+            pairs = [
+                {
+                    "id": pair,
+                    "instruction": self._candidates[pair]["instruction"],
+                    "rounds": [self._round(pair, number) for number in self._rounds],
+                    "training": self._training(pair),
+                }
+                for pair in self._pairs_of(segment)
+            ]
+            segments.append({"id": segment, **self._origin(segment), "pairs": pairs})
+        return {"kind": "document", "id": name, "segments": segments}
+
+    def human_example(self, name: str, kind: str) -> Row:
+        """A seed example and the steps that used it, or a held-out one and its figures."""
+        example = self._human.get(name)
+        text = {"instruction": example.instruction, "response": example.response} if example else {}
+        found: Row = {"kind": kind, "id": name, **text, "training": self._training(name)}
+        if name in self._measured:
+            found["evaluation"] = self._measured[name]
+        return found
+
+    def model(self, name: str) -> Row:
+        """A model's identity, parents and data."""
+        entry = self.run.entries[name]
+        return {
+            "kind": "model",
+            "id": name,
+            "hash": entry["hash"],
+            "parents": [
+                {"name": self.run.name_of(parent), "hash": parent} for parent in entry["parents"]
+            ],
+            "fields": entry["fields"],
+            "details": entry["details"],
+            "examples": [
+                {"id": row["id"], "source": row["source"], "steps": self._steps(name, row["id"])}
+                for row in self.run.training_data(name)
+            ],
+        }
+
+    def step(self, model: str, step: int) -> Row:
+        """The examples of one train step, where they come from, and what it measured."""
+        steps = self._batches(model)
+        if not 1 <= step <= len(steps):
+            raise HumpbackError(
+                f"{model} was trained in {len(steps)} steps, so {short_name(model)}:1 to "
+                f"{short_name(model)}:{len(steps)} exist, not {short_name(model)}:{step}."
+            )
+        measured = {row["step"]: row for row in self.run.history(model) if "loss" in row}
+        return {
+            "kind": "step",
+            "id": f"{short_name(model)}:{step}",
+            "model": model,
+            "model_hash": self.run.entries[model]["hash"],
+            "step": step,
+            "steps": len(steps),
+            "metrics": measured.get(step, {}),
+            "examples": [self._brief(model, name) for name in steps[step - 1]],
+        }
+
+    @functools.cached_property
+    def _segments(self) -> dict[str, Row]:
+        return {row["id"]: row for row in self.run.rows("corpus")}
+
+    @functools.cached_property
+    def _candidates(self) -> dict[str, Row]:
+        names = self.run.names("candidates")
+        return {row["id"]: row for name in names for row in self.run.rows(name)}
+
+    @functools.cached_property
+    def _decisions(self) -> dict[tuple[int, str], Row]:
+        return {
+            (round_of(name), row["candidate_id"]): row
+            for name in self.run.names("pairs")
+            for row in self.run.rows(name)
+        }
+
+    @functools.cached_property
+    def _scores(self) -> dict[tuple[int, str], list[Row]]:
+        found: dict[tuple[int, str], list[Row]] = {}
+        for name in self.run.names("scores"):
+            for row in self.run.rows(name):
+                found.setdefault((round_of(name), row["candidate_id"]), []).append(row)
+        return found
+
+    @functools.cached_property
+    def _rounds(self) -> list[int]:
+        return sorted({round_of(n) for n in (*self.run.names("scores"), *self.run.names("pairs"))})
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, str]:
+        """Source of every example that some model was trained on."""
+        return {
+            row["id"]: row["source"]
+            for name in self.run.names("model")
+            for row in self.run.training_data(name)
+        }
+
+    @functools.cached_property
+    def _measured(self) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for name in self.run.names("evaluation"):
+            for row in self.run.rows(name):
+                figures = {key: row[key] for key in ("tags", "nll", "tokens")}
+                found.setdefault(row["id"], []).append({"model": short_name(name), **figures})
+        return found
+
+    @functools.cached_property
+    def _human(self) -> dict[str, Example]:
+        """The human pairs, from the files that the config names: the run keeps their ids alone."""
+        from humpback_jax.stages.sources import seed_pairs
+
+        try:
+            return {e.id: e for part in seed_pairs(self.run.config) for e in part}
+        except HumpbackError:  # the run folder was moved away from them
+            return {}
+
+    def _pairs_of(self, segment: str) -> list[str]:
+        return [n for n, row in self._candidates.items() if row["segment_id"] == segment]
+
+    def _origin(self, segment: str) -> Row:
+        row = self._segments.get(segment, {})
+        return {
+            "id": row.get("document_id"),
+            "segment": segment,
+            "bytes": [row.get("start"), row.get("end")],
+            "heading": row.get("heading"),
+            "source": row.get("source"),
+            "rules": row.get("rules"),
+        }
+
+    def _round(self, name: str, number: int) -> Row:
+        decision = self._decisions.get((number, name))
+        return {
+            "round": number,
+            "scores": [
+                {
+                    "curator": row["curator"],
+                    "value": row["value"],
+                    "detail": json.loads(row["detail"]),
+                    "judge": self.run.name_of(row["model_hash"]),
+                    "judge_hash": row["model_hash"],
+                    "template_hash": row["template_hash"],
+                }
+                for row in self._scores.get((number, name), [])
+            ],
+            "decision": decision
+            and {key: decision[key] for key in ("selected", "reason", "score")},
+        }
+
+    def _training(self, name: str) -> list[Row]:
+        """The models that were trained on an example, and in which steps."""
+        found = []
+        for model in self.run.names("model"):
+            steps = self._steps(model, name)
+            if steps:
+                found.append({"model": model, "steps": steps})
+        return found
+
+    def _steps(self, model: str, name: str) -> list[int]:
+        return self._uses(model).get(name, [])
+
+    @functools.cache  # noqa: B019 - a Lineage lives as long as one query
+    def _batches(self, model: str) -> list[list[str]]:
+        return batches(self.run, model)
+
+    @functools.cache  # noqa: B019
+    def _uses(self, model: str) -> dict[str, list[int]]:
+        uses: dict[str, list[int]] = {}
+        for step, names in enumerate(self._batches(model), start=1):
+            for name in names:
+                uses.setdefault(name, []).append(step)
+        return uses
+
+    def _brief(self, model: str, name: str) -> Row:
+        """An example of a step: enough to recognise it, and the id to ask on with."""
+        candidate = self._candidates.get(name)
+        if candidate:
+            origin = self._origin(candidate["segment_id"])
+            place = {"document": origin["id"], "bytes": origin["bytes"]}
+            return {"id": name, "source": "web", "instruction": candidate["instruction"], **place}
+        human = self._human.get(name)
+        text: dict[str, Any] = {"instruction": human.instruction} if human else {}
+        return {"id": name, "source": self._sources.get(name), **text}
+
+    def _model(self, name: str) -> str:
+        """The artifact's name of a model called by it or by its last part, "" for none."""
+        models = self.run.names("model")
+        return next((found for found in models if name in (found, short_name(found))), "")
+
+    def _examples_of_ids(self) -> str:
+        models = [short_name(name) for name in self.run.names("model")]
+        documents = [row["document_id"] for row in self._segments.values()]
+        seeds = [n for n, source in self._sources.items() if n not in self._candidates]
+        kinds = {
+            "a pair (or candidate)": list(self._candidates),
+            "a segment": list(self._segments),
+            "a document": documents,
+            "a seed example": seeds,
+            "a held-out example": list(self._measured),
+            "a model": models,
+            "a train step": [f"{model}:1" for model in models],
+        }
+        known = [f"{kind}, like {ids[0]}" for kind, ids in kinds.items() if ids]
+        return f"It can trace {'; '.join(known)}." if known else "The run has no artifact yet."

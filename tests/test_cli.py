@@ -1,0 +1,114 @@
+"""The program's surface: help, flags, errors, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from humpback_jax.cli import build_parser, main
+
+ROOT = Path(__file__).parent.parent
+VERBS = (
+    "run",
+    "train",
+    "sample",
+    "score",
+    "evaluate",
+    "export",
+    "import",
+    "fetch",
+    "report",
+    "verify",
+    "trace",
+)
+
+
+@pytest.fixture(autouse=True)
+def stay_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    monkeypatch.chdir(ROOT)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "humpback_jax", *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "HUMPBACK_IN_PROCESS": "0"},
+    )
+
+
+def test_help_comes_within_a_second_and_loads_no_jax() -> None:
+    started = time.monotonic()
+    result = run("--help")
+    assert result.returncode == 0
+    assert time.monotonic() - started < 1.0
+    code = (
+        "import sys, humpback_jax.cli as c; c.build_parser();"
+        "assert not {'jax', 'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_both_forms_of_a_flag_mean_the_same() -> None:
+    parser = build_parser()
+    spaced = parser.parse_args(["run", "--workdir", "w", "--limit", "3"])
+    joined = parser.parse_args(["run", "--workdir=w", "--limit=3"])
+    assert vars(spaced) == vars(joined)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.train.learning_rat=1"], "did you mean 'learning_rate'"),
+        (["--config.train.learning_rate=high"], "must be of type float"),
+        (["--config.seed=x"], "must be of type int"),
+        (["--config.train=1"], "is a section"),
+        (["--workdirr=x"], "unknown argument '--workdirr=x'"),
+        (["--config.train.lora.rank"], "needs a value"),
+    ],
+)
+def test_T29_a_wrong_setting_is_refused_before_anything_runs(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    code = main(["run", "--config=configs/tiny.py", f"--workdir={folder}", *arguments])
+    errors = capsys.readouterr().err
+    assert code != 0
+    assert expected in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not folder.exists()
+
+
+def test_an_error_is_one_line_and_debug_shows_the_traceback(tmp_path: Path) -> None:
+    arguments = ["run", "--config=missing.py", f"--workdir={tmp_path / 'run'}"]
+    plain = run(*arguments)
+    assert plain.returncode != 0
+    assert "Traceback" not in plain.stderr + plain.stdout
+    assert "missing.py" in plain.stderr
+    assert "Traceback" in run(*arguments, "--debug").stderr
+
+
+def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Name a colour."}) + "\n")
+    code = main(
+        ["sample", "--model=tiny-random", f"--prompts={prompts}", "--max-tokens=3", "--json"]
+    )
+    assert code == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 1

@@ -1,0 +1,138 @@
+"""A run may be killed at any moment and started again: the result is the unbroken run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "humpback_jax", "run", "--config=configs/tiny.py", "--json"]
+
+
+def start(workdir: Path, *extra: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, f"--workdir={workdir}", *extra],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ,
+    )
+
+
+def finish(workdir: Path, *extra: str) -> dict:
+    process = start(workdir, *extra)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])
+
+
+def hashes(workdir: Path) -> dict[str, str]:
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    return {entry["name"]: entry["hash"] for entry in manifest["artifacts"]}
+
+
+def kill_after(process: subprocess.Popen[str], moment: float) -> None:
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float, Path]:
+    """Hashes of a run that nothing disturbed, its duration with warm caches, and its folder."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    finish(folder / "cold")
+    started = time.monotonic()
+    finish(folder / "run")
+    duration = time.monotonic() - started
+    assert hashes(folder / "cold") == hashes(folder / "run"), "two runs differ without any kill"
+    return hashes(folder / "run"), duration, folder / "run"
+
+
+def kill_and_check(unbroken: tuple[dict[str, str], float, Path], moment: float, to: Path) -> None:
+    expected, duration, _ = unbroken
+    kill_after(start(to), moment * duration)
+    finish(to)
+    assert hashes(to) == expected
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_killed_run_continues_to_the_same_artifacts(
+    unbroken: tuple[dict[str, str], float, Path], part: int, tmp_path: Path
+) -> None:
+    moment = (part + random.Random(part).random()) / 4
+    kill_and_check(unbroken, moment, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))
+def test_killed_run_continues_to_the_same_artifacts_at_many_moments(
+    unbroken: tuple[dict[str, str], float, Path], part: int, tmp_path: Path
+) -> None:
+    moment = (part + random.Random(100 + part).random()) / 20
+    kill_and_check(unbroken, moment, tmp_path / "run")
+
+
+def test_training_killed_after_a_saved_state_goes_on_from_there(
+    unbroken: tuple[dict[str, str], float, Path], tmp_path: Path
+) -> None:
+    expected, duration, _ = unbroken
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    deadline = time.monotonic() + 10 * duration
+    while not list(workdir.glob("resume/*/*/commit_success.txt")):
+        assert process.poll() is None and time.monotonic() < deadline, "no state was ever saved"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(workdir)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["stage"] == "round_0/M_yx" and "loss" in row]
+    assert steps.count(1) == 1, "training started over"
+    assert hashes(workdir) == expected
+
+
+def test_a_finished_run_redoes_nothing(unbroken: tuple[dict[str, str], float, Path]) -> None:
+    _, _, workdir = unbroken
+    assert finish(workdir)["redone"] == 0
+
+
+def test_a_log_setting_redoes_nothing(unbroken: tuple[dict[str, str], float, Path]) -> None:
+    _, _, workdir = unbroken
+    assert finish(workdir, "--config.train.log_every=2")["redone"] == 0
+
+
+def test_another_selection_keeps_what_does_not_depend_on_it(
+    unbroken: tuple[dict[str, str], float, Path], tmp_path: Path
+) -> None:
+    expected, _, workdir = unbroken
+    shutil.copytree(workdir, tmp_path / "run")
+    finish(tmp_path / "run", "--config.curate.fraction=0.9")
+    found = hashes(tmp_path / "run")
+    kept = ("corpus", "round_0/M_yx", "round_0/M_0", "candidates", "round_1/scores")
+    assert all(found[name] == expected[name] for name in kept)
+    assert found["round_1/pairs"] != expected["round_1/pairs"]
+    assert found["round_1/M_1"] != expected["round_1/M_1"]
+
+
+def test_fresh_deletes_nothing_and_gives_the_same(
+    unbroken: tuple[dict[str, str], float, Path], tmp_path: Path
+) -> None:
+    expected, _, workdir = unbroken
+    shutil.copytree(workdir, tmp_path / "run")
+    before = {path.name for path in (tmp_path / "run" / "store").iterdir()}
+    summary = finish(tmp_path / "run", "--fresh")
+    after = {path.name for path in (tmp_path / "run" / "store").iterdir()}
+    assert summary["redone"] > 0
+    assert before < after
+    assert hashes(tmp_path / "run") == expected
