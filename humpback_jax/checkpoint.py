@@ -68,7 +68,7 @@ class ResumeFolder:
             shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
 
     def restore(self, state: TrainState) -> TrainState | None:
-        """The newest readable state in the form of `state`, or None; unreadable ones are skipped."""
+        """The newest readable state, in the form of `state`; None where there is none."""
         import jax
         import jax.numpy as jnp
 
@@ -78,8 +78,8 @@ class ResumeFolder:
             except HumpbackError as error:
                 print(f"warning: {error} Falling back to the one before.")
                 continue
-            structure = jax.tree.structure(state.optimizer)
-            leaves = [tree["optimizer"][f"{i:05d}"] for i in range(structure.num_leaves)]
+            leaves, structure = jax.tree.flatten(state.optimizer)
+            leaves = [tree["optimizer"][f"{i:05d}"] for i in range(len(leaves))]
             return TrainState(
                 jnp.int32(step),
                 _unnamed(tree["trainable"]),

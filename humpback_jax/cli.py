@@ -140,7 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", default="smollm2-135m-instruct")
     evaluate.add_argument("--suite", default="nll")
     evaluate.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
-    evaluate.add_argument("--tags", choices=("none", "S_a", "S_w", "both", "model"), default="model")
+    evaluate.add_argument(
+        "--tags", choices=("none", "S_a", "S_w", "both", "model"), default="model"
+    )
     evaluate.add_argument("--out", help="folder for results.json")
     evaluate.add_argument("--skip-bad", action="store_true")
     evaluate.add_argument("--precision", default="auto")

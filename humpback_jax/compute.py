@@ -44,7 +44,7 @@ def choose_compute(precision: str, batch_size: int) -> Compute:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, beside the fetched models unless the user says where."""
+    """Keeps compiled programs between runs, by default beside the fetched models."""
     import jax
 
     from humpback_jax.weights.named import default_cache_dir

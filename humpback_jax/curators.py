@@ -108,7 +108,9 @@ def _rubric_likelihood(judge: Inference, pairs: Sequence[PairText]) -> list[Rati
     groups = score_token_ids(judge.model.tokenizer)
     ids = [token for group in groups for token in group]
     prompts = [template.rubric_likelihood_prompt(p.instruction, p.response) for p in pairs]
-    log_probs = judge.next_token_log_probs([template.rubric_likelihood_prompt("", ""), *prompts], ids)
+    log_probs = judge.next_token_log_probs(
+        [template.rubric_likelihood_prompt("", ""), *prompts], ids
+    )
     bounds = np.cumsum([len(group) for group in groups])[:-1]
     probs = np.stack([part.sum(axis=1) for part in np.split(np.exp(log_probs), bounds, axis=1)], 1)
     prior = probs[0] / probs[0].sum()
@@ -158,7 +160,11 @@ def _pmi(
     ratings = []
     for pair, value, count in zip(pairs, nll, tokens, strict=True):
         given, prior = -float(value), alone[pair.document][0]
-        detail = {"log_p_y_given_x": round(given, 4), "log_p_y": round(prior, 4), "tokens": int(count)}
+        detail = {
+            "log_p_y_given_x": round(given, 4),
+            "log_p_y": round(prior, 4),
+            "tokens": int(count),
+        }
         score = round((given - prior) / int(count), 6)
         ratings.append(Rating(pair.id, curator, score, json.dumps(detail)))
     return ratings

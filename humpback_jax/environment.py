@@ -6,7 +6,16 @@ import importlib.metadata
 import platform
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Lineage:
         return {
             "kind": "pair",
             "id": name,
-            "document": self._origin(candidate["segment_id"]),
+            "origin": self._origin(candidate["segment_id"]),
             "augmentation": {
                 "model": self.run.name_of(candidate["model_hash"]),
                 "model_hash": candidate["model_hash"],
@@ -102,7 +102,7 @@ class Lineage:
         return {
             "kind": "segment",
             "id": name,
-            "document": self._origin(name),
+            "origin": self._origin(name),
             "text": self._segments[name]["text"],
             "pairs": [self.pair(pair) for pair in self._pairs_of(name)],
         }
@@ -122,7 +122,7 @@ class Lineage:
                 }
                 for pair in self._pairs_of(segment)
             ]
-            segments.append({"id": segment, **self._origin(segment), "pairs": pairs})
+            segments.append({**self._origin(segment), "pairs": pairs})
         return {"kind": "document", "id": name, "segments": segments}
 
     def human_example(self, name: str, kind: str) -> Row:
@@ -235,7 +235,7 @@ class Lineage:
     def _origin(self, segment: str) -> Row:
         row = self._segments.get(segment, {})
         return {
-            "id": row.get("document_id"),
+            "document": row.get("document_id"),
             "segment": segment,
             "bytes": [row.get("start"), row.get("end")],
             "heading": row.get("heading"),
@@ -291,7 +291,7 @@ class Lineage:
         candidate = self._candidates.get(name)
         if candidate:
             origin = self._origin(candidate["segment_id"])
-            place = {"document": origin["id"], "bytes": origin["bytes"]}
+            place = {key: origin[key] for key in ("document", "bytes")}
             return {"id": name, "source": "web", "instruction": candidate["instruction"], **place}
         human = self._human.get(name)
         text: dict[str, Any] = {"instruction": human.instruction} if human else {}

@@ -58,9 +58,7 @@ def run(
         scores = _score(context, t, judge, candidates)
         pairs = select_stage(context, f"round_{t}/pairs", candidates, scores)
         chosen = selected_examples(context.folder.read(pairs))
-        judge = train_stage(
-            context, f"round_{t}/M_{t}", seed + chosen, "forward", [pairs], "both"
-        )
+        judge = train_stage(context, f"round_{t}/M_{t}", seed + chosen, "forward", [pairs], "both")
         models[f"M_{t}"] = judge
 
     table = _evaluate(context, models)

@@ -13,7 +13,7 @@ from humpback_jax.checkpoint import load_params, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, init_params
-from humpback_jax.text.template import Template, require_same_template
+from humpback_jax.text.template import Tags, Template, require_same_template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 from humpback_jax.weights.hashing import params_hash
 
@@ -33,7 +33,7 @@ class LanguageModel:
     params: Params
     tokenizer: Tokenizer
     template: Template
-    tags: str = "none"
+    tags: Tags = "none"
 
     @functools.cached_property
     def hash(self) -> str:

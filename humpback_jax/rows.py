@@ -214,7 +214,9 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise HumpbackError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+        raise HumpbackError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg})."
+        ) from error
     if not isinstance(rows, list):
         raise HumpbackError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}.")
     for number, row in enumerate(rows, start=1):
@@ -243,7 +245,9 @@ def _rows(path: Path, report: ReadReport, skip_bad: bool) -> Iterator[tuple[str,
         if isinstance(row, json.JSONDecodeError):
             _reject(path, place, f"not valid JSON ({row.msg})", report, skip_bad)
         elif not isinstance(row, dict):
-            _reject(path, place, f"expected an object, found {type(row).__name__}", report, skip_bad)
+            _reject(
+                path, place, f"expected an object, found {type(row).__name__}", report, skip_bad
+            )
         else:
             yield place, {key: value for key, value in row.items() if value is not None}
 
@@ -309,7 +313,9 @@ def _history(row: Row) -> list[Message]:
     """LLaMA-Factory's `history`: earlier [user, assistant] turns."""
     turns = []
     for pair in row.get("history") or []:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        ):
             raise _BadRow("field 'history': expected a list of [user, assistant] texts")
         turns += [Message("user", pair[0]), Message("assistant", pair[1])]
     return turns

@@ -31,8 +31,8 @@ class RunView:
             self.entries: dict[str, Row] = {e["name"]: e for e in read_manifest(root)}
         except (ValueError, KeyError, TypeError) as error:
             raise HumpbackError(
-                f"{root / 'manifest.json'} is not readable ({error!r}). Run the same `humpback run` "
-                "again with --fresh, or restore the file."
+                f"{root / 'manifest.json'} is not readable ({error!r}). Restore it, or run the "
+                "same `humpback run` into a new --workdir."
             ) from error
         self._rows: dict[str, list[Row]] = {}
 

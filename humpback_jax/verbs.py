@@ -55,7 +55,7 @@ def train(arguments: argparse.Namespace) -> Result:
     from humpback_jax.checkpoint import ResumeFolder
     from humpback_jax.records import stable_id
     from humpback_jax.rows import read_examples
-    from humpback_jax.stages.train import render, tune, tuned_model
+    from humpback_jax.stages.train import TAGS_BY_SOURCE, Direction, render, tune, tuned_model
     from humpback_jax.text.preview import preview_lines
 
     config = _config(arguments)
@@ -71,7 +71,7 @@ def train(arguments: argparse.Namespace) -> Result:
         section.on_long = "error"
     compute = choose_compute(config.compute.precision, config.compute.batch_size)
     base = load_model(arguments.model, config.base.template, config.seed)
-    direction = "backward" if arguments.reverse else "forward"
+    direction: Direction = "backward" if arguments.reverse else "forward"
     rows = render(base.template, examples[: arguments.preview], direction)
     for line in preview_lines(base.tokenizer, rows, sys.stdout.isatty()):
         print(line)
@@ -99,8 +99,8 @@ def train(arguments: argparse.Namespace) -> Result:
             on_metrics=report_row,
             on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
         )
-    tags = "none" if arguments.reverse else {"seed": "S_a", "web": "S_w"}.get(arguments.source, "none")
-    model = tuned_model(base, out.name, trained, tags)  # type: ignore[arg-type]
+    tags = "none" if arguments.reverse else TAGS_BY_SOURCE.get(arguments.source, "none")
+    model = tuned_model(base, out.name, trained, tags)
     losses = [row["loss"] for row in trained.history if "loss" in row]
     details = {
         "examples": len(used),
@@ -131,7 +131,7 @@ def sample(arguments: argparse.Namespace) -> Result:
 
         prompts = [single_prompt(arguments.prompt)]
     model = load_model(arguments.model)
-    tags = model.tags if arguments.tags == "model" else arguments.tags
+    tags: Any = model.tags if arguments.tags == "model" else arguments.tags
     reader = Inference(model, choose_compute(arguments.precision, arguments.batch_size))
     template = model.template
     texts = []
@@ -146,9 +146,7 @@ def sample(arguments: argparse.Namespace) -> Result:
     started = time.monotonic()
     rows = []
     for draw in range(arguments.n):
-        drawn = reader.generate(
-            texts, decoding, seed=arguments.seed, stage="sample", draw=draw
-        )
+        drawn = reader.generate(texts, decoding, seed=arguments.seed, stage="sample", draw=draw)
         for prompt, done in zip(prompts, drawn, strict=True):
             rows.append(
                 {
@@ -254,7 +252,7 @@ def export(arguments: argparse.Namespace) -> Result:
     out = Path(arguments.out)
     _writable_folder(out)
     save_hf(out, model.config, model.params, arguments.dtype)
-    source = baked_chat_template(model.template, model.tags)  # type: ignore[arg-type]
+    source = baked_chat_template(model.template, model.tags)
     model.tokenizer.with_chat_template(source).save(out)
     generation = {
         "bos_token_id": model.config.bos_token_id,
@@ -351,5 +349,3 @@ def _writable_folder(folder: Path) -> None:
         (folder / ".probe").unlink()
     except OSError as error:
         raise HumpbackError(f"{folder} cannot be written ({error.strerror}).") from error
-
-

@@ -1,4 +1,4 @@
-"""What all tests share: one cache of compiled programs, and the data that may lie beside the tree."""
+"""What all tests share: one cache of compiled programs, and data beside the tree."""
 
 from __future__ import annotations
 

@@ -11,9 +11,7 @@ from humpback_jax.model.llama import Attend, Cache
 MASKED = -1e30  # finite, so that a row without any visible key gives 0/0-free garbage, not NaN
 
 
-def packed_attention(
-    segment_ids: jax.Array, positions: jax.Array, precision: Precision
-) -> Attend:
+def packed_attention(segment_ids: jax.Array, positions: jax.Array, precision: Precision) -> Attend:
     """Causal attention inside each packed example.
 
     Args:
@@ -24,9 +22,7 @@ def packed_attention(
     causal = positions[:, :, None] >= positions[:, None, :]
     visible = same & causal & (segment_ids > 0)[:, None, :]
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         return grouped_attention(q, k, v, visible, precision), cache
 
     return attend

@@ -49,9 +49,7 @@ def prefill_attention(lengths: jax.Array, capacity: int, precision: Precision) -
 def decode_attention(positions: jax.Array, precision: Precision) -> Attend:
     """One new token a row, written at its own position [B] and attending to all up to it."""
 
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         rows, _, heads, width = q.shape
         groups = k.shape[2]
         index = jnp.arange(rows)

@@ -141,7 +141,9 @@ class Block(nnx.Module):
         dropout_rate: float,
         key: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
-        keys: Sequence[jax.Array | None] = [None] * 9 if key is None else jax.random.split(key, 9)
+        keys: list[jax.Array | None] = [None] * 9
+        if key is not None:
+            keys = list(jax.random.split(key, 9))
         update, cache = self.attn(self.attn_norm(x), rope, attend, cache, precision, keys[0:4])
         x = x + dropout(update, dropout_rate, keys[4]).astype(x.dtype)
         update = self.mlp(self.mlp_norm(x), precision, keys[5:8])

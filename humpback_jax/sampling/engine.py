@@ -57,7 +57,7 @@ class Engine:
         config: LlamaConfig,
         params: Params,
         stop_ids: Sequence[int],
-        precision: Precision = Precision(),  # noqa: B008 - a frozen dataclass
+        precision: Precision = Precision(),
         batch_size: int = 32,
     ) -> None:
         self.config, self.precision, self.batch_size = config, precision, batch_size
@@ -107,9 +107,7 @@ class Engine:
         live = np.arange(rows) < len(requests)
         window = self.config.max_position_embeddings
         capacity = min(bucket + decoding.max_new_tokens, window)
-        prefill, decode = _programs(
-            self.config, self.precision, decoding, self.stop_ids, capacity
-        )
+        prefill, decode = _programs(self.config, self.precision, decoding, self.stop_ids, capacity)
         logits, caches = prefill(self._params, prompts, lengths)
         state = decode(self._params, logits, caches, lengths, keys, live)
         tokens, counts, logprobs, stopped = jax.device_get(
@@ -149,9 +147,7 @@ def _programs(
     stop_ids: tuple[int, ...],
     capacity: int,
 ) -> tuple[Callable[..., Any], Callable[..., DecodeState]]:
-    def prefill(
-        params: Params, prompts: jax.Array, lengths: jax.Array
-    ) -> tuple[jax.Array, Any]:
+    def prefill(params: Params, prompts: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Any]:
         model = bind(config, params, "unrolled")
         rows, width = prompts.shape
         places = jnp.broadcast_to(jnp.arange(width), (rows, width))

@@ -11,6 +11,7 @@ import numpy as np
 
 from humpback_jax.errors import HumpbackError
 
+Bounds = tuple[jax.Array, jax.Array]
 BLOCK = 256  # width of the second level of the cumulative sum
 
 
@@ -93,7 +94,7 @@ def _keep_largest(weights: jax.Array, measure: jax.Array, wanted: jax.Array) -> 
     """
     bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
 
-    def halve(bounds: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, ...], None]:
+    def halve(bounds: Bounds, _: None) -> tuple[Bounds, None]:
         low, high = bounds
         middle = low + (high - low + 1) // 2
         reached = jnp.where(bits >= middle[:, None], measure, 0.0).sum(axis=-1) >= wanted

@@ -20,9 +20,7 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
     """Candidates (x̂_j, y_j), one row per segment, in the order of the corpus."""
     section = context.config.augment
     segments = [Segment(**row) for row in context.folder.read(corpus)]
-    decoding = Decoding(
-        section.temperature, section.top_p, section.top_k, section.max_new_tokens
-    )
+    decoding = Decoding(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
     fields = {**effective_fields(section), "seed": context.config.seed}
     stage = Stage("augment", VERSION, json.loads(json.dumps(fields)))
     size = section.shard_rows

@@ -60,9 +60,7 @@ def score_stage(
         template_hash = reader.model.template.content_hash()
         context.say(f"{name}: shard {index + 1} of {len(shards)}")
         return [
-            dataclasses.asdict(
-                Score(r.id, curator, r.value, r.detail, judge.hash, template_hash)
-            )
+            dataclasses.asdict(Score(r.id, curator, r.value, r.detail, judge.hash, template_hash))
             for r in ratings
         ]
 
@@ -72,9 +70,7 @@ def score_stage(
     )
 
 
-def select_stage(
-    context: Context, name: str, candidates: Artifact, scores: Artifact
-) -> Artifact:
+def select_stage(context: Context, name: str, candidates: Artifact, scores: Artifact) -> Artifact:
     """Decides on every candidate and writes down why.
 
     Raises:
@@ -107,9 +103,7 @@ def select_stage(
             )
         return [dataclasses.asdict(pair) for pair in pairs]
 
-    artifact = context.folder.rows(
-        name, "pairs", stage, [candidates, scores], 1, make, _decisions
-    )
+    artifact = context.folder.rows(name, "pairs", stage, [candidates, scores], 1, make, _decisions)
     if not artifact.details["selected"]:
         raise HumpbackError(
             f"{name}: none of {artifact.rows} candidates is selected "

@@ -93,9 +93,7 @@ def curation_meter_stage(context: Context, name: str, judge: Artifact) -> Artifa
         alone: dict[str, tuple[float, int]] = {}
         rows = []
         for curator in curators:
-            reader = context.inference(
-                context.base_artifact if curator == "pmi_frozen" else judge
-            )
+            reader = context.inference(context.base_artifact if curator == "pmi_frozen" else judge)
             seen = {} if curator == "pmi_frozen" else alone
             measured = curation_meter(
                 functools.partial(_rate, curator, reader, decoding, config.seed, alone=seen),

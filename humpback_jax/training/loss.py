@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from humpback_jax.model.llama import Llama
 from humpback_jax.model.linear import Precision
+from humpback_jax.model.llama import Llama
 
 CHUNK = 512  # positions whose logits exist at one time
 
@@ -130,9 +130,7 @@ def _forward(
         return dkernel + _dot(*pair, (0, 0)), (nll, dhidden)
 
     start = jnp.zeros(kernel.shape, jnp.float32)
-    dkernel, (nll, dhidden) = jax.lax.scan(
-        chunk_gradient, start, _chunks(hidden, targets, weights)
-    )
+    dkernel, (nll, dhidden) = jax.lax.scan(chunk_gradient, start, _chunks(hidden, targets, weights))
     nll = nll.reshape(-1)[: hidden.shape[0]]
     dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
     residuals = dhidden.astype(hidden.dtype), dkernel.astype(kernel.dtype), targets

@@ -80,9 +80,7 @@ def make_train_step(
     key of a micro-batch is folded by (step, index).
     """
 
-    def step(
-        state: TrainState, batch: Batch, key: jax.Array
-    ) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepMetrics]:
         count = batch.mask.sum().astype(jnp.float32)
         step_key = jax.random.fold_in(key, state.step)
 

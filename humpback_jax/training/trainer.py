@@ -67,7 +67,7 @@ class Resume(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Result: full float32 parameters (adapter merged), stacked by layer, and the adapter if any."""
+    """Full float32 parameters (adapter merged), stacked by layer, and the adapter if any."""
 
     params: Params
     adapter: Params | None
@@ -165,15 +165,11 @@ def train(
 def initial_state(config: LlamaConfig, base: Params, spec: TrainSpec, optimizer: Any) -> TrainState:
     """Float32 copies of the base weights in the training layout, with fresh optimizer state."""
     arrange = unstack_layers if spec.layout == "unrolled" else lambda params: params
-    convert = jax.jit(
-        lambda params: arrange(jax.tree.map(lambda x: x.astype(jnp.float32), params))
-    )
+    convert = jax.jit(lambda params: arrange(jax.tree.map(lambda x: x.astype(jnp.float32), params)))
     params = convert(base)
     if spec.lora is None:
         return TrainState(jnp.int32(0), params, {}, optimizer.init(params))
-    fresh = init_params(
-        config, jax.random.key(spec.seed), layout=spec.layout, lora=spec.lora
-    )
+    fresh = init_params(config, jax.random.key(spec.seed), layout=spec.layout, lora=spec.lora)
     _, adapter = split_adapter(fresh)
     return TrainState(jnp.int32(0), adapter, params, optimizer.init(adapter))
 
@@ -215,8 +211,9 @@ def _metrics_row(
     loss = float(nll.sum() / supervised.sum())
     if not np.isfinite(loss) or not np.isfinite(float(metrics.grad_norm)):
         raise HumpbackError(
-            f"step {step + 1}: the loss is {loss} and the gradient norm {float(metrics.grad_norm)}; "
-            f"examples of that batch: {', '.join(ids)}. Lower the learning rate or inspect them."
+            f"step {step + 1}: the loss is {loss} and the gradient norm "
+            f"{float(metrics.grad_norm)}; examples of that batch: {', '.join(ids)}. Lower the "
+            "learning rate or inspect them."
         )
     row: dict[str, Any] = {
         "step": step + 1,
