@@ -35,8 +35,10 @@ INSTALL = [
     "ml-collections>=1.1,<2",
     "tokenizers>=0.22",
     "transformers>=5,<6",
-    "sentencepiece>=0.2.1",
-    "protobuf>=5.28",  # sentencepiece's model files are read as protocol buffers
+    # tokenizer.model files are protocol buffers. The reader in sentencepiece 0.2.3 wants
+    # protobuf 7.36, Apache Beam wants protobuf below 7.
+    "sentencepiece>=0.2.1,<0.2.3",
+    "protobuf>=5.28",
     "jinja2>=3.1.5",
     "pyarrow>=18",
     "zstandard>=0.23",

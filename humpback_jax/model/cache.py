@@ -26,8 +26,8 @@ def cache_bytes(config: LlamaConfig, rows: int, length: int, dtype: str) -> int:
     return 2 * config.num_hidden_layers * rows * width * length * jnp.dtype(dtype).itemsize
 
 
-def prefill_attention(lengths: jax.Array, capacity: int, precision: Precision) -> Attend:
-    """Causal attention over right-padded prompts; the layer's cache is created with S = capacity.
+def prefill_attention(lengths: jax.Array, precision: Precision) -> Attend:
+    """Causal attention over right-padded prompts; creates the layer's cache, as long as they are.
 
     Args:
       lengths: int32 [B]; places from there on are padding.
@@ -37,10 +37,7 @@ def prefill_attention(lengths: jax.Array, capacity: int, precision: Precision) -
         width = q.shape[1]
         place = jnp.arange(width)
         visible = (place[:, None] >= place[None, :])[None] & (place < lengths[:, None])[:, None, :]
-        padding = ((0, 0), (0, 0), (0, capacity - width), (0, 0))
-        cache = LayerCache(
-            jnp.pad(k.transpose(0, 2, 1, 3), padding), jnp.pad(v.transpose(0, 2, 1, 3), padding)
-        )
+        cache = LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
         return grouped_attention(q, k, v, visible, precision), cache
 
     return attend

@@ -109,7 +109,9 @@ class Linear(nnx.Module):
         self.use_bias = use_bias
         self.lora = lora
         if lora is not None:
-            down = nnx.initializers.he_uniform()(rngs.params(), (d_in, lora.rank), "float32")
+            # uniform within 1 / sqrt(d_in), as peft does
+            uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+            down = uniform(rngs.params(), (d_in, lora.rank), "float32")
             up = jnp.zeros((lora.rank, d_out), "float32")
             self.lora_a = nnx.LoRAParam(
                 down, out_sharding=(axes[0], "lora_rank"), eager_sharding=False

@@ -44,10 +44,10 @@ def join(base: Params, adapter: Params) -> Params:
 
 def merge_adapter(base: Params, adapter: Params, spec: LoraSpec) -> Params:
     """W + (alpha / rank) A B in float32, in each kernel's own dtype; works on both layouts."""
-    flat = flatten(base)
-    for path, a in flatten(adapter).items():
+    flat, low_rank = flatten(base), flatten(adapter)
+    for path, a in low_rank.items():
         if path[-1] == "lora_a":
-            b = flatten(adapter)[(*path[:-1], "lora_b")]
+            b = low_rank[(*path[:-1], "lora_b")]
             kernel = flat[(*path[:-1], "kernel")]
             update = jnp.matmul(a, b, precision="highest") * (spec.alpha / spec.rank)
             merged = jnp.asarray(kernel, jnp.float32) + update

@@ -16,7 +16,7 @@ from humpback_jax.training.packing import TrainingExample, best_fit, lay_out
 from humpback_jax.training.step import StepSpec
 
 ROWS = 2  # rows of one program call
-ROW_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+ROW_LENGTHS = (192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 
 
 def sequence_nll(

@@ -47,7 +47,7 @@ def record_key(seed: int, stage: str, record_id: str, draw: int) -> np.ndarray:
     The token at position i is drawn with fold_in(key, i).
     """
     text = f"{seed}\x1f{stage}\x1f{record_id}\x1f{draw}".encode()
-    return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), np.uint32).copy()
+    return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), "<u4").astype(np.uint32)
 
 
 def draw_tokens(
@@ -106,7 +106,7 @@ def _keep_largest(weights: jax.Array, measure: jax.Array, wanted: jax.Array) -> 
 
 
 def _uniform(key: jax.Array, position: jax.Array) -> jax.Array:
-    folded = jax.random.fold_in(jax.random.wrap_key_data(key), position)
+    folded = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
     return jax.random.uniform(folded)
 
 
@@ -115,15 +115,22 @@ def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     rows, vocab = weights.shape
     blocks = -(-vocab // BLOCK)
     padded = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - vocab))).reshape(rows, blocks, BLOCK)
-    upto = jnp.cumsum(padded.sum(axis=-1), axis=-1)
+    sums = padded.sum(axis=-1)
+    upto = jnp.cumsum(sums, axis=-1)
     target = uniform * upto[:, -1]
-    block = jnp.minimum((upto <= target[:, None]).sum(axis=-1), blocks - 1)
-    before = jnp.where(
-        block > 0, jnp.take_along_axis(upto, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0
-    )
-    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    running = before[:, None] + jnp.cumsum(inside, axis=-1)
-    place = (running <= target[:, None]).sum(axis=-1)
-    # Rounding may leave the target just above the block's last running sum.
-    last = BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
-    return (block * BLOCK + jnp.minimum(place, last)).astype(jnp.int32)
+    block = _first_reached(upto, target, sums)[:, None]
+    inside = jnp.take_along_axis(padded, block[:, :, None], axis=1)[:, 0]
+    before = jnp.take_along_axis(upto - sums, block, axis=1)
+    place = _first_reached(before + jnp.cumsum(inside, axis=-1), target, inside)
+    return (block[:, 0] * BLOCK + place).astype(jnp.int32)
+
+
+def _first_reached(upto: jax.Array, target: jax.Array, steps: jax.Array) -> jax.Array:
+    """The first place with a step whose sum exceeds `target`, else the last place with a step.
+
+    The condition on the step matters: a parallel sum rounds its terms in another order at each
+    place, so that it may rise, or fall, where nothing is added.
+    """
+    exceeded = (upto > target[:, None]) & (steps > 0)
+    last = steps.shape[-1] - 1 - jnp.argmax(steps[:, ::-1] > 0, axis=-1)
+    return jnp.where(exceeded.any(axis=-1), jnp.argmax(exceeded, axis=-1), last)

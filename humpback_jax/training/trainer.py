@@ -169,8 +169,14 @@ def initial_state(config: LlamaConfig, base: Params, spec: TrainSpec, optimizer:
     params = convert(base)
     if spec.lora is None:
         return TrainState(jnp.int32(0), params, {}, optimizer.init(params))
-    fresh = init_params(config, jax.random.key(spec.seed), layout=spec.layout, lora=spec.lora)
-    _, adapter = split_adapter(fresh)
+
+    def fresh_adapter() -> Params:
+        # Drawn stacked in either layout, so that the layout does not change the result. Compiled,
+        # the weights beside the adapter are never made.
+        fresh = init_params(config, jax.random.key(spec.seed), lora=spec.lora)
+        return arrange(split_adapter(fresh)[1])
+
+    adapter = jax.jit(fresh_adapter)()
     return TrainState(jnp.int32(0), adapter, params, optimizer.init(adapter))
 
 
