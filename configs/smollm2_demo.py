@@ -23,7 +23,8 @@ def get_config(argument: str = "") -> Any:
     with config.unlocked():
         config.name = "smollm2-demo"
         config.base.model = "smollm2-135m-instruct"
-        config.corpus.update({"segments": 56, "min_chars": 600, "max_chars": 1500})
+        config.data.seed_limit = 72
+        config.corpus.update({"segments": 48, "min_chars": 600, "max_chars": 1200})
         for section in (config.backward, config.train):
             # A higher rate than the paper's, which is for 7B and 15 times as many steps.
             section.update({"learning_rate": 1e-4, "end_learning_rate": 9e-5, "schedule": "linear"})
@@ -32,7 +33,7 @@ def get_config(argument: str = "") -> Any:
         config.augment.max_new_tokens = 64
         config.curate.update({"curator": "pmi", "also": ("rubric_likelihood", "rubric")})
         config.curate.update({"also_limit": 16, "max_new_tokens": 128})
-        config.curate.update({"select": "top_fraction", "fraction": 0.388})  # the share of A_4
+        config.curate.update({"select": "top_fraction", "fraction": 0.3})
         config.meters.curators = ("rubric_likelihood", "combined")
         config.compute.update({"precision": "bfloat16", "batch_size": 16})
     if "tiny" in arguments(argument, ("tiny",), "configs/smollm2_demo.py"):

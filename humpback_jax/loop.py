@@ -23,6 +23,7 @@ from humpback_jax.artifacts import Artifact, Row, RunFolder, write_json
 from humpback_jax.compute import choose_compute
 from humpback_jax.curators import check_curator
 from humpback_jax.environment import describe_environment
+from humpback_jax.metrics import MetricsLog
 from humpback_jax.models import load_model
 from humpback_jax.stages.augment import augment_stage
 from humpback_jax.stages.context import Context
@@ -91,7 +92,8 @@ def prepare(
     base = load_model(config.base.model, config.base.template, config.seed)
     write_json(workdir / "config.json", json.loads(config.to_json()))
     write_json(workdir / "environment.json", describe_environment())
-    return Context(config, folder, compute, base, seed, heldout, say)
+    metrics = MetricsLog(workdir)
+    return Context(config, folder, compute, base, seed, heldout, metrics, say)
 
 
 def _score(context: Context, t: int, judge: Artifact, candidates: Artifact) -> Artifact:

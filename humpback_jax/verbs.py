@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> Result:
 def train(arguments: argparse.Namespace) -> Result:
     """SFT on a file of rows; writes one of our checkpoints."""
     from humpback_jax.checkpoint import ResumeFolder
+    from humpback_jax.metrics import MetricsLog
     from humpback_jax.records import stable_id
     from humpback_jax.rows import read_examples
     from humpback_jax.stages.train import TAGS_BY_SOURCE, Direction, render, tune, tuned_model
@@ -76,29 +77,27 @@ def train(arguments: argparse.Namespace) -> Result:
     for line in preview_lines(base.tokenizer, rows, sys.stdout.isatty()):
         print(line)
     resume = ResumeFolder(out / "resume" / stable_id(config.to_json(), str(len(examples))))
-    started, say = time.monotonic(), progress()
-    history = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-    with history:
+    started, say, metrics = time.monotonic(), progress(), MetricsLog(out)
 
-        def report_row(row: Result) -> None:
-            history.write(json.dumps(row) + "\n")
-            if "loss" in row:
-                say(
-                    f"train: step {row['step']}, loss {row['loss']:.4f}, "
-                    f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s"
-                )
+    def report_row(row: Result) -> None:
+        metrics.write("train", row)
+        if "loss" in row:
+            say(
+                f"train: step {row['step']}, loss {row['loss']:.4f}, "
+                f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s"
+            )
 
-        trained, used, dropped = tune(
-            base,
-            examples,
-            section,
-            direction,
-            compute,
-            config.seed,
-            resume=resume,
-            on_metrics=report_row,
-            on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
-        )
+    trained, used, dropped = tune(
+        base,
+        examples,
+        section,
+        direction,
+        compute,
+        config.seed,
+        resume=resume,
+        on_metrics=report_row,
+        on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
+    )
     tags = "none" if arguments.reverse else TAGS_BY_SOURCE.get(arguments.source, "none")
     model = tuned_model(base, out.name, trained, tags)
     losses = [row["loss"] for row in trained.history if "loss" in row]

@@ -27,3 +27,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs {folder}, which does not come with the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished rehearsal; tests that change something work on a copy."""
+    from tiny_run import make_tiny_run
+
+    return make_tiny_run(tmp_path_factory.mktemp("shared") / "run")

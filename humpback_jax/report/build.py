@@ -22,7 +22,7 @@ from humpback_jax.report.document import (
 from humpback_jax.report.plots import draw_overview, draw_scores
 from humpback_jax.run_view import RunView
 
-CLIP = 700  # characters of a document or answer that the report shows
+CLIP, SLACK = 700, 100  # characters of a text that the report shows; a short rest is shown too
 
 
 def build_report(workdir: Path) -> Path:
@@ -71,8 +71,8 @@ def _summary(run: RunView) -> list[Block]:
         Paragraph(
             f"{run.config.rounds} rounds of instruction backtranslation on "
             f"{run.config.base.model}: M_yx writes an instruction for every segment, M_(t-1) "
-            f"scores the pairs ({run.config.curate.curator}), and M_t is tuned from the base on the seed "
-            "and the selected pairs."
+            f"scores the pairs ({run.config.curate.curator}), and M_t is tuned from the base on "
+            "the seed and the selected pairs."
         )
     ]
     table = tables.results(run)
@@ -111,22 +111,18 @@ def _meters(run: RunView) -> list[Block]:
         blocks += [
             Heading("Backward meter: do the written instructions fit?"),
             tables.backward(run),
-            Bullets(
-                [
-                    "Copy rate: longest text in common with the document, as a share of the "
-                    "instruction. Echo rate: instructions that repeat the prompt's own wording.",
-                ]
+            Paragraph(
+                "Copy rate: longest text in common with the document, as a share of the "
+                "instruction. Echo rate: instructions that repeat the prompt's own wording."
             ),
         ]
     if facts.curation(run):
         blocks += [
             Heading("Curation meter: can the curators tell good pairs from broken ones?"),
             tables.curation(run),
-            Bullets(
-                [
-                    "shuffled: another pair's instruction. truncated: the answer without its first "
-                    "half. promo: navigation and advertising put around the answer.",
-                ]
+            Paragraph(
+                "Shuffled: another pair's instruction. Truncated: the answer without its first "
+                "half. Promo: navigation and advertising put around the answer."
             ),
         ]
     return blocks
@@ -180,8 +176,9 @@ def _pairs(run: RunView) -> list[Block]:
             blocks.append(Heading(f"{title} pairs of round {last}"))
         for row in rows:
             verdict = "selected" if row["selected"] else "not selected"
+            rule = row["reason"] if row["selected"] else facts.refusal(row["reason"])
             blocks += [
-                Heading(f"{row['score']:.4f}: {verdict} ({row['reason']}), pair {row['id']}", 3),
+                Heading(f"{row['score']:.4f}: {verdict} ({rule}), pair {row['id']}", 3),
                 Quote("instruction, written by M_yx", _clip(row["instruction"])),
                 Quote("response, the document's text", _clip(row["response"])),
             ]
@@ -225,7 +222,7 @@ def _text(value: object) -> str:
 
 
 def _clip(text: str) -> str:
-    if len(text) <= CLIP:
+    if len(text) <= CLIP + SLACK:
         return text
     return f"{text[:CLIP].rstrip()}\n[... {len(text) - CLIP:,} more characters]"
 

@@ -192,14 +192,14 @@ def decisions(run: RunView) -> dict[str, dict[int, int]]:
     for t in run.rounds:
         for row in run.rows(f"round_{t}/pairs"):
             if not row["selected"]:
-                reason = found.setdefault(_refusal(row["reason"]), {})
+                reason = found.setdefault(refusal(row["reason"]), {})
                 reason[t] = reason.get(t, 0) + 1
     return dict(sorted(found.items(), key=lambda item: -sum(item[1].values())))
 
 
-def _refusal(reason: str) -> str:
-    """The rule of selection is written beside selected and other pairs alike."""
-    return f"not in {reason}" if reason.startswith("top ") else reason
+def refusal(reason: str) -> str:
+    """A pair's reason as one of refusal: the selection's rule stands beside all rated pairs."""
+    return f"not {reason}" if reason.startswith(("top ", "score ")) else reason
 
 
 def answers(run: RunView) -> list[Row]:

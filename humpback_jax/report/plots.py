@@ -61,8 +61,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _clean(axes: Any, title: str, xlabel: str = "", ylabel: str = "") -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
+def _clean(axes: Any, title: str, xlabel: str = "", ylabel: str = "", pad: float = 8) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad)
     axes.set_xlabel(xlabel, fontsize=9, color=INK)
     axes.set_ylabel(ylabel, fontsize=9, color=INK)
     axes.tick_params(labelsize=8.5, color=GREY, labelcolor=INK, length=3)
@@ -150,7 +150,7 @@ def _likelihoods(figure: Any, place: Any, run: RunView) -> None:
     _clean(right, "minus base", "paired difference")
     if not table:
         right.set_axis_off()
-        right.set_title("")
+        right.set_title("", loc="left")
         return _nothing(left, "not evaluated yet")
     names = list(table)
     for row, name in enumerate(names):
@@ -185,13 +185,13 @@ def _histograms(figure: Any, place: Any, run: RunView, curator: str, title: str)
         axes = figure.add_subplot(place)
         _clean(axes, title)
         return _nothing(axes, "no score could be read" if values else "no scores yet")
-    parts = place.subgridspec(len(values), 1, hspace=0.35)
+    parts = place.subgridspec(len(values), 1, hspace=0.4)
     shared: Any = None
     edges = _edges(everything)
     for row, (t, by_id) in enumerate(values.items()):
         axes = shared = figure.add_subplot(parts[row], sharex=shared)
         last = row == len(values) - 1
-        _clean(axes, title if row == 0 else "", "score" if last else "", "pairs")
+        _clean(axes, title if row == 0 else "", "score" if last else "", "pairs", pad=20)
         chosen = facts.selected(run, t)
         kept = [value for name, value in by_id.items() if name in chosen]
         rest = [value for name, value in by_id.items() if name not in chosen]
@@ -204,7 +204,7 @@ def _histograms(figure: Any, place: Any, run: RunView, curator: str, title: str)
             linewidth=0.6,
         )
         label = f"round {t}: {len(kept)} of {len(by_id)} selected"
-        axes.set_title(label, loc="right", fontsize=8.5, color=INK, pad=4)
+        axes.set_title(label, loc="right", fontsize=8.5, color=INK, pad=5)
         axes.tick_params(labelbottom=last)
         axes.locator_params(axis="x", nbins=5)
         axes.locator_params(axis="y", nbins=4, integer=True)

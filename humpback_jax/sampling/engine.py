@@ -79,7 +79,8 @@ class Engine:
         """Completions in the order of `requests`.
 
         Raises:
-          HumpbackError: a prompt is empty or leaves no room in the model's window.
+          HumpbackError: a prompt is empty or leaves no room in the model's window, or the model's
+            probabilities are not numbers.
         """
         window = self.config.max_position_embeddings
         classes: dict[int, list[int]] = {}
@@ -113,7 +114,7 @@ class Engine:
         for width, members in self._by_width(requests):
             for start in range(0, len(members), PREFILL_ROWS):
                 chosen = members[start : start + PREFILL_ROWS]
-                prompts = np.full((PREFILL_ROWS, width), self.stop_ids[0], np.int32)
+                prompts = np.zeros((PREFILL_ROWS, width), np.int32)
                 places = np.full(PREFILL_ROWS, rows, np.int32)
                 sizes = np.ones(PREFILL_ROWS, np.int32)
                 for place, row in enumerate(chosen):
@@ -126,7 +127,12 @@ class Engine:
         _, drawn = decode(self._params, slots, lengths, keys, live)
         drawn = jax.device_get(drawn)
         completions = []
-        for row in range(len(requests)):
+        for row, request in enumerate(requests):
+            if not np.isfinite(drawn.logprobs[row]):
+                raise HumpbackError(
+                    f"record {request.id}: the model's probabilities are not numbers; its weights "
+                    "are broken, or overflow in this precision."
+                )
             kept = drawn.counts[row] - int(drawn.stopped[row])
             reason = "stop" if drawn.stopped[row] else "length"
             tokens, logprob = drawn.tokens[row, :kept], float(drawn.logprobs[row])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from humpback_jax.artifacts import Artifact, RunFolder
 from humpback_jax.compute import Compute
 from humpback_jax.inference import Inference
+from humpback_jax.metrics import MetricsLog
 from humpback_jax.models import LanguageModel, load_checkpoint
 from humpback_jax.records import Example
 
@@ -31,6 +30,7 @@ class Context:
     base: LanguageModel
     seed: list[Example]
     heldout: list[Example]
+    metrics: MetricsLog
     say: Callable[[str], None]
     _cached: tuple[str, Inference] | None = None
 
@@ -51,12 +51,6 @@ class Context:
             self._cached = None
             self._cached = (artifact.hash, Inference(self.model(artifact), self.compute))
         return self._cached[1]
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Appends to `metrics.jsonl`, with the time."""
-        row = {"time": round(time.time(), 3), **row}
-        with open(self.folder.root / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
     @property
     def resume_root(self) -> Path:

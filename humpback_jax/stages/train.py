@@ -212,7 +212,7 @@ def _count(values: Any) -> dict[str, int]:
 
 
 def _report(context: Context, name: str, row: dict[str, Any]) -> None:
-    context.log({"stage": name, **row})
+    context.metrics.write(name, row)
     if "validation_nll" in row:
         context.say(f"{name}: step {row['step']}, validation NLL {row['validation_nll']:.4f}")
     else:

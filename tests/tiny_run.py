@@ -1,0 +1,27 @@
+"""One finished run of the rehearsal config, shared by the tests that read run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.config import apply_tiny, default_config
+from humpback_jax.loop import run
+
+
+def tiny_config() -> Any:
+    """The rehearsal, trained so far that instructions end, pairs pass, and the rounds differ."""
+    config = default_config()
+    with config.unlocked():
+        config.name = "shared-rehearsal"
+        apply_tiny(config)
+        for section, steps in ((config.backward, 12), (config.train, 8)):
+            section.update({"steps": steps, "learning_rate": 1e-2, "end_learning_rate": 1e-2})
+        config.augment.update({"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 128})
+    return config
+
+
+def make_tiny_run(folder: Path) -> Path:
+    """Runs it in `folder`, which must be new."""
+    run(tiny_config(), folder, say=lambda text: None)
+    return folder
