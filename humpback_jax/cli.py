@@ -55,7 +55,7 @@ def config_overrides(rest: Sequence[str], arguments: argparse.Namespace) -> dict
     items = list(rest)
     while items:
         item = items.pop(0)
-        if not item.startswith("--config."):
+        if not item.startswith("--config.") or not hasattr(arguments, "config"):
             raise HumpbackError(
                 f"unknown argument {item!r}; `humpback {arguments.verb} --help` lists the known."
             )
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--skip-bad", action="store_true", help="count unreadable rows, go on")
     train.add_argument("--preview", type=int, default=2, help="show the first N training rows")
 
-    sample = verb("sample", "batched generation", config=True)
+    sample = verb("sample", "batched generation")
     sample.add_argument("--model", default="smollm2-135m-instruct")
     sample.add_argument("--prompts", help="rows with prompt, instruction or messages")
     sample.add_argument("--prompt", help="one prompt")
@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--batch-size", type=int, default=16)
     sample.add_argument("--precision", default="auto")
 
-    score = verb("score", "rate a file of pairs", config=True)
+    score = verb("score", "rate a file of pairs")
     score.add_argument("--model", default="smollm2-135m-instruct")
     score.add_argument("--data", required=True)
     score.add_argument("--curator", default="rubric_likelihood")
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--batch-size", type=int, default=16)
     score.add_argument("--precision", default="auto")
 
-    evaluate = verb("evaluate", "score a model on held-out data", config=True)
+    evaluate = verb("evaluate", "score a model on held-out data")
     evaluate.add_argument("--model", default="smollm2-135m-instruct")
     evaluate.add_argument("--suite", default="nll")
     evaluate.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.records import Example, Message, stable_id
@@ -29,6 +31,14 @@ _ROLES = {
     "gpt": "assistant",
     "bot": "assistant",
 }
+_CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_PAIRS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("inputs", "targets"),
+)
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclasses.dataclass
@@ -56,13 +66,16 @@ class Prompt:
 
 
 class _BadRow(Exception):
-    """A row that cannot be used; the message says why, without the place."""
+    """A row that cannot be used: "what is counted: which field, and what is wrong with it"."""
 
 
 def read_examples(
     path: Path, source: str, skip_bad: bool = False
 ) -> tuple[list[Example], ReadReport]:
     """Reads training or evaluation rows from .jsonl, .json (a list), .parquet; also .gz and .zst.
+
+    Texts lose the white space at their ends: an answer that began with some could have its first
+    token merged with the newline before it, which belongs to the prompt.
 
     Args:
       source: given to every row; decides its tags.
@@ -81,12 +94,9 @@ def read_examples(
             _reject(path, place, str(error), report, skip_bad)
             continue
         report.forms[form] = report.forms.get(form, 0) + 1
-        given = row.get("id")
-        name = str(given) if isinstance(given, str | int) else stable_id(json.dumps(row))
-        seen[name] += 1
-        if seen[name] > 1:
-            report.renamed += 1
-            name = f"{name}#{seen[name]}"
+        given = _given_id(row) or stable_id(json.dumps(row, default=str))
+        name = unique_name(given, seen)
+        report.renamed += name != given
         examples.append(Example(name, messages, source, text))
     report.rows = len(examples)
     if not examples:
@@ -95,7 +105,7 @@ def read_examples(
 
 
 def read_prompts(path: Path, skip_bad: bool = False) -> tuple[list[Prompt], ReadReport]:
-    """Reads rows to be answered: `messages`, `prompt`, `instruction` (+ `input`), or `text`.
+    """Reads rows to be answered: a conversation, `prompt`, `instruction` (+ `input`), or `text`.
 
     Raises:
       HumpbackError: names file, row and field.
@@ -105,15 +115,14 @@ def read_prompts(path: Path, skip_bad: bool = False) -> tuple[list[Prompt], Read
     seen: collections.Counter[str] = collections.Counter()
     for place, row in _rows(path, report, skip_bad):
         try:
-            messages = _prompt_messages(row)
+            turns = _prompt_turns(row)
         except _BadRow as error:
             _reject(path, place, str(error), report, skip_bad)
             continue
-        given = row.get("id")
-        name = str(given) if isinstance(given, str | int) else stable_id(json.dumps(messages))
-        seen[name] += 1
-        if seen[name] > 1:
-            name = f"{name}#{seen[name]}"
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        given = _given_id(row) or stable_id(json.dumps(messages))
+        name = unique_name(given, seen)
+        report.renamed += name != given
         prompts.append(Prompt(name, messages, row))
     report.rows = len(prompts)
     if not prompts:
@@ -126,6 +135,18 @@ def single_prompt(text: str) -> Prompt:
     if not text.strip():
         raise HumpbackError("--prompt is empty.")
     return Prompt(stable_id(text), [{"role": "user", "content": text}], {"prompt": text})
+
+
+def unique_name(name: str, seen: collections.Counter[str]) -> str:
+    """`name`, or with a number after it where it is in `seen`, to which the result is added."""
+    seen[name] += 1
+    number = seen[name]
+    if number == 1:
+        return name
+    while (numbered := f"{name}#{number}") in seen:
+        number += 1
+    seen[numbered] += 1
+    return numbered
 
 
 def write_rows(path: Path, rows: Iterable[Row], form: str | None = None) -> None:
@@ -145,39 +166,82 @@ def write_rows(path: Path, rows: Iterable[Row], form: str | None = None) -> None
                 for row in rows:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         else:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            pq.write_table(pa.Table.from_pylist(list(rows)), temporary, compression="zstd")
+            _write_parquet(path, temporary, list(rows))
         temporary.replace(path)
     except OSError as error:
-        raise HumpbackError(f"{path} cannot be written ({error.strerror}).") from error
+        raise HumpbackError(f"{path} cannot be written ({error.strerror or error}).") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def open_text(path: Path) -> io.TextIOBase:
-    """Opens a text file, decompressing .gz and .zst; UTF-8 is required."""
+def _write_parquet(path: Path, temporary: Path, rows: list[Row]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        table = pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+        pq.write_table(table, temporary, compression="zstd")
+    except (pa.ArrowException, OverflowError) as error:
+        raise HumpbackError(
+            f"{path}: a field's values are of different types, which parquet cannot hold "
+            f"({error}). Write .jsonl instead."
+        ) from error
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Opens a file for reading, decompressing .gz and .zst.
+
+    Raises:
+      HumpbackError: there is no such file, or it cannot be opened.
+    """
     if not path.exists():
         raise HumpbackError(f"{path}: the file does not exist.")
     if not path.is_file():
         raise HumpbackError(f"{path} is not a file.")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        import zstandard
+    with readable(path):
+        if path.suffix == ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        if path.suffix == ".zst":
+            import pyarrow as pa
 
-        stream = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"))  # noqa: SIM115
-        return io.TextIOWrapper(stream, encoding="utf-8")
-    return open(path, encoding="utf-8")
+            # Unlike zstandard's own reader, Arrow's reports a truncated file.
+            return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+        return open(path, "rb")
+
+
+def read_text(path: Path) -> str:
+    """A whole text file, without the byte order mark.
+
+    Raises:
+      HumpbackError: missing, damaged or not UTF-8.
+    """
+    with readable(path), open_bytes(path) as file:
+        return file.read().removeprefix(_BOM).decode()
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns whatever goes wrong while reading a file into a message that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise HumpbackError(f"{path}: {malformed(error)}.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise HumpbackError(f"{path}: the compressed file is damaged ({error}).") from error
+    except OSError as error:
+        raise HumpbackError(f"{path} cannot be read ({error.strerror or error}).") from error
 
 
 def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, parsed row) of a file; a malformed JSON line comes as a `json.JSONDecodeError`.
+    """(place, parsed row) of a file; a line that cannot be parsed comes as its `ValueError`.
 
     Raises:
-      HumpbackError: missing file, not UTF-8, an unreadable container, or an unknown suffix.
+      HumpbackError: missing file, an unreadable container, or an unknown suffix.
     """
     name = path.name.removesuffix(".gz").removesuffix(".zst")
-    try:
+    with readable(path):
         if name.endswith(".jsonl"):
             yield from _json_lines(path)
         elif name.endswith(".json"):
@@ -185,37 +249,30 @@ def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
         elif name.endswith(".parquet"):
             yield from _parquet(path)
         else:
-            open_text(path).close()
+            open_bytes(path).close()
             raise HumpbackError(
                 f"{path}: unknown kind of file; use .jsonl, .json or .parquet (.gz, .zst)."
             )
-    except UnicodeDecodeError as error:
-        raise HumpbackError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert the file, for "
-            "example with iconv."
-        ) from error
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise HumpbackError(f"{path}: the compressed file is damaged ({error}).") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with open_text(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(_BOM) if number == 1 else line
             if line.strip():
                 try:
-                    yield f"line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
+                    yield f"line {number}", json.loads(line.decode())
+                except ValueError as error:
                     yield f"line {number}", error
 
 
 def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    with open_text(path) as file:
-        text = file.read()
     try:
-        rows = json.loads(text)
+        rows = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise HumpbackError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg})."
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}). A file with one row a "
+            "line is named .jsonl."
         ) from error
     if not isinstance(rows, list):
         raise HumpbackError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}.")
@@ -227,8 +284,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not path.exists():
-        raise HumpbackError(f"{path}: the file does not exist.")
+    open_bytes(path).close()
     try:
         file = pq.ParquetFile(path)
         number = 0
@@ -242,20 +298,43 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _rows(path: Path, report: ReadReport, skip_bad: bool) -> Iterator[tuple[str, Row]]:
     for place, row in raw_rows(path):
-        if isinstance(row, json.JSONDecodeError):
-            _reject(path, place, f"not valid JSON ({row.msg})", report, skip_bad)
+        if isinstance(row, ValueError):
+            reason = malformed(row)
         elif not isinstance(row, dict):
-            _reject(
-                path, place, f"expected an object, found {type(row).__name__}", report, skip_bad
+            reason = f"not an object: found {type(row).__name__}"
+        elif not is_unicode(json.dumps(row, ensure_ascii=False, default=str)):
+            reason = (
+                "not valid Unicode: the row holds half of a surrogate pair (\\ud800 to \\udfff)"
             )
         else:
             yield place, {key: value for key, value in row.items() if value is not None}
+            continue
+        _reject(path, place, reason, report, skip_bad)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON can spell half of a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def malformed(error: ValueError) -> str:
+    """What is wrong with a text or line that cannot be decoded or parsed."""
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"not UTF-8 text: {error.reason} at byte {error.start}; convert the file, for example "
+            "with iconv"
+        )
+    return f"not valid JSON: {getattr(error, 'msg', error)}"
 
 
 def _reject(path: Path, place: str, reason: str, report: ReadReport, skip_bad: bool) -> None:
     if not skip_bad:
         raise HumpbackError(f"{path}, {place}: {reason}. Mend the row, or pass --skip-bad.")
-    label = reason.split(" (")[0].split(":")[0]
+    label = reason.partition(":")[0]
     report.bad[label] = report.bad.get(label, 0) + 1
 
 
@@ -263,101 +342,106 @@ def _counts(report: ReadReport) -> str:
     return f"Skipped rows by reason: {report.bad}." if report.bad else "The file is empty."
 
 
+def _given_id(row: Row) -> str:
+    given = row.get("id")
+    return str(given) if isinstance(given, str | int) and not isinstance(given, bool) else ""
+
+
 def _parse(row: Row) -> tuple[str, tuple[Message, ...], str | None]:
     """(form, messages, plain text or None) of a row."""
-    if "messages" in row:
-        return "messages", _conversation(row, "messages", "role", "content"), None
-    if "conversations" in row:
-        return "conversations", _conversation(row, "conversations", "from", "value"), None
-    for x, y in (
-        ("instruction", "output"),
-        ("instruction", "response"),
-        ("prompt", "completion"),
-        ("inputs", "targets"),
-    ):
+    for field in _CONVERSATIONS:
+        if field in row:
+            return field, _training_turns(row, field), None
+    for x, y in _PAIRS:
         if x in row and y in row:
             turns = [*_history(row), Message("user", _request(row, x))]
-            turns.append(Message("assistant", _text(row, y)))
+            turns.append(Message("assistant", _text(row, y, "response").strip()))
             return f"{x}+{y}", tuple(turns), None
     if "text" in row:
         return "text", (), _text(row, "text")
-    raise _BadRow(f"unknown form with the fields {sorted(row)}; accepted: {FORMS}")
+    raise _BadRow(f"unknown form: the fields are {sorted(row)}; accepted: {FORMS}")
 
 
-def _conversation(row: Row, field: str, role_key: str, text_key: str) -> tuple[Message, ...]:
-    turns = row[field]
-    if not isinstance(turns, list) or not turns:
-        raise _BadRow(f"field {field!r}: expected a list of turns")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping) or turn.get(role_key) not in _ROLES:
-            raise _BadRow(
-                f"field {field!r}: turn {number} needs {role_key!r} in {sorted(_ROLES)} and "
-                f"{text_key!r}"
-            )
+def _training_turns(row: Row, field: str) -> tuple[Message, ...]:
+    turns = _turns(row, field)
+    while turns and turns[-1].role != "assistant":
+        turns.pop()  # a conversation that ends with a request has no answer to learn
+    roles = [turn.role for turn in turns if turn.role != "system"]
+    if not roles:
+        raise _BadRow(f"no answer: field {field!r} has no assistant turn")
+    if roles[0] != "user":
+        raise _BadRow(f"no request: field {field!r} has no user turn before the first answer")
+    return tuple(turns)
+
+
+def _prompt_turns(row: Row) -> list[Message]:
+    for field in _CONVERSATIONS:
+        if field in row:
+            turns = _turns(row, field)
+            if turns[-1].role == "assistant":
+                turns.pop()  # the row's own answer
+            if not turns or turns[-1].role != "user":
+                raise _BadRow(f"no request: field {field!r} must end with a user turn")
+            return turns
+    for field in ("prompt", "instruction", "inputs", "text"):
+        if field in row:
+            return [*_history(row), Message("user", _request(row, field))]
+    raise _BadRow(
+        f"unknown form: the fields are {sorted(row)}; accepted: messages, conversations, prompt, "
+        "instruction (+ input), inputs, text"
+    )
+
+
+def _turns(row: Row, field: str) -> list[Message]:
+    """The turns of a conversation, checked; answers have text, requests too."""
+    role_key, text_key = _CONVERSATIONS[field]
+    given = row[field]
+    if not isinstance(given, list) or not given:
+        raise _BadRow(f"wrong type: field {field!r} must be a list of turns")
+    turns = []
+    for number, turn in enumerate(given, start=1):
+        where = f"field {field!r}, turn {number}"
+        role = turn.get(role_key) if isinstance(turn, Mapping) else None
+        if not isinstance(role, str) or role not in _ROLES:
+            raise _BadRow(f"wrong type: {where} needs {role_key!r}, one of {sorted(_ROLES)}")
         content = turn.get(text_key)
         if not isinstance(content, str):
-            raise _BadRow(f"field {field!r}: turn {number} has no text in {text_key!r}")
-        role = _ROLES[turn[role_key]]
-        if role == "assistant" and not content.strip():
-            raise _BadRow(f"field {field!r}: turn {number}, the response is empty")
-        messages.append(Message(role, content))
-    while messages and messages[-1].role != "assistant":
-        messages.pop()  # a conversation that ends with a request has no answer to learn
-    if not any(message.role == "assistant" for message in messages):
-        raise _BadRow(f"field {field!r}: no assistant turn")
-    return tuple(messages)
+            raise _BadRow(f"wrong type: {where} has no text in {text_key!r}")
+        turns.append(_turn(_ROLES[role], content, where))
+    return turns
+
+
+def _turn(role: str, content: str, where: str) -> Message:
+    if role != "system" and not content.strip():
+        raise _BadRow(f"empty {'response' if role == 'assistant' else 'request'}: {where}")
+    return Message(role, content.strip() if role == "assistant" else content.rstrip())
 
 
 def _history(row: Row) -> list[Message]:
     """LLaMA-Factory's `history`: earlier [user, assistant] turns."""
+    history = row.get("history", [])
+    pairs = history if isinstance(history, list) else [history]
     turns = []
-    for pair in row.get("history") or []:
-        if not (
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
-        ):
-            raise _BadRow("field 'history': expected a list of [user, assistant] texts")
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise _BadRow("wrong type: field 'history' must be a list of [user, assistant] texts")
+        where = f"field 'history', turn {number}"
+        turns += [_turn("user", pair[0], where), _turn("assistant", pair[1], where)]
     return turns
 
 
 def _request(row: Row, field: str) -> str:
-    text = _text(row, field)
-    extra = row.get("input") if field == "instruction" else None
-    if extra is not None and not isinstance(extra, str):
-        raise _BadRow(f"field 'input': expected text, found {type(extra).__name__}")
-    return f"{text}\n\n{extra}" if extra and extra.strip() else text
+    text = _text(row, field, "request")
+    extra = row.get("input", "") if field == "instruction" else ""
+    if not isinstance(extra, str):
+        raise _BadRow(f"wrong type: field 'input' must be text, found {type(extra).__name__}")
+    return (f"{text}\n\n{extra}" if extra.strip() else text).rstrip()
 
 
-def _text(row: Row, field: str) -> str:
+def _text(row: Row, field: str, what: str = "text") -> str:
     value = row[field]
     if not isinstance(value, str):
-        raise _BadRow(f"field {field!r}: expected text, found {type(value).__name__}")
+        raise _BadRow(f"wrong type: field {field!r} must be text, found {type(value).__name__}")
     if not value.strip():
-        what = "response" if field in ("output", "response", "completion", "targets") else "text"
-        raise _BadRow(f"field {field!r}: the {what} is empty")
+        raise _BadRow(f"empty {what}: field {field!r}")
     return value
-
-
-def _prompt_messages(row: Row) -> list[dict[str, str]]:
-    if "messages" in row:
-        turns = row["messages"]
-        valid = isinstance(turns, list) and turns
-        if not valid or not all(
-            isinstance(t, Mapping) and t.get("role") in _ROLES and isinstance(t.get("content"), str)
-            for t in turns
-        ):
-            raise _BadRow("field 'messages': expected a list of {role, content}")
-        messages = [{"role": _ROLES[t["role"]], "content": t["content"]} for t in turns]
-        if messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not messages or messages[-1]["role"] != "user":
-            raise _BadRow("field 'messages': the last turn must be the user's")
-        return messages
-    for field in ("prompt", "instruction", "inputs", "text"):
-        if field in row:
-            return [{"role": "user", "content": _request(row, field)}]
-    raise _BadRow(
-        f"unknown form with the fields {sorted(row)}; accepted: messages, prompt, instruction "
-        "(+ input), inputs, text"
-    )

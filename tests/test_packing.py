@@ -6,7 +6,7 @@ trains on other batches than the unbroken one.
 
 from __future__ import annotations
 
-import functools
+import time
 from collections import Counter
 
 import numpy as np
@@ -66,14 +66,12 @@ def test_packing_places_every_example_once_and_overfills_no_row(lengths) -> None
     assert half_full <= 1, "two half-empty rows would have fitted in one"
 
 
-def test_packing_a_hundred_thousand_texts_takes_seconds() -> None:
-    """Scoring packs a whole shard at once; a search through all rows would take an hour."""
-    import time
-
-    lengths = np.random.default_rng(0).integers(20, 1500, 100_000).tolist()
+def test_packing_many_texts_takes_seconds() -> None:
+    """Scoring packs all it is given at once; looking through all rows would be quadratic."""
+    lengths = np.random.default_rng(0).integers(20, 1500, 50_000).tolist()
     start = time.process_time()
     rows = best_fit(lengths, 2048)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 5
     assert sum(map(len, rows)) == len(lengths)
 
 
@@ -216,13 +214,9 @@ def test_a_batch_without_a_supervised_token_is_an_error_that_names_its_examples(
         batch_at(examples, order, 0, plan, SOURCES)
 
 
-@functools.cache
-def _mask_of_first_token() -> TrainingExample:
-    return TrainingExample("x", np.arange(4, dtype=np.int32), np.array([True, False, True, True]))
-
-
 def test_a_supervised_first_token_is_not_counted_since_nothing_predicts_it() -> None:
-    each = _mask_of_first_token()
+    ids, mask = np.arange(4, dtype=np.int32), np.array([True, False, True, True])
+    each = TrainingExample("x", ids, mask)
     batch = lay_out([each], [[0]], 1, WIDTH)
     assert each.supervised == batch.mask.sum() == 2
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.records import stable_id
-from humpback_jax.rows import open_text, raw_rows
+from humpback_jax.rows import is_unicode, malformed, raw_rows, read_text, unique_name
 
 PYDOC_TOPICS = "pydoc_topics"
 _ROW_FILES = (".jsonl", ".json", ".parquet")
@@ -18,7 +18,12 @@ _TEXT_FILES = (".txt", ".md", ".rst")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text with its id; `source` names the file or collection it stands in."""
+    """A text with its id; `source` names the file or collection it stands in.
+
+    Attributes:
+      text: line ends are "\\n", whatever the file has, and there is no byte order mark; byte spans
+        refer to this text.
+    """
 
     id: str
     text: str
@@ -26,7 +31,7 @@ class Document:
 
 
 def read_documents(paths: Sequence[str]) -> Iterator[Document]:
-    """Documents of each path, in order.
+    """Documents of each path, in order; an id met before is given a number.
 
     A path is a row file with a `text` field (.jsonl, .json, .parquet, also .gz and .zst), a text
     file (.txt, .md, .rst: one document), a folder of such files (sorted, recursive), or
@@ -35,21 +40,28 @@ def read_documents(paths: Sequence[str]) -> Iterator[Document]:
     Raises:
       HumpbackError: missing or unreadable files, rows without text; names file and row.
     """
+    seen: collections.Counter[str] = collections.Counter()
     for path in paths:
-        if path == PYDOC_TOPICS:
-            yield from _pydoc_topics()
-            continue
-        place = Path(path)
-        if not place.exists():
-            raise HumpbackError(
-                f"{path}: no such document file or folder (corpus.documents; {PYDOC_TOPICS!r} is "
-                "the packaged corpus)."
-            )
-        files = sorted(_readable(place)) if place.is_dir() else [place]
-        if not files:
-            raise HumpbackError(f"{path}: the folder holds no {', '.join(_ROW_FILES + _TEXT_FILES)}.")
-        for file in files:
-            yield from _file(file, place if place.is_dir() else place.parent)
+        for document in _path(path):
+            name = unique_name(document.id, seen)
+            yield document if name == document.id else dataclasses.replace(document, id=name)
+
+
+def _path(path: str) -> Iterator[Document]:
+    if path == PYDOC_TOPICS:
+        yield from _pydoc_topics()
+        return
+    place = Path(path)
+    if not place.exists():
+        raise HumpbackError(
+            f"{path}: no such document file or folder (corpus.documents; {PYDOC_TOPICS!r} is "
+            "the packaged corpus)."
+        )
+    files = sorted(_readable(place)) if place.is_dir() else [place]
+    if not files:
+        raise HumpbackError(f"{path}: the folder holds no {', '.join(_ROW_FILES + _TEXT_FILES)}.")
+    for file in files:
+        yield from _file(file, place if place.is_dir() else place.parent)
 
 
 def _readable(folder: Path) -> Iterator[Path]:
@@ -63,26 +75,30 @@ def _kind(file: Path) -> str:
 
 
 def _file(file: Path, root: Path) -> Iterator[Document]:
-    name = str(file.relative_to(root))
-    if _kind(file) in _TEXT_FILES:
-        try:
-            with open_text(file) as stream:
-                text = stream.read()
-        except UnicodeDecodeError as error:
-            raise HumpbackError(
-                f"{file}: not UTF-8 text ({error.reason} at byte {error.start}). Convert the file, "
-                "for example with iconv."
-            ) from error
-        yield Document(name, text, name)
+    name, kind = str(file.relative_to(root)), _kind(file)
+    if kind in _TEXT_FILES:
+        yield Document(name, _plain_line_ends(read_text(file)), name)
         return
+    if kind not in _ROW_FILES:
+        raise HumpbackError(
+            f"{file}: unknown kind of document file; use {', '.join(_ROW_FILES + _TEXT_FILES)} "
+            "(.gz, .zst)."
+        )
     for place, row in raw_rows(file):
-        if isinstance(row, json.JSONDecodeError):
-            raise HumpbackError(f"{file}, {place}: not valid JSON ({row.msg}).")
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
+        if isinstance(row, ValueError):
+            raise HumpbackError(f"{file}, {place}: {malformed(row)}.")
+        content = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(content, str):
             raise HumpbackError(f"{file}, {place}: the field 'text' is missing or not text.")
         given = row.get("id")
-        yield Document(str(given) if given is not None else stable_id(text), text, name)
+        if not is_unicode(f"{text}{given}"):
+            raise HumpbackError(f"{file}, {place}: the text holds half of a surrogate pair.")
+        identity = stable_id(text) if given is None else str(given)
+        yield Document(identity, _plain_line_ends(text), name)
+
+
+def _plain_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _pydoc_topics() -> Iterator[Document]:

@@ -61,8 +61,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _clean(axes: Any, title: str, xlabel: str = "", ylabel: str = "", pad: float = 8) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad)
+def _clean(axes: Any, title: str, xlabel: str = "", ylabel: str = "") -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
     axes.set_xlabel(xlabel, fontsize=9, color=INK)
     axes.set_ylabel(ylabel, fontsize=9, color=INK)
     axes.tick_params(labelsize=8.5, color=GREY, labelcolor=INK, length=3)
@@ -191,7 +191,7 @@ def _histograms(figure: Any, place: Any, run: RunView, curator: str, title: str)
     for row, (t, by_id) in enumerate(values.items()):
         axes = shared = figure.add_subplot(parts[row], sharex=shared)
         last = row == len(values) - 1
-        _clean(axes, title if row == 0 else "", "score" if last else "", "pairs", pad=20)
+        _clean(axes, title if row == 0 else "", "score" if last else "", "pairs")
         chosen = facts.selected(run, t)
         kept = [value for name, value in by_id.items() if name in chosen]
         rest = [value for name, value in by_id.items() if name not in chosen]
@@ -204,7 +204,7 @@ def _histograms(figure: Any, place: Any, run: RunView, curator: str, title: str)
             linewidth=0.6,
         )
         label = f"round {t}: {len(kept)} of {len(by_id)} selected"
-        axes.set_title(label, loc="right", fontsize=8.5, color=INK, pad=5)
+        axes.set_title(label, loc="right", fontsize=8.5, color=INK, pad=8)
         axes.tick_params(labelbottom=last)
         axes.locator_params(axis="x", nbins=5)
         axes.locator_params(axis="y", nbins=4, integer=True)
@@ -234,8 +234,15 @@ def _meters(axes: Any, run: RunView) -> None:
             axes.barh(where, value, height=height * 0.86, color=KIND_COLOURS[kind])
             rings = [found[t][curator][kind]["auc"] for t in found if curator in found[t]][:-1]
             axes.plot(rings, [where] * len(rings), "o", mfc="none", mec=INK, ms=4, mew=0.9)
-            end = max(value, *rings, 0) + 0.02
-            axes.text(end, where, f"{value:.2f}", va="center", fontsize=8, color=INK)
+            near = [ring for ring in rings if -0.02 < ring - value < 0.12]
+            axes.text(
+                max(value, *near, 0) + 0.02,
+                where,
+                f"{value:.2f}",
+                va="center",
+                fontsize=8,
+                color=INK,
+            )
     axes.axvline(0.5, color=GREY, lw=1, ls=":")
     axes.set_yticks(range(len(curators)), curators)
     axes.set_ylim(len(curators) - 0.5, -0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,13 @@ class TrainingExample:
     ids: np.ndarray  # int32 [n]
     mask: np.ndarray  # bool [n]
     source: str = "seed"
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.ids) == len(self.mask):
+            raise HumpbackError(
+                f"example {self.id} has {len(self.ids)} tokens and a mask of {len(self.mask)}; it "
+                "needs at least one token and a mask of the same length."
+            )
 
     @property
     def length(self) -> int:
@@ -80,21 +88,21 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
       HumpbackError: an example alone is longer than a row.
     """
     rows: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (free places, row), sorted
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[index] > capacity:
             raise HumpbackError(
                 f"an example takes {lengths[index]} places but a row holds {capacity}; "
                 "raise row_tokens or let on_long drop or truncate it."
             )
-        fitting = [row for row, free in enumerate(room) if free >= lengths[index]]
-        if fitting:
-            row = min(fitting, key=lambda r: (room[r], r))
-            rows[row].append(index)
-            room[row] -= lengths[index]
+        tightest = bisect.bisect_left(rooms, (lengths[index], 0))
+        if tightest == len(rooms):
+            free, row = capacity, len(rows)
+            rows.append([])
         else:
-            rows.append([index])
-            room.append(capacity - lengths[index])
+            free, row = rooms.pop(tightest)
+        rows[row].append(index)
+        bisect.insort(rooms, (free - lengths[index], row))
     return rows
 
 
@@ -156,7 +164,17 @@ def plan_packing(
     accumulation: int = 1,
     multiple_of: int = 8,
 ) -> PackingPlan:
-    """Packs every batch of the run once, on lengths alone, to find the shape that fits them all."""
+    """Packs every batch of the run once, on lengths alone, to find the shape that fits them all.
+
+    Raises:
+      HumpbackError: an example is longer than a row.
+    """
+    for example in examples:
+        if example.length > row_tokens:
+            raise HumpbackError(
+                f"training example {example.id} takes {example.length} places but a row holds "
+                f"{row_tokens}; raise row_tokens or let on_long drop or truncate it."
+            )
     lengths = [example.length for example in examples]
     supervised = [example.supervised for example in examples]
     num_rows, max_targets, used = 1, 1, 0

@@ -1,0 +1,137 @@
+"""Lineage: why is this pair here, what became of that document, what did this step train on?"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from humpback_jax.corpus.documents import read_documents
+from humpback_jax.errors import HumpbackError
+from humpback_jax.lineage import Lineage, batches, trace_id
+from humpback_jax.run_view import RunView
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path) -> RunView:
+    return RunView(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def lineage(run: RunView) -> Lineage:
+    return Lineage(run)
+
+
+def test_N03_no_pair_is_without_its_full_chain(run: RunView, lineage: Lineage) -> None:
+    for row in run.rows("candidates"):
+        pair = lineage.trace(row["id"])
+        assert pair["kind"] == "pair"
+        assert None not in pair["origin"].values()
+        augmentation = pair["augmentation"]
+        assert augmentation["model"] == "round_0/M_yx"
+        assert augmentation["model_hash"] == run.entries["round_0/M_yx"]["hash"]
+        assert augmentation["decoding"]["max_new_tokens"] == 128
+        assert None not in augmentation.values()
+        assert [part["round"] for part in pair["rounds"]] == [1, 2]
+        for part in pair["rounds"]:
+            assert part["decision"]["reason"]
+            if part["decision"]["score"] is not None:
+                assert {score["curator"] for score in part["scores"]} == {
+                    "pmi",
+                    "rubric_likelihood",
+                }
+                judge = f"round_{part['round'] - 1}/M_{part['round'] - 1}"
+                assert {score["judge"] for score in part["scores"]} == {judge}
+                assert all(score["detail"] for score in part["scores"])
+
+
+def test_N03_the_byte_span_cuts_the_response_out_of_its_document(
+    run: RunView, lineage: Lineage
+) -> None:
+    documents = {d.id: d.text.encode() for d in read_documents(["pydoc_topics"])}
+    for row in run.rows("candidates"):
+        origin = lineage.trace(row["id"])["origin"]
+        start, end = origin["bytes"]
+        assert documents[origin["document"]][start:end].decode() == row["response"]
+
+
+def test_N03_the_steps_that_trained_on_a_row_are_those_of_the_training_log(run: RunView) -> None:
+    for name in run.names("model"):
+        data = {row["id"]: row for row in run.training_data(name)}
+        log = {row["step"]: row for row in run.history(name) if "loss" in row}
+        steps = batches(run, name)
+        assert sorted(log) == list(range(1, len(steps) + 1))
+        for step, names in enumerate(steps, start=1):
+            assert log[step]["examples"] == len(names)
+            assert log[step]["tokens"] == sum(data[n]["tokens"] for n in names)
+            sources = {data[n]["source"] for n in names}
+            assert sources == {key[5:] for key in log[step] if key.startswith("loss/")}
+
+
+def test_a_pair_and_its_train_steps_lead_to_each_other(run: RunView, lineage: Lineage) -> None:
+    chosen = [row["id"] for row in run.rows("round_1/pairs") if row["selected"]]
+    for name in chosen:
+        usage = {use["model"]: use["steps"] for use in lineage.trace(name)["training"]}
+        assert usage["round_1/M_1"]
+        for step in usage["round_1/M_1"]:
+            found = lineage.trace(f"M_1:{step}")
+            assert name in [example["id"] for example in found["examples"]]
+            assert found["metrics"]["step"] == step
+    refused = [row["id"] for row in run.rows("round_1/pairs") if not row["selected"]]
+    for name in refused:
+        uses = [use["model"] for use in lineage.trace(name)["training"]]
+        assert "round_1/M_1" not in uses
+
+
+def test_a_document_lists_every_segment_and_what_became_of_it(
+    run: RunView, lineage: Lineage
+) -> None:
+    for name in {row["document_id"] for row in run.rows("corpus")}:
+        found = lineage.trace(name)
+        own = [row["id"] for row in run.rows("corpus") if row["document_id"] == name]
+        assert [segment["segment"] for segment in found["segments"]] == own
+        for segment in found["segments"]:
+            (pair,) = segment["pairs"]
+            assert lineage.trace(segment["segment"])["pairs"][0]["id"] == pair["id"]
+            assert len(pair["rounds"]) == 2
+
+
+def test_human_examples_are_traced_too(run: RunView, lineage: Lineage) -> None:
+    name = batches(run, "round_0/M_0")[0][0]
+    seed = lineage.trace(name)
+    assert seed["kind"] == "seed" and seed["instruction"] and seed["response"]
+    assert {"model": "round_0/M_0", "steps": [1]} in seed["training"]
+    held_out = lineage.trace(run.rows("evaluation/base")[0]["id"])
+    assert held_out["kind"] == "heldout" and not held_out["training"]
+    assert {row["model"] for row in held_out["evaluation"]} == {"base", "M_0", "M_1", "M_2"}
+
+
+def test_an_unknown_id_is_answered_with_one_example_of_every_kind(tiny_run: Path) -> None:
+    with pytest.raises(HumpbackError, match="knows no id 'nonsense'") as caught:
+        trace_id(tiny_run, "nonsense")
+    examples = re.findall(r", like ([^;]+?)(?:;|\.$)", str(caught.value))
+    assert len(examples) == 7
+    kinds = [trace_id(tiny_run, name)["kind"] for name in examples]
+    assert kinds == ["pair", "segment", "document", "seed", "heldout", "model", "step"]
+
+
+def test_a_step_that_never_was_is_refused_with_the_range(lineage: Lineage) -> None:
+    for step in (0, 9):
+        with pytest.raises(HumpbackError, match="8 steps, so M_1:1 to M_1:8 exist"):
+            lineage.trace(f"M_1:{step}")
+
+
+def test_losses_before_a_kill_are_not_lost_to_the_report(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    whole = RunView(tmp_path / "run").history("round_1/M_1")
+    path = RunView(tmp_path / "run").folder("round_1/M_1") / "history.json"
+    path.write_text(json.dumps([row for row in whole if row["step"] > 4]))
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "round_1/M_1", "st')
+    mended = RunView(tmp_path / "run").history("round_1/M_1")
+    assert [(row["step"], row.get("loss")) for row in mended] == [
+        (row["step"], row.get("loss")) for row in whole
+    ]
