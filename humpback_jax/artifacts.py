@@ -3,17 +3,18 @@
 `store/KEY/` holds one artifact. Its key is the hash of the stage's version, of the config fields
 that the stage reads and of its inputs' content; its hash is taken over its rows or arrays. A shard
 is written under a temporary name and renamed; the artifact is done when its `artifact.json`
-exists, which is written last.
+exists, which is written last. How rows are cut into shards stands in `layout.json`, not in the key.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ class RunFolder:
                 "--workdir, or mend its permissions."
             ) from error
         self.redone = 0
+        with _undamaged(root / "manifest.json", "it lists what stands in store/"):
+            self._known = {entry["name"]: entry for entry in read_manifest(root)}
 
     def rows(
         self,
@@ -84,24 +87,35 @@ class RunFolder:
         shards: int,
         make: Callable[[int], Iterable[Row]],
         details: Callable[[list[Row]], Row] = lambda rows: {},
+        shard_rows: int = 0,
     ) -> Artifact:
         """An artifact of rows, made shard by shard; finished shards are not made again.
 
         Args:
           make: shard index -> its rows; must depend on nothing but the stage and its parents.
           details: a summary of all rows for the manifest.
+          shard_rows: how many rows of the input go into a shard, where that can be chosen; shards
+            of an unfinished artifact that were cut another way are made again.
         """
+        layout = {"shards": shards, "shard_rows": shard_rows}
 
         def build(folder: Path) -> tuple[str, int, Row]:
+            if _layout(folder) != layout:
+                for stale in folder.glob("part-*.parquet"):
+                    stale.unlink()
+                write_json(folder / "layout.json", layout)
             everything: list[Row] = []
-            for index in range(shards):
-                path = folder / f"part-{index:05d}.parquet"
+            for index, path in enumerate(_parts(folder, shards)):
                 if not path.exists():
                     write_parquet(path, make(index))
                 everything.extend(read_parquet(path))
             return rows_hash(everything), len(everything), details(everything)
 
-        return self._artifact(name, kind, stage, parents, build)
+        def complete(folder: Path) -> bool:
+            parts = _parts(folder, int(_layout(folder).get("shards", 1)))
+            return all(path.exists() for path in parts)
+
+        return self._artifact(name, kind, stage, parents, build, complete)
 
     def model(
         self,
@@ -125,20 +139,23 @@ class RunFolder:
         stage: Stage,
         parents: Sequence[Artifact],
         build: Callable[[Path], tuple[str, int, Row]],
+        complete: Callable[[Path], bool] = lambda folder: True,
     ) -> Artifact:
         key = stage.key(parents)
         folder = self._folder(key)
         seal = folder / "artifact.json"
-        if seal.exists():
-            record = json.loads(seal.read_text())
+        if seal.exists() and complete(folder):
+            with _undamaged(seal, "the artifact is then finished again"):
+                record = json.loads(seal.read_text("utf-8"))
             self._say(f"{name}: already done, {record['hash'][:12]}")
         else:
             self.redone += 1
             started = time.monotonic()
             folder.mkdir(parents=True, exist_ok=True)
             digest, rows, details = build(folder)
-            self._say(f"{name}: done in {time.monotonic() - started:.1f} s")
-            record = {"hash": digest, "rows": rows, "details": details}
+            seconds = round(time.monotonic() - started, 1)
+            self._say(f"{name}: done in {seconds:.1f} s")
+            record = {"hash": digest, "rows": rows, "details": details, "seconds": seconds}
             record |= {"stage": stage.name, "version": stage.version, "fields": stage.fields}
             write_json(seal, record)
         artifact = Artifact(
@@ -159,29 +176,69 @@ class RunFolder:
     def _folder(self, key: str) -> Path:
         """The newest attempt at this key; a fresh run starts a new one and leaves the old."""
         if key not in self._touched:
-            attempts = sorted(
-                (self.root / "store").glob(f"{key}*"), key=lambda path: (len(path.name), path.name)
-            )
-            newest = attempts[-1] if attempts else self.root / "store" / key
+            first = self.root / "store" / key
+            found = [path for path in (first, *first.parent.glob(f"{key}-*")) if path.exists()]
+            attempts = {_attempt(path.name): path for path in found}
+            newest = max(attempts, default=0)
             if self._fresh and attempts:
-                newest = self.root / "store" / f"{key}-{len(attempts)}"
-            self._touched[key] = newest
+                self._touched[key] = first.with_name(f"{key}-{newest + 1}")
+            else:
+                self._touched[key] = attempts.get(newest, first)
         return self._touched[key]
 
     def _enter(self, artifact: Artifact) -> None:
-        entries = {entry["name"]: entry for entry in read_manifest(self.root)}
-        entries[artifact.name] = artifact.record()
+        self._known[artifact.name] = artifact.record()
         self._names.append(artifact.name)
-        write_json(self.root / "manifest.json", {"artifacts": list(entries.values())})
+        self._write_manifest(self._known)
 
     def finish(self) -> None:
         """Drops the names that this run did not produce or reuse from the manifest."""
-        entries = [e for e in read_manifest(self.root) if e["name"] in self._names]
-        entries.sort(key=lambda entry: self._names.index(entry["name"]))
-        write_json(self.root / "manifest.json", {"artifacts": entries})
+        self._known = {name: self._known[name] for name in self._names}
+        self._write_manifest(self._known)
+
+    def _write_manifest(self, entries: dict[str, Row]) -> None:
+        write_json(self.root / "manifest.json", {"artifacts": list(entries.values())})
 
     def read(self, artifact: Artifact) -> list[Row]:
-        return artifact_rows(self.root / artifact.path)
+        """All rows of a finished artifact.
+
+        Raises:
+          HumpbackError: a shard is damaged or missing.
+        """
+        rows = artifact_rows(self.root / artifact.path)
+        if len(rows) != artifact.rows:
+            raise HumpbackError(
+                f"{self.root / artifact.path} holds {len(rows)} rows, not {artifact.rows}. Delete "
+                "that folder and run again: only it is redone."
+            )
+        return rows
+
+
+def _attempt(folder_name: str) -> int:
+    """0 for `KEY`, n for `KEY-n`."""
+    number = folder_name.partition("-")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def _parts(folder: Path, shards: int) -> list[Path]:
+    return [folder / f"part-{index:05d}.parquet" for index in range(shards)]
+
+
+def _layout(folder: Path) -> Row:
+    """How the rows of an artifact are cut; {} where it has none yet."""
+    path = folder / "layout.json"
+    with _undamaged(path, "the artifact's shards are then made again"):
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path, meaning: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HumpbackError(
+            f"{path} cannot be read ({error!r}). Delete it and run again; {meaning}."
+        ) from error
 
 
 def artifact_rows(folder: Path) -> list[Row]:
@@ -239,7 +296,15 @@ def read_parquet(path: Path) -> list[Row]:
 
 def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise HumpbackError(
+            f"{path} cannot be written ({error.strerror or error}). Make room or mend the "
+            "permissions, then run again: what is finished is kept."
+        ) from error

@@ -166,6 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         sub = verb(name, help_text)
         sub.add_argument("--workdir", required=True)
+        if name == "report":
+            sub.add_argument("--readme", help="also write the results between a README's marks")
     trace = verb("trace", "lineage of a pair, document, model or step, both ways")
     trace.add_argument("id", help="a pair, candidate, segment or document id, or MODEL:STEP")
     trace.add_argument("--workdir", required=True)

@@ -7,8 +7,10 @@ Every field stands here once, with the paper's value or a marked choice of ours.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +134,14 @@ def train_section() -> dict[str, Any]:
 # Fields that change what is shown or kept, never what is computed: no artifact depends on them.
 WITHOUT_EFFECT = ("log_every", "eval_every", "resume_every", "checkpoint_epochs", "shard_rows")
 
+# Limits of numbers, by the name of the field; all others are at least 0.
+POSITIVE = (
+    *("max_chars", "row_tokens", "batch_examples", "accumulation", "log_every", "batch_size"),
+    *("max_new_tokens", "answer_tokens", "shard_rows", "pairs"),
+)
+SHARES = ("top_p", "fraction")
+ANY_NUMBER = ("seed", "curate.threshold", "meters.min_lift")
+
 
 def apply_tiny(config: ConfigDict) -> None:
     """Shrinks any experiment to a rehearsal: a random 2-layer model on bytes, seconds on a CPU.
@@ -183,7 +193,72 @@ def load_config(reference: str, overrides: Mapping[str, Sequence[str]] | None = 
         raise HumpbackError(f"--config={reference}: {path} failed: {error!r}.") from error
     for key, values in (overrides or {}).items():
         set_field(config, key, values)
+    check_config(config)
     return config
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses what a stage would refuse only after compute was spent, or take for something else.
+
+    Raises:
+      HumpbackError: an unknown choice, or a number out of range; names the key.
+    """
+    for key, value in _leaves(config):
+        name = key.rpartition(".")[2]
+        for choice in value if isinstance(value, tuple) else (value,):
+            known = _choices().get(key, _choices().get(name))
+            if known is not None and choice not in known:
+                raise HumpbackError(
+                    f"config.{key}={choice!r} is unknown{_nearest(str(choice), known)}; known: "
+                    f"{', '.join(known)}."
+                )
+        if isinstance(value, int | float) and key not in ANY_NUMBER:
+            _check_number(key, name, value)
+    if config.corpus.min_chars > config.corpus.max_chars:
+        raise HumpbackError("config.corpus.min_chars is above config.corpus.max_chars.")
+    if config.curate.select == "count" and not config.curate.count:
+        raise HumpbackError("config.curate.select=count needs config.curate.count, at least 1.")
+
+
+def _check_number(key: str, name: str, value: float) -> None:
+    if name in SHARES:
+        fine, limits = 0 < value <= 1, "above 0 and at most 1"
+    else:
+        least = 1 if name in POSITIVE else 0
+        fine, limits = value >= least, f"at least {least}"
+    if not fine:
+        raise HumpbackError(f"config.{key}={value!r} must be {limits}.")
+
+
+def _leaves(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    from ml_collections import ConfigDict
+
+    for name, value in section.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """Known values by dotted key, or by the name of the field wherever it stands."""
+    from humpback_jax.curators import CURATORS
+    from humpback_jax.text.template import TAG_TEXT
+    from humpback_jax.training.optimizer import SCHEDULES
+
+    return {
+        "base.template": ("auto", "chat", "plain"),
+        "curate.curator": CURATORS,
+        "curate.also": CURATORS,
+        "meters.curators": CURATORS,
+        "curate.select": ("absolute", "top_fraction", "count"),
+        "meters.action": ("stop", "warn"),
+        "evaluate.tags": tuple(TAG_TEXT),
+        "compute.precision": ("auto", "float32", "bfloat16"),
+        "on_long": ("error", "drop", "truncate"),
+        "schedule": SCHEDULES,
+    }
 
 
 def arguments(argument: str, known: Sequence[str], where: str) -> list[str]:
@@ -230,14 +305,16 @@ def _convert(key: str, values: Sequence[str], current: Any) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if isinstance(current, int):
             return int(text)
-        if isinstance(current, float):
-            return float(text)
+        if isinstance(current, float) and math.isfinite(number := float(text)):
+            return number
+        if isinstance(current, str):
+            return text
     except (KeyError, ValueError):
-        kind = type(current).__name__
-        raise HumpbackError(
-            f"--config.{key}={text}: the value must be of type {kind}, like {current!r}."
-        ) from None
-    return text
+        pass
+    raise HumpbackError(
+        f"--config.{key}={text}: the value must be of type {type(current).__name__}, like "
+        f"{current!r}."
+    )
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -94,7 +94,8 @@ def _rubric(
     for pair, generation in zip(pairs, texts, strict=True):
         score = parse_score(generation.text) if generation.finish_reason == "stop" else None
         value = None if score is None else float(score)
-        ratings.append(Rating(pair.id, "rubric", value, json.dumps({"text": generation.text})))
+        detail = {"text": generation.text, "finish_reason": generation.finish_reason}
+        ratings.append(Rating(pair.id, "rubric", value, json.dumps(detail)))
     return ratings
 
 
@@ -111,23 +112,25 @@ def _rubric_likelihood(judge: Inference, pairs: Sequence[PairText]) -> list[Rati
     log_probs = judge.next_token_log_probs(
         [template.rubric_likelihood_prompt("", ""), *prompts], ids
     )
-    bounds = np.cumsum([len(group) for group in groups])[:-1]
-    probs = np.stack([part.sum(axis=1) for part in np.split(np.exp(log_probs), bounds, axis=1)], 1)
-    prior = probs[0] / probs[0].sum()
+    starts = np.cumsum([0, *(len(group) for group in groups[:-1])])
+    scores = np.logaddexp.reduceat(log_probs, starts, axis=1)
     ratings = []
-    for pair, mass in zip(pairs, probs[1:], strict=True):
-        share = mass / mass.sum()
-        calibrated = share / prior
-        calibrated /= calibrated.sum()
+    for pair, log_mass in zip(pairs, scores[1:], strict=True):
+        share, calibrated = _softmax(log_mass), _softmax(log_mass - scores[0])
         detail = {
             "distribution": [round(float(x), 6) for x in share],
             "calibrated": [round(float(x), 6) for x in calibrated],
-            "outside": round(float(1 - mass.sum()), 6),
+            "outside": round(float(1 - np.exp(log_mass).sum()), 6),
             "raw": round(float(share @ np.array(SCORES)), 6),
         }
         value = round(float(calibrated @ np.array(SCORES)), 6)
         ratings.append(Rating(pair.id, "rubric_likelihood", value, json.dumps(detail)))
     return ratings
+
+
+def _softmax(log_weights: np.ndarray) -> np.ndarray:
+    weights = np.exp(log_weights - log_weights.max())
+    return weights / weights.sum()
 
 
 def _pmi(

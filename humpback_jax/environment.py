@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from typing import Any
 
@@ -28,6 +29,7 @@ def describe_environment() -> dict[str, Any]:
         "humpback_jax": humpback_jax.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cores": os.cpu_count(),
         "system": platform.system(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "backend": jax.default_backend(),

@@ -288,6 +288,10 @@ def report(arguments: argparse.Namespace) -> Result:
 
     path = build_report(_run_folder(arguments))
     print(f"report: {path}")
+    if arguments.readme:
+        from humpback_jax.report.readme import write_results
+
+        write_results(Path(arguments.readme), Path(arguments.workdir))
     return {"report": str(path)}
 
 

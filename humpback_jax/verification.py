@@ -50,6 +50,8 @@ def verify_run(workdir: Path, say: Callable[[str], None]) -> Row:
     verifier = _Verifier(run, say)
     verifier.artifacts()
     verifier.slice()
+    if verifier.differs:
+        say("to make again what differs: delete its folder in store/, and run as before")
     return {
         "ok": not verifier.differs,
         "differs": verifier.differs,

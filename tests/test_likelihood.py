@@ -129,7 +129,7 @@ def test_layouts_agree() -> None:
 @settings(max_examples=8)
 @given(st.permutations(range(11)), st.integers(1, 11))
 def test_next_token_log_probs_equal_torch_beside_any_neighbours(order, count) -> None:
-    model, config, params = model_of()
+    _, config, params = model_of()
     lengths = [1, 2, 9, 9, 30, 64, 100, 150, WIDTH, WIDTH + 1, 17]
     prompts = [random_tokens(n, seed=n) for n in lengths]
     tokens = np.array([3, 77, 3, 127], np.int32)
@@ -167,3 +167,14 @@ def test_an_empty_prompt_is_an_error_not_the_neighbour_s_answer() -> None:
     prompts = [random_tokens(5), np.zeros(0, np.int32)]
     with pytest.raises(HumpbackError, match="prompt 1"):
         next_token_log_probs(spec_of(config), params, prompts, np.array([1], np.int32))
+
+
+def test_a_broken_model_is_an_error_that_names_the_example_not_a_score() -> None:
+    _, config, params = model_of()
+    broken = {**params, "norm": {"scale": np.full_like(params["norm"]["scale"], np.nan)}}
+    with pytest.raises(HumpbackError, match="row-0"):
+        sequence_nll(spec_of(config), broken, random_examples(1))
+    with pytest.raises(HumpbackError, match="prompt 0"):
+        next_token_log_probs(
+            spec_of(config), broken, [random_tokens(4)], np.array([1, 2], np.int32)
+        )

@@ -103,7 +103,8 @@ def test_human_examples_are_traced_too(run: RunView, lineage: Lineage) -> None:
     name = batches(run, "round_0/M_0")[0][0]
     seed = lineage.trace(name)
     assert seed["kind"] == "seed" and seed["instruction"] and seed["response"]
-    assert {"model": "round_0/M_0", "steps": [1]} in seed["training"]
+    steps = {use["model"]: use["steps"] for use in seed["training"]}
+    assert steps["round_0/M_0"][0] == 1
     held_out = lineage.trace(run.rows("evaluation/base")[0]["id"])
     assert held_out["kind"] == "heldout" and not held_out["training"]
     assert {row["model"] for row in held_out["evaluation"]} == {"base", "M_0", "M_1", "M_2"}

@@ -16,6 +16,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.report import facts
 from humpback_jax.report.build import build_report
 from humpback_jax.report.document import (
+    Block,
     Fold,
     Heading,
     Paragraph,
@@ -144,13 +145,12 @@ def test_a_run_that_stopped_early_still_has_a_report(folder: Path, tmp_path: Pat
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / "summary.json").unlink()
     artifacts = json.loads((copy / "manifest.json").read_text())["artifacts"]
-    for kept in range(len(artifacts)):
-        if artifacts[kept]["kind"] in ("answers", "evaluation") and kept % 3:
-            continue  # the interesting cuts come earlier
-        shutil.rmtree(copy / "report", ignore_errors=True)
-        (copy / "manifest.json").write_text(json.dumps({"artifacts": artifacts[:kept]}))
+    names = [entry["name"] for entry in artifacts]
+    for last in ("corpus", "round_0/M_0", "candidates", "round_1/scores", "evaluation/base"):
+        kept = artifacts[: names.index(last)]
+        (copy / "manifest.json").write_text(json.dumps({"artifacts": kept}))
         text = build_report(copy).read_text("utf-8")
-        assert ("not finished" in text) == (kept <= 16)
+        assert "The run is not finished" in text
         assert result_lines(copy)
 
 
@@ -158,7 +158,7 @@ HOSTILE = '</pre></details><script>alert(1)</script> & "quoted" \x00\x1b | a\n``
 
 
 def test_model_output_cannot_break_out_of_the_page(tmp_path: Path) -> None:
-    blocks = [
+    blocks: list[Block] = [
         Heading(HOSTILE),
         Paragraph(HOSTILE),
         Table(["a", HOSTILE], [[HOSTILE, "1"]]),
@@ -169,7 +169,7 @@ def test_model_output_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     page = Page(text)
     assert "script" not in {tag for tag, _ in page.tags}
     assert "\x00" not in text and "\x1b" not in text
-    assert "".join(page.text).count("alert(1)") == 8
+    assert "".join(page.text).count("alert(1)") == 10
 
 
 def test_model_output_cannot_break_out_of_the_markdown() -> None:

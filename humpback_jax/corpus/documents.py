@@ -87,8 +87,8 @@ def _file(file: Path, root: Path) -> Iterator[Document]:
     for place, row in raw_rows(file):
         if isinstance(row, ValueError):
             raise HumpbackError(f"{file}, {place}: {malformed(row)}.")
-        content = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(content, str):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
             raise HumpbackError(f"{file}, {place}: the field 'text' is missing or not text.")
         given = row.get("id")
         if not is_unicode(f"{text}{given}"):

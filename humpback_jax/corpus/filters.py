@@ -12,7 +12,7 @@ from typing import Any
 
 from humpback_jax.corpus.documents import Document
 from humpback_jax.corpus.segments import segments
-from humpback_jax.records import Segment
+from humpback_jax.records import Segment, stable_id
 
 MIN_ALPHABETIC = 0.6
 MIN_LINE_CHARS = 20
@@ -34,6 +34,8 @@ NAVIGATION = (
     "cookie",
     "all rights reserved",
 )
+# Whole words only: a "dialog interface" asks nobody to log in.
+_NAVIGATION = re.compile(rf"\b({'|'.join(NAVIGATION)})s?\b", re.IGNORECASE)
 RULES = (
     "length",
     "heading_quality",
@@ -58,10 +60,10 @@ def extract_segments(
     rejected: list[tuple[Segment, str]] = []
     seen: set[str] = set()
     for document in documents:
-        for segment, has_heading in segments(document, min_chars, max_chars):
+        for segment, has_heading in segments(document, max_chars):
             rule = failed_rule(segment, has_heading, seen, min_chars, max_chars)
             if rule is None:
-                seen.add(_normal(segment.text))
+                seen.add(_fingerprint(segment.text))
                 kept.append(segment)
             else:
                 rejected.append((segment, rule))
@@ -77,14 +79,18 @@ def extract_segments(
 def failed_rule(
     segment: Segment, has_heading: bool, seen: set[str], min_chars: int, max_chars: int
 ) -> str | None:
-    """The first rule of `RULES` that the segment fails, or None."""
+    """The first rule of `RULES` that the segment fails, or None.
+
+    Args:
+      seen: fingerprints of the segments kept so far.
+    """
     text, heading = segment.text, segment.heading
     if not min_chars <= len(text) <= max_chars:
         return "length"
     letters = [c for c in heading if c.isalpha()]
     if has_heading and (not letters or (len(letters) > 3 and all(c.isupper() for c in letters))):
         return "heading_quality"
-    if any(word in heading.lower() for word in NAVIGATION):
+    if _NAVIGATION.search(heading):
         return "heading_navigation"
     visible = [c for c in text if not c.isspace()]
     if sum(c.isalpha() for c in visible) < MIN_ALPHABETIC * len(visible):
@@ -94,7 +100,7 @@ def failed_rule(
         return "line_length"
     if repeats_sentences(text):
         return "repetition"
-    if _normal(text) in seen:
+    if _fingerprint(text) in seen:
         return "duplicate"
     return None
 
@@ -114,5 +120,6 @@ def repeats_sentences(text: str) -> bool:
     )
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.lower().split())
+def _fingerprint(text: str) -> str:
+    """Equal for texts that differ in case and white space alone."""
+    return stable_id(" ".join(text.lower().split()))

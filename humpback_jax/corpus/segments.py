@@ -6,29 +6,15 @@ header itself is not part of the segment: shown to the backward model it would g
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 
 from humpback_jax.corpus.documents import Document
+from humpback_jax.corpus.structure import Heading, headings, paragraph_starts, read_lines
 from humpback_jax.records import Segment, stable_id
 
-RULES = "headings-1"
-_UNDERLINE = re.compile(r"^([*=\-^~\"'`+#.:_])\1{2,}$")
-_MARKDOWN = re.compile(r"^(#{1,6})\s+(.*?)\s*#*$")
-_FENCE = re.compile(r"^\s*(```|~~~)")
-_LIST_ITEM = re.compile(r"^(\*|-|\+|\d+[.)]|\w[.)]|\|)\s")
-_BLANK_LINES = re.compile(r"\n[ \t]*\n\s*?(?=[^\n])")
-
-
-@dataclasses.dataclass(frozen=True)
-class Heading:
-    """A header line: its level from 1, its title, where it starts and where its body starts."""
-
-    level: int
-    title: str
-    start: int
-    body: int
+RULES = "headings-2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,118 +26,79 @@ class Piece:
     heading: str | None
 
 
-def headings(text: str) -> list[Heading]:
-    """Markdown (`## title`) and underlined (reStructuredText) headers, outside code fences."""
-    found: list[Heading] = []
-    underline_levels: dict[str, int] = {}
-    lines = text.splitlines(keepends=True)
-    place, fenced = 0, False
-    starts = []
-    for line in lines:
-        starts.append(place)
-        place += len(line)
-    for number, line in enumerate(lines):
-        bare = line.rstrip()
-        after_blank = number == 0 or not lines[number - 1].strip()
-        if _FENCE.match(bare) and (after_blank or not _UNDERLINE.match(bare)):
-            fenced = not fenced
-        if fenced or not bare or bare[0].isspace():
-            continue
-        if match := _MARKDOWN.match(bare):
-            body = starts[number] + len(line)
-            found.append(Heading(len(match[1]), match[2].strip(), starts[number], body))
-        elif (
-            number + 1 < len(lines)
-            and (match := _UNDERLINE.match(under := lines[number + 1].rstrip()))
-            and len(under) >= len(bare) * 0.8
-            and after_blank
-            and not _UNDERLINE.match(bare)
-        ):
-            level = underline_levels.setdefault(match[1], len(underline_levels) + 1)
-            body = starts[number + 1] + len(lines[number + 1])
-            found.append(Heading(level, bare, starts[number], body))
-    return found
-
-
-def pieces(text: str, min_chars: int, max_chars: int) -> Iterator[Piece]:
-    """Cuts a document; every character outside headers lies in exactly one piece.
+def pieces(text: str, max_chars: int) -> Iterator[Piece]:
+    """Cuts a document; every visible character outside headers lies in exactly one piece.
 
     A header's whole subtree is one piece if it fits; else its introduction and each child are
-    cut on their own, and a text too long without sub-headers is cut between paragraphs. Pieces
-    shorter than `min_chars` come out too: the length filter counts them.
+    cut on their own, and a text too long without sub-headers is cut between paragraphs. Short
+    pieces come out too: the length filter counts them.
     """
-    found = headings(text)
+    lines = read_lines(text)
+    found, cuts = headings(lines), list(paragraph_starts(lines))
     top = found[0].start if found else len(text)
-    if text[:top].strip():
-        yield from _by_paragraphs(text, Piece(0, top, None), max_chars)
-    ends = [
-        next((h.start for h in found[i + 1 :] if h.level <= heading.level), len(text))
-        for i, heading in enumerate(found)
-    ]
+    yield from _by_paragraphs(text, Piece(0, top, None), cuts, max_chars)
+    ends = _subtree_ends(found, len(text))
     index = 0
     while index < len(found):
         heading, end = found[index], ends[index]
         whole = _stripped(text, Piece(heading.body, end, heading.title))
+        index += 1
         if whole.end - whole.start <= max_chars:
-            yield whole
+            if whole.end > whole.start:
+                yield whole
             while index < len(found) and found[index].start < end:
                 index += 1
-            continue
-        own_end = found[index + 1].start if index + 1 < len(found) else len(text)
-        intro = Piece(heading.body, min(own_end, end), heading.title)
-        if text[intro.start : intro.end].strip():
-            yield from _by_paragraphs(text, intro, max_chars)
-        index += 1
+        else:
+            own_end = found[index].start if index < len(found) else len(text)
+            own = Piece(heading.body, own_end, heading.title)
+            yield from _by_paragraphs(text, own, cuts, max_chars)
 
 
-def _by_paragraphs(text: str, piece: Piece, max_chars: int) -> Iterator[Piece]:
+def _subtree_ends(found: Sequence[Heading], length: int) -> list[int]:
+    """Where each header's subtree ends: at the next header of its level or above."""
+    ends = [length] * len(found)
+    opened: list[int] = []
+    for index, heading in enumerate(found):
+        while opened and found[opened[-1]].level >= heading.level:
+            ends[opened.pop()] = heading.start
+        opened.append(index)
+    return ends
+
+
+def _by_paragraphs(text: str, piece: Piece, cuts: Sequence[int], max_chars: int) -> Iterator[Piece]:
     """Runs of whole paragraphs of about equal size, each at most `max_chars` where that can be."""
     whole = _stripped(text, piece)
-    starts = [whole.start, *_breaks(text, whole), whole.end]
+    if whole.start == whole.end:
+        return
+    first = bisect.bisect_right(cuts, whole.start)
+    inside = cuts[first : bisect.bisect_left(cuts, whole.end)]
     total = whole.end - whole.start
-    target = total / max(-(-total // max_chars), 1)
+    target = total / -(-total // max_chars)
     start = whole.start
-    for cut, following in zip(starts[1:], [*starts[2:], whole.end], strict=True):
-        if cut == whole.end or following - start > max_chars or cut - start >= target:
-            run = _stripped(text, Piece(start, cut, piece.heading))
-            if run.end > run.start:
-                yield run
+    for cut, following in zip(inside, [*inside, whole.end][1:], strict=True):
+        if following - start > max_chars or cut - start >= target:
+            yield _stripped(text, Piece(start, cut, piece.heading))
             start = cut
-
-
-def _breaks(text: str, piece: Piece) -> list[int]:
-    """Where a new run may begin: before a paragraph that continues no list, code or lead-in."""
-    places = []
-    for match in _BLANK_LINES.finditer(text, piece.start, piece.end):
-        after = match.end()
-        before = text[piece.start : match.start()].rstrip()
-        line = text[after : text.find("\n", after) if "\n" in text[after:] else len(text)]
-        opens_fence = text.count("```", piece.start, after) % 2 == 1
-        if not (
-            line[:1].isspace()
-            or _LIST_ITEM.match(line)
-            or before.endswith((":", "::"))
-            or opens_fence
-        ):
-            places.append(after)
-    return places
+    yield Piece(start, whole.end, piece.heading)
 
 
 def _stripped(text: str, piece: Piece) -> Piece:
-    body = text[piece.start : piece.end]
+    """The piece without blank lines around it; empty where it is blank."""
+    first, end = piece.start, piece.end
+    while end > first and text[end - 1].isspace():
+        end -= 1
+    while first < end and text[first].isspace():
+        first += 1
     # A first line keeps its indentation: it may be code.
-    lead = len(body) - len(body.lstrip("\n\r \t"))
-    lead = body.rfind("\n", 0, lead) + 1 if "\n" in body[:lead] else lead
-    start = piece.start + lead if body.strip() else piece.end
-    end = piece.start + len(body.rstrip()) if body.strip() else piece.end
-    return Piece(start, end, piece.heading)
+    start = max(piece.start, text.rfind("\n", piece.start, first) + 1)
+    return Piece(start if first < end else end, end, piece.heading)
 
 
-def segments(document: Document, min_chars: int, max_chars: int) -> Iterator[tuple[Segment, bool]]:
+def segments(document: Document, max_chars: int) -> Iterator[tuple[Segment, bool]]:
     """(segment, whether it stands under a header) with exact byte spans in the document."""
     text = document.text
     before, place = 0, 0  # bytes before character `place`
-    for piece in pieces(text, min_chars, max_chars):
+    for piece in pieces(text, max_chars):
         before += len(text[place : piece.start].encode())
         place = piece.start
         body = text[piece.start : piece.end]

@@ -5,7 +5,6 @@ the backward model write instructions that fit?
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from humpback_jax.curators import PairText, Rating
+from humpback_jax.errors import HumpbackError
 from humpback_jax.evaluation.nll import instruction_nll
 from humpback_jax.evaluation.statistics import Estimate, auc, token_mean
 from humpback_jax.inference import Generation, Inference
@@ -39,21 +39,37 @@ class CurationMeter:
 def corruptions(examples: Sequence[Example]) -> dict[str, list[PairText]]:
     """True held-out pairs ("true") and three broken forms of each.
 
-    "shuffled": the instruction of another pair (each pair takes the next one in an order by hash,
-    so none keeps its own). "truncated": the response without its first half. "promo": navigation
-    and advertising text put around and into the response.
+    "shuffled": the instruction of another pair (the next different one in an order by hash, so
+    none keeps its own). "truncated": the response without its first half. "promo": navigation and
+    advertising text put around and into the response.
+
+    Raises:
+      HumpbackError: there are not two different instructions.
     """
-    order = sorted(range(len(examples)), key=lambda i: stable_id("shuffle", examples[i].id))
-    other = {order[k]: order[(k + 1) % len(order)] for k in range(len(order))}
+    wrong = _others(examples)
     kinds: dict[str, list[PairText]] = {"true": [], "shuffled": [], "truncated": [], "promo": []}
-    for index, example in enumerate(examples):
+    for example in examples:
         x, y, name = example.instruction, example.response, example.id
         kinds["true"].append(PairText(name, name, x, y))
-        wrong = examples[other[index]].instruction
-        kinds["shuffled"].append(PairText(f"{name}/shuffled", name, wrong, y))
-        for kind, text in (("truncated", _second_half(y)), ("promo", _with_promotion(y, index))):
+        kinds["shuffled"].append(PairText(f"{name}/shuffled", name, wrong[name], y))
+        for kind, text in (("truncated", _second_half(y)), ("promo", _with_promotion(y, name))):
             kinds[kind].append(PairText(f"{name}/{kind}", f"{name}/{kind}", x, text))
     return kinds
+
+
+def _others(examples: Sequence[Example]) -> dict[str, str]:
+    """For each id the next different instruction, in an order by a hash of the ids."""
+    ordered = sorted(examples, key=lambda e: stable_id("shuffle", e.id))
+    if len({e.instruction for e in ordered}) < 2:
+        raise HumpbackError(
+            f"the curation meter has {len(ordered)} held-out pairs and needs two with different "
+            "instructions; add some to data.heldout, or raise meters.pairs."
+        )
+    others = {}
+    for place, example in enumerate(ordered):
+        following = (ordered[(place + k) % len(ordered)].instruction for k in range(len(ordered)))
+        others[example.id] = next(x for x in following if x != example.instruction)
+    return others
 
 
 def curation_meter(
@@ -87,8 +103,9 @@ def _second_half(text: str) -> str:
     return text[words[len(words) // 2].start() :] if len(words) > 1 else text
 
 
-def _with_promotion(text: str, index: int) -> str:
-    first, second = (PROMOTIONS[(index + k) % len(PROMOTIONS)] for k in (0, 1))
+def _with_promotion(text: str, name: str) -> str:
+    start = int(stable_id("promo", name), 16)
+    first, second = (PROMOTIONS[(start + k) % len(PROMOTIONS)] for k in (0, 1))
     middle = text.find("\n\n")
     if middle < 0:
         return f"{first}\n\n{text}\n\n{second}"
@@ -134,8 +151,7 @@ def backward_meter(
     """
     nll, tokens = instruction_nll(backward, examples)
     pairs = [
-        PairText(e.id, e.id, g.text, e.response)
-        for e, g in zip(examples, generations, strict=True)
+        PairText(e.id, e.id, g.text, e.response) for e, g in zip(examples, generations, strict=True)
     ]
     lifts = np.array([r.value for r in rate_pmi(pairs)], float)
     wording = backward.model.template
@@ -151,8 +167,13 @@ def copy_rate(instruction: str, response: str) -> float:
     """Length of the longest common substring over the instruction's length; 0 for an empty one."""
     if not instruction:
         return 0.0
-    matcher = difflib.SequenceMatcher(None, instruction, response, autojunk=False)
-    return matcher.find_longest_match().size / len(instruction)
+    longest = 0
+    for start in range(len(instruction)):
+        while start + longest < len(instruction) and (
+            instruction[start : start + longest + 1] in response
+        ):
+            longest += 1
+    return longest / len(instruction)
 
 
 def echoes(instruction: str, template: Template) -> bool:
@@ -160,9 +181,7 @@ def echoes(instruction: str, template: Template) -> bool:
     prompt = _words(template.backward_text.replace("{response}", " "))
     runs = {tuple(prompt[i : i + ECHO_WORDS]) for i in range(len(prompt) - ECHO_WORDS + 1)}
     words = _words(instruction)
-    return any(
-        tuple(words[i : i + ECHO_WORDS]) in runs for i in range(len(words) - ECHO_WORDS + 1)
-    )
+    return any(tuple(words[i : i + ECHO_WORDS]) in runs for i in range(len(words) - ECHO_WORDS + 1))
 
 
 def _words(text: str) -> list[str]:

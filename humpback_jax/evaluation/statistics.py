@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 RESAMPLES = 10_000
+CHUNK = 500  # resamples drawn together: bounds the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,9 @@ def token_mean(nll: np.ndarray, tokens: np.ndarray, seed: int = 0) -> Estimate:
     """Sum of nll over sum of tokens, with a bootstrap over examples.
 
     Args:
-      nll: [n] nats a example; tokens: [n].
+      nll: [n] nats an example; tokens: [n].
     """
-    samples = _resample(len(nll), seed)
-    ratios = nll[samples].sum(axis=1) / tokens[samples].sum(axis=1)
+    ratios = _resampled_ratios(nll, tokens, seed)
     return Estimate(float(nll.sum() / tokens.sum()), len(nll), float(ratios.std()))
 
 
@@ -38,8 +38,7 @@ def paired_difference(
     nll: np.ndarray, reference: np.ndarray, tokens: np.ndarray, seed: int = 0
 ) -> Estimate:
     """Difference of two models' NLL a token on the same examples: paired bootstrap, 95 %."""
-    samples = _resample(len(nll), seed)
-    differences = (nll - reference)[samples].sum(axis=1) / tokens[samples].sum(axis=1)
+    differences = _resampled_ratios(nll - reference, tokens, seed)
     low, high = np.quantile(differences, [0.025, 0.975])
     value = float((nll - reference).sum() / tokens.sum())
     return Estimate(value, len(nll), float(differences.std()), float(low), float(high))
@@ -51,5 +50,10 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
-def _resample(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+def _resampled_ratios(values: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
+    """Sum of values over sum of weights [RESAMPLES], examples drawn with replacement."""
+    generator, ratios = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES // CHUNK):
+        drawn = generator.integers(0, len(values), (CHUNK, len(values)))
+        ratios.append(values[drawn].sum(axis=1) / weights[drawn].sum(axis=1))
+    return np.concatenate(ratios)

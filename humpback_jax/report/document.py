@@ -77,7 +77,7 @@ def to_html(title: str, blocks: Sequence[Block], folder: Path) -> str:
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     """The same content; pictures are linked as files beside the Markdown file."""
-    parts = [f"# {_plain(title)}", *(_markdown(block) for block in blocks)]
+    parts = [f"# {_plain(title)}", *(block_markdown(block) for block in blocks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -116,7 +116,8 @@ def _html_row(cells: Sequence[str], tag: str, left: int) -> str:
     return f"<tr>{''.join(parts)}</tr>"
 
 
-def _markdown(block: Block) -> str:
+def block_markdown(block: Block) -> str:
+    """One block as Markdown."""
     match block:
         case Heading(text, level):
             return f"{'#' * level} {_plain(text)}"

@@ -199,7 +199,9 @@ def decisions(run: RunView) -> dict[str, dict[int, int]]:
 
 def refusal(reason: str) -> str:
     """A pair's reason as one of refusal: the selection's rule stands beside all rated pairs."""
-    return f"not {reason}" if reason.startswith(("top ", "score ")) else reason
+    if reason.startswith("top "):
+        return f"not in the {reason}"
+    return f"not {reason}" if reason.startswith("score ") else reason
 
 
 def answers(run: RunView) -> list[Row]:
@@ -213,7 +215,9 @@ def answers(run: RunView) -> list[Row]:
                 | {key: row[key] for key in ("instruction", "reference")},
             )
             cut = "" if row["finish_reason"] == "stop" else " [...]"
-            entry["answers"][short_name(name)] = row["answer"] + cut
+            entry["answers"][short_name(name)] = (
+                row["answer"].strip() or "(only white space)"
+            ) + cut
     return list(found.values())
 
 

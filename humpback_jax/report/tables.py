@@ -251,18 +251,22 @@ def training(run: RunView) -> Table:
 
 
 def lineage(run: RunView) -> Table:
-    """Every artifact with its hash and those of its parents."""
-    rows = [
-        [
-            name,
-            entry["kind"],
-            entry["hash"][:16],
-            ", ".join(f"{run.name_of(p) or '?'} {p[:8]}" for p in entry["parents"]),
-            entry["path"],
-        ]
-        for name, entry in run.entries.items()
-    ]
-    return Table(("artifact", "kind", "hash", "parents", "folder"), rows, left=5)
+    """Every artifact with its hash, those of its parents, and the seconds it took."""
+    rows = []
+    for name, entry in run.entries.items():
+        parents = [f"{run.name_of(p) or '?'} {p[:8]}" for p in entry["parents"]]
+        seconds = facts.seconds(run, name)
+        rows.append(
+            [
+                name,
+                entry["kind"],
+                entry["hash"][:16],
+                ", ".join(parents),
+                entry["path"],
+                "" if seconds is None else f"{seconds:.1f}",
+            ]
+        )
+    return Table(("artifact", "kind", "hash", "parents", "folder", "seconds"), rows, left=5)
 
 
 def percent(share: Any) -> str:

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from humpback_jax.errors import HumpbackError
 from humpback_jax.model.attention import packed_attention
 from humpback_jax.model.llama import Params, bind
 from humpback_jax.training.loss import Batch, supervised_targets, token_nll
 from humpback_jax.training.packing import TrainingExample, best_fit, lay_out
 from humpback_jax.training.step import StepSpec
 
+BROKEN = "is not a number; the model's weights are broken, or overflow in this precision."
 ROWS = 2  # rows of one program call
 ROW_LENGTHS = (192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 
@@ -30,6 +32,9 @@ def sequence_nll(
 
     Returns:
       (nll float64 [n] in nats, supervised tokens int64 [n]), in the order of `examples`.
+
+    Raises:
+      HumpbackError: a result is not a number.
     """
     nll = np.zeros(len(examples))
     counts = np.array([example.supervised for example in examples], np.int64)
@@ -46,6 +51,9 @@ def sequence_nll(
             for r, row in enumerate(packed):
                 for segment, place in enumerate(row, start=1):
                     nll[members[place]] = float(token_sums[r, segment])
+    broken = np.flatnonzero(~np.isfinite(nll))
+    if broken.size:
+        raise HumpbackError(f"example {examples[broken[0]].id}: the log-likelihood {BROKEN}")
     return nll, counts
 
 
@@ -87,9 +95,14 @@ def next_token_log_probs(
 
     Returns:
       float64 [len(prompts), k], in nats, normalised over the whole vocabulary.
+
+    Raises:
+      HumpbackError: a prompt is empty, or a result is not a number.
     """
     result = np.zeros((len(prompts), len(token_ids)))
     lengths = [len(prompt) for prompt in prompts]
+    if 0 in lengths:
+        raise HumpbackError(f"prompt {lengths.index(0)} (from 0) is empty: nothing comes next.")
     by_width: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         by_width.setdefault(_row_length(length), []).append(index)
@@ -102,6 +115,9 @@ def next_token_log_probs(
             for r, row in enumerate(packed):
                 for segment, place in enumerate(row):
                     result[members[place]] = log_probs[r, segment]
+    broken = np.flatnonzero(~np.isfinite(result).all(axis=1))
+    if broken.size:
+        raise HumpbackError(f"prompt {broken[0]} (from 0): the next token's distribution {BROKEN}")
     return result
 
 

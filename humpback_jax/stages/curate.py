@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,11 +44,12 @@ def score_stage(
     if not pairs:
         raise HumpbackError(
             f"{name}: the gates refuse every candidate, so nothing is left to score. Look at the "
-            "candidates' instructions; augment.min_chars, max_chars and max_new_tokens set the gates."
+            "candidates' instructions; augment.min_chars, max_chars and max_new_tokens decide."
         )
     pairs = sorted(pairs, key=lambda pair: pair.id)[:limit] if limit else pairs
     decoding = rubric_decoding(section)
     fields: Row = {"curator": curator, "limit": limit, "gate": _gate_fields(config)}
+    fields["precision"] = context.compute.precision.compute
     if curator == "rubric":
         fields |= {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
     # Ranks are over all pairs, so `combined` cannot be cut into shards.
@@ -66,7 +68,7 @@ def score_stage(
 
     stage = Stage("score", VERSION, json.loads(json.dumps(fields)))
     return context.folder.rows(
-        name, "scores", stage, [judge, candidates], len(shards), make, _histogram
+        name, "scores", stage, [judge, candidates], len(shards), make, _histogram, shard_rows=size
     )
 
 
@@ -90,13 +92,13 @@ def select_stage(context: Context, name: str, candidates: Artifact, scores: Arti
             c.id: gate(c, template, config.augment.min_chars, config.augment.max_chars)
             for c in rows
         }
-        rated = {c.id: values[c.id] for c in rows if values.get(c.id) is not None}
+        rated = {c.id: v for c in rows if (v := values.get(c.id)) is not None and math.isfinite(v)}
         chosen, rule = choose(rated, section)
         pairs = []
         for c in rows:
             value = values.get(c.id)
             selected = c.id in chosen
-            unrated = "no_rating" if value is None else rule
+            unrated = rule if c.id in rated else "no_rating"
             reason = refused[c.id] or (rule if selected else unrated)
             pairs.append(
                 Pair(c.id, c.id, c.instruction, c.response, "web", value, selected, reason)
@@ -114,7 +116,13 @@ def select_stage(context: Context, name: str, candidates: Artifact, scores: Arti
 
 
 def choose(rated: dict[str, float], section: Any) -> tuple[set[str], str]:
-    """Ids of A_k among the rated candidates, and the rule as text. Ties are broken by id."""
+    """Ids of A_k among the rated candidates, and the rule as text. Ties are broken by id.
+
+    A fraction is one of the rated candidates, and at least one of them is taken.
+
+    Raises:
+      HumpbackError: `curate.select` is unknown.
+    """
     order = sorted(rated, key=lambda name: (-rated[name], name))
     match section.select:
         case "absolute":
@@ -151,7 +159,7 @@ def _histogram(rows: list[Row]) -> Row:
     values = [row["value"] for row in rows if row["value"] is not None]
     bins: dict[str, int] = {}
     for value in values:
-        label = f"{value:.1f}"
+        label = f"{round(value, 1) + 0.0:.1f}"  # the sum turns -0.0 into 0.0
         bins[label] = bins.get(label, 0) + 1
     rate = len(values) / len(rows) if rows else 0.0
     ordered = dict(sorted(bins.items(), key=lambda item: float(item[0])))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from humpback_jax.artifacts import Artifact, Row, Stage, rows_hash
 from humpback_jax.evaluation.nll import response_nll
 from humpback_jax.evaluation.statistics import paired_difference, token_mean
-from humpback_jax.records import stable_id
+from humpback_jax.records import Example, stable_id
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
 
@@ -19,8 +21,8 @@ VERSION = 1
 def evaluate_stage(context: Context, name: str, model: Artifact) -> Artifact:
     """NLL of each held-out example under each set of tags: one row an (example, tags)."""
     config = context.config
-    data = rows_hash({"id": e.id, "x": e.instruction, "y": e.response} for e in context.heldout)
-    stage = Stage("evaluate", VERSION, {"tags": list(config.evaluate.tags), "data": data})
+    fields = {"tags": list(config.evaluate.tags), **_subject(context, context.heldout)}
+    stage = Stage("evaluate", VERSION, fields)
 
     def make(_: int) -> list[Row]:
         reader = context.inference(model)
@@ -42,14 +44,14 @@ def answers_stage(context: Context, name: str, model: Artifact, tags: Any) -> Ar
     chosen = sorted(context.heldout, key=lambda e: stable_id("answers", e.id))
     chosen = chosen[: config.evaluate.answers]
     decoding = Decoding(0.0, 1.0, 0, config.evaluate.answer_tokens)
-    fields = {"tags": tags, "tokens": decoding.max_new_tokens, "ids": [e.id for e in chosen]}
+    fields = {"tags": tags, "tokens": decoding.max_new_tokens, **_subject(context, chosen)}
     stage = Stage("answers", VERSION, fields)
 
     def make(_: int) -> list[Row]:
         reader = context.inference(model)
         template = reader.model.template
         prompts = [
-            (e.id, template.forward_prompt([{"role": "user", "content": e.instruction}], tags))
+            (e.id, template.forward_prompt([dataclasses.asdict(m) for m in e.messages[:-1]], tags))
             for e in chosen
         ]
         drawn = reader.generate(prompts, decoding, seed=config.seed, stage="answers")
@@ -65,6 +67,12 @@ def answers_stage(context: Context, name: str, model: Artifact, tags: Any) -> Ar
         ]
 
     return context.folder.rows(f"answers/{name}", "answers", stage, [model], 1, make)
+
+
+def _subject(context: Context, examples: Sequence[Example]) -> Row:
+    """What is read, and in which precision: for the key."""
+    content = rows_hash(dataclasses.asdict(example) for example in examples)
+    return {"data": content, "precision": context.compute.precision.compute}
 
 
 def results_table(evaluations: dict[str, list[Row]], default_tags: dict[str, str]) -> Row:

@@ -7,7 +7,7 @@ import functools
 import json
 from typing import Any
 
-from humpback_jax.artifacts import Artifact, Row, Stage
+from humpback_jax.artifacts import Artifact, Row, Stage, rows_hash
 from humpback_jax.curators import PairText, Rating, rate
 from humpback_jax.errors import HumpbackError
 from humpback_jax.evaluation.meters import backward_meter, curation_meter
@@ -30,8 +30,8 @@ def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) 
     examples = _examples(context)
     section = config.augment
     decoding = Decoding(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    fields = {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
-    fields["examples"] = [example.id for example in examples]
+    fields: Row = {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
+    fields |= _subject(context, examples)
     stage = Stage("backward_meter", VERSION, fields)
 
     def make(_: int) -> list[Row]:
@@ -84,7 +84,7 @@ def curation_meter_stage(context: Context, name: str, judge: Artifact) -> Artifa
     examples = _examples(context)
     decoding = rubric_decoding(config.curate)
     curators = list(dict.fromkeys([config.curate.curator, *config.meters.curators]))
-    fields: Row = {"curators": curators, "examples": [example.id for example in examples]}
+    fields: Row = {"curators": curators, **_subject(context, examples)}
     if "rubric" in curators:
         fields |= {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
     stage = Stage("curation_meter", VERSION, json.loads(json.dumps(fields)))
@@ -133,9 +133,15 @@ def _rate(
 
 
 def _examples(context: Context) -> list[Example]:
-    """The held-out single-turn pairs that the meters use, chosen by a hash of their ids."""
+    """The held-out pairs that the meters use, chosen by a hash of their ids."""
     order = sorted(context.heldout, key=lambda e: stable_id("meter", e.id))
     return order[: context.config.meters.pairs]
+
+
+def _subject(context: Context, examples: list[Example]) -> Row:
+    """What a meter measures on, and how: for its key."""
+    content = rows_hash(dataclasses.asdict(example) for example in examples)
+    return {"examples": content, "precision": context.compute.precision.compute}
 
 
 def _judge(context: Context, broken: dict[str, bool], meaning: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from importlib import resources
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 from humpback_jax.artifacts import Artifact, Row, Stage, rows_hash
 from humpback_jax.corpus.documents import Document, read_documents
 from humpback_jax.corpus.filters import extract_segments
-from humpback_jax.corpus.segments import choose
+from humpback_jax.corpus.segments import RULES, choose
 from humpback_jax.errors import HumpbackError
-from humpback_jax.records import Example, stable_id
+from humpback_jax.records import Example, Segment, stable_id
 from humpback_jax.rows import read_examples
 from humpback_jax.stages.context import Context
 
@@ -24,7 +25,7 @@ def seed_pairs(config: Any) -> tuple[list[Example], list[Example]]:
     """(training pairs, held-out pairs): the packaged set, or the files that the config names.
 
     Raises:
-      HumpbackError: an unreadable file, or an id that stands in both parts.
+      HumpbackError: an unreadable file, or an instruction that stands in both parts.
     """
     seed = _pairs(config.data.seed, "train", config.data.skip_bad)
     heldout = _pairs(config.data.heldout, "heldout", config.data.skip_bad)
@@ -52,6 +53,12 @@ def _pairs(where: str, split: str, skip_bad: bool) -> list[Example]:
     if where == "builtin":
         return packaged_pairs(split)
     examples, _ = read_examples(Path(where), "seed", skip_bad=skip_bad)
+    for example in examples:
+        if not example.messages:
+            raise HumpbackError(
+                f"{where}: row {example.id} is plain text; human pairs need an instruction and a "
+                "response."
+            )
     return examples
 
 
@@ -61,23 +68,28 @@ def corpus_stage(context: Context) -> Artifact:
     Raises:
       HumpbackError: no segment is left.
     """
-    section = context.config.corpus
+    section, seed = context.config.corpus, context.config.seed
     documents = _documents(section)
     identity = rows_hash({"id": d.id, "text": d.text} for d in documents)
-    fields = {**section.to_dict(), "documents": identity}
-    stage = Stage("corpus", VERSION, json.loads(json.dumps(fields)))
-    counts: Row = {}
+    fields = {**section.to_dict(), "documents": identity, "rules": RULES}
+    if section.segments:
+        fields["seed"] = seed
 
-    def make(_: int) -> list[Row]:
-        kept, _rejected, found = extract_segments(
+    @functools.cache  # the counts too, where a killed run has left the rows
+    def extracted() -> tuple[list[Segment], Row]:
+        kept, _rejected, counts = extract_segments(
             documents, min_chars=section.min_chars, max_chars=section.max_chars
         )
-        chosen = choose(kept, section.segments or len(kept), context.config.seed)
-        counts.update(found)
-        return [dataclasses.asdict(segment) for segment in chosen]
+        return choose(kept, section.segments or len(kept), seed), counts
 
     artifact = context.folder.rows(
-        "corpus", "corpus", stage, [], 1, make, lambda rows: {"documents": len(documents), **counts}
+        "corpus",
+        "corpus",
+        Stage("corpus", VERSION, json.loads(json.dumps(fields))),
+        [],
+        1,
+        lambda _: [dataclasses.asdict(segment) for segment in extracted()[0]],
+        lambda rows: {"documents": len(documents), **extracted()[1]},
     )
     if not artifact.rows:
         raise HumpbackError(

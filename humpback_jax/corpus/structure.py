@@ -1,0 +1,140 @@
+"""What a Markdown or reStructuredText document is made of: headers, code, paragraph starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+_UNDERLINE = re.compile(r"([*=\-^~\"'`+#.:_])\1{2,}$")
+_MARKDOWN = re.compile(r"(#{1,6})\s+(?=\S)")
+_CLOSING_HASHES = re.compile(r"(^|\s)#+$")
+_FENCE = re.compile(r"\s*(?P<mark>`{3,}|~{3,})(?P<info>[^`]*)$")
+_LIST_ITEM = re.compile(r"(\*|-|\+|•|\||#\.|\d+[.)]|\w[.)]|\(\w{1,3}\))(\s|$)")
+
+
+class Line(NamedTuple):
+    """A line without its end and trailing white space.
+
+    Attributes:
+      start, end: its characters, [start, end), with the newline.
+      in_code: inside a code fence; of the fence itself only the closing line is.
+    """
+
+    start: int
+    end: int
+    text: str
+    in_code: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading:
+    """A header: its level from 1, its title, where it starts and where its body starts."""
+
+    level: int
+    title: str
+    start: int
+    body: int
+
+
+def read_lines(text: str) -> list[Line]:
+    """The lines of a document, in one pass."""
+    lines: list[Line] = []
+    place, fence = 0, ""
+    for whole in text.split("\n"):
+        bare = whole.rstrip()
+        end = min(place + len(whole) + 1, len(text))
+        lines.append(Line(place, end, bare, bool(fence)))
+        place = end
+        if fence:
+            if _closes(bare, fence):
+                fence = ""
+        elif "```" in bare or "~~~" in bare:
+            fence = _opened(lines)
+    return lines
+
+
+def _opened(lines: Sequence[Line]) -> str:
+    """The mark of the fence that the last line opens, or "".
+
+    A bare run of tildes or backticks is also an underline of reStructuredText.
+    """
+    match = _FENCE.match(lines[-1].text)
+    if not match:
+        return ""
+    mark = match["mark"]
+    title = lines[-2].text if len(lines) > 1 and _after_blank(lines, len(lines) - 2) else ""
+    is_underline = (
+        lines[-1].text == mark
+        and _is_title(title, mark)
+        and not title.endswith(":")
+        and mark != "```"
+    )
+    return "" if is_underline else mark
+
+
+def _closes(bare: str, fence: str) -> bool:
+    mark = bare.lstrip()
+    return len(mark) >= len(fence) and not mark.strip(fence[0])
+
+
+def headings(lines: Sequence[Line]) -> list[Heading]:
+    """Markdown (`## title`) and underlined, also overlined, headers outside code fences."""
+    found: list[Heading] = []
+    levels: dict[tuple[str, bool], int] = {}
+    for number, line in enumerate(lines):
+        if line.in_code or not line.text:
+            continue
+        if match := _MARKDOWN.match(line.text):
+            title = _CLOSING_HASHES.sub("", line.text[match.end() :]).rstrip()
+            found.append(Heading(len(match[1]), title, line.start, line.end))
+            continue
+        under = lines[number + 1] if number + 1 < len(lines) else line
+        if under.in_code or not _is_title(line.text, under.text):
+            continue
+        overlined = _is_overlined(lines, number)
+        if overlined or (_after_blank(lines, number) and not line.text[0].isspace()):
+            level = levels.setdefault((under.text[0], overlined), len(levels) + 1)
+            start = lines[number - 1].start if overlined else line.start
+            found.append(Heading(level, line.text.strip(), start, under.end))
+    return found
+
+
+def _is_title(title: str, under: str) -> bool:
+    return bool(
+        title
+        and _UNDERLINE.match(under)
+        and len(under) >= len(title) * 0.8
+        and not _UNDERLINE.match(title)
+    )
+
+
+def _is_overlined(lines: Sequence[Line], number: int) -> bool:
+    return (
+        number > 0
+        and lines[number - 1].text == lines[number + 1].text
+        and _after_blank(lines, number - 1)
+    )
+
+
+def _after_blank(lines: Sequence[Line], number: int) -> bool:
+    return number == 0 or not lines[number - 1].text
+
+
+def paragraph_starts(lines: Sequence[Line]) -> Iterator[int]:
+    """Where a text may be cut: before a paragraph that continues no list, code or lead-in."""
+    before = ""
+    for number, line in enumerate(lines):
+        if not line.text:
+            continue
+        if (
+            before
+            and not line.in_code
+            and _after_blank(lines, number)
+            and not line.text[0].isspace()
+            and not _LIST_ITEM.match(line.text)
+            and not before.endswith(":")
+        ):
+            yield line.start
+        before = line.text

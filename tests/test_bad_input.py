@@ -1,0 +1,247 @@
+"""Every mistake a user can make gives one readable message that names the place; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from humpback_jax.cli import main
+from humpback_jax.models import load_model, save_checkpoint
+from humpback_jax.weights.safetensors_io import save_hf
+
+ROOT = Path(__file__).parent.parent
+GOOD = {"instruction": "Name a colour.", "output": "Blue."}
+
+
+@pytest.fixture(autouse=True)
+def stay_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in Hugging Face's layout."""
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    folder.mkdir()
+    model = load_model("tiny-random")
+    save_hf(folder, model.config, model.params)
+    model.tokenizer.save(folder)
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a command that must fail, and returns its one message."""
+    capsys.readouterr()
+    code = main(list(arguments))
+    message = capsys.readouterr().err.strip()
+    assert code != 0
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
+    assert "Traceback" not in message
+    return message
+
+
+def write(path: Path, *rows: object) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def train(data: Path, out: Path, *extra: str) -> list[str]:
+    sizes = ("--config.train.steps=1", "--config.train.batch_examples=1")
+    return ["train", "--model=tiny-random", f"--data={data}", f"--out={out}", *sizes, *extra]
+
+
+def test_missing_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = refused(capsys, *train(tmp_path / "absent.jsonl", tmp_path / "out"))
+    assert "absent.jsonl" in message
+    assert "does not exist" in message
+
+
+def test_malformed_line_is_named_by_file_and_number_or_counted_with_skip_bad(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "pairs.jsonl", GOOD, '{"instruction": ', GOOD)
+    message = refused(capsys, *train(data, tmp_path / "out"))
+    assert "pairs.jsonl" in message
+    assert "line 2" in message
+    assert main([*train(data, tmp_path / "out"), "--skip-bad", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert sum(result["bad_rows"].values()) == 1
+    assert result["examples"] == 2
+
+
+@pytest.mark.parametrize("empty", ["", "  \n "])
+def test_empty_response_is_named(
+    empty: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "pairs.jsonl", GOOD, {"instruction": "Say it.", "output": empty})
+    message = refused(capsys, *train(data, tmp_path / "out"))
+    assert "line 2" in message
+    assert "'output'" in message
+
+
+def test_response_longer_than_the_context_is_named_and_can_be_dropped_or_cut(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    long = {"id": "long-one", "instruction": "Go on.", "output": "word " * 3000}
+    data = write(tmp_path / "pairs.jsonl", GOOD, long)
+    message = refused(capsys, *train(data, tmp_path / "out"))
+    assert "long-one" in message
+    dropped = [*train(data, tmp_path / "dropped"), "--config.train.on_long=drop", "--json"]
+    assert main(dropped) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["dropped"] == {"too_long": 1}
+
+
+def test_prompt_that_fills_the_window_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    prompts = write(tmp_path / "p.jsonl", {"id": "short", "prompt": "Hi"})
+    out = tmp_path / "out.jsonl"
+    write(out, {"output": "an earlier result"})
+    write(prompts, {"id": "short", "prompt": "Hi"}, {"id": "huge", "prompt": "x" * 5000})
+    message = refused(
+        capsys, "sample", "--model=tiny-random", f"--prompts={prompts}", f"--out={out}"
+    )
+    assert "huge" in message
+    assert "4096" in message
+    assert "an earlier result" in out.read_text()
+
+
+def test_prompt_that_fills_the_window_in_training_has_nothing_to_learn(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    row = {"id": "wide", "instruction": "x" * 5000, "output": "Yes."}
+    data = write(tmp_path / "pairs.jsonl", row)
+    extra = ("--config.train.on_long=truncate",)
+    message = refused(capsys, *train(data, tmp_path / "out", *extra))
+    assert "no_supervised_token" in message
+
+
+def test_truncated_safetensors_file_is_named(
+    hf_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(hf_folder, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "model.safetensors" in refused(capsys, "sample", f"--model={folder}", "--prompt=Hi")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64, b"text"])
+def test_corrupt_gguf_file_is_named(
+    content: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(content)
+    assert "broken.gguf" in refused(capsys, "sample", f"--model={file}", "--prompt=Hi")
+
+
+def test_tokenizer_that_does_not_fit_the_model_is_refused(
+    hf_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "mismatch"
+    shutil.copytree(hf_folder, folder)
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["added_tokens"].append(
+        {**raw["added_tokens"][0], "id": 5000, "content": "<|beyond|>"},
+    )
+    raw["model"]["vocab"]["<|beyond|>"] = 5000
+    path.write_text(json.dumps(raw))
+    message = refused(capsys, "sample", f"--model={folder}", "--prompt=Hi")
+    assert "vocab" in message
+
+
+def test_checkpoint_with_another_template_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "model", load_model("tiny-random", "plain"), {})
+    data = write(tmp_path / "pairs.jsonl", GOOD)
+    message = refused(
+        capsys,
+        "train",
+        f"--model={tmp_path / 'model'}",
+        f"--data={data}",
+        f"--out={tmp_path / 'out'}",
+        "--config.base.template=chat",
+    )
+    assert "template" in message
+
+
+def test_corpus_without_segments_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    documents = write(tmp_path / "docs.jsonl", {"text": "Too short."})
+    message = refused(
+        capsys,
+        "run",
+        "--config=configs/tiny.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.corpus.documents={documents}",
+    )
+    assert "no segment is left" in message
+
+
+def test_selection_of_nothing_is_refused_and_the_scores_stay(
+    tiny_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from tiny_run import tiny_config
+
+    from humpback_jax.artifacts import read_manifest
+    from humpback_jax.errors import HumpbackError
+    from humpback_jax.loop import run
+
+    shutil.copytree(tiny_run, tmp_path / "run")
+    config = tiny_config()
+    with config.unlocked():
+        config.curate.update({"select": "absolute", "threshold": 1e9})
+    with pytest.raises(HumpbackError, match=r"none of .* is selected"):
+        run(config, tmp_path / "run", say=lambda text: None)
+    before = {entry["name"]: entry["hash"] for entry in read_manifest(tiny_run)}
+    after = {entry["name"]: entry["hash"] for entry in read_manifest(tmp_path / "run")}
+    assert after["round_1/scores"] == before["round_1/scores"]
+
+
+def test_workdir_that_cannot_be_written_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    message = refused(capsys, "run", "--config=configs/tiny.py", f"--workdir={file / 'run'}")
+    assert str(file / "run") in message
+    assert file.read_text() == "in the way"
+
+
+def test_text_that_is_not_utf8_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = tmp_path / "latin1.jsonl"
+    data.write_bytes('{"instruction": "Café?", "output": "Oui."}\n'.encode("latin-1"))
+    assert "latin1.jsonl" in refused(capsys, *train(data, tmp_path / "out"))
+    documents = tmp_path / "latin1.txt"
+    documents.write_bytes("Café ".encode("latin-1") * 300)
+    message = refused(
+        capsys,
+        "run",
+        "--config=configs/tiny.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.corpus.documents={documents}",
+    )
+    assert "latin1.txt" in message
+
+
+def test_unknown_model_is_refused_with_the_known_names(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "sample", "--model=no-such-model", "--prompt=Hi")
+    assert "no-such-model" in message
+    assert "smollm2-135m-instruct" in message
+
+
+def test_run_folder_that_is_none_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for verb in (["verify"], ["report"], ["trace", "x"]):
+        assert "no run stands there" in refused(capsys, *verb, f"--workdir={tmp_path}")

@@ -1,0 +1,341 @@
+"""The training loop: what it hands back, what it reports, and how it goes on after a stop.
+
+If these fail, a preempted run ends with other weights than an unbroken one, or a broken run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from tiny_llama import from_torch, random_examples, torch_llama, torch_nll, trees_equal
+
+from humpback_jax.checkpoint import ResumeFolder, load_params, save_params
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.llama import flatten, unflatten
+from humpback_jax.model.lora import lora_spec
+from humpback_jax.training.optimizer import OptimizerSpec
+from humpback_jax.training.packing import TrainingExample
+from humpback_jax.training.trainer import Trained, TrainSpec, initial_state, train
+
+EXAMPLES = random_examples(10)
+SPEC = TrainSpec(
+    steps=6,
+    batch_examples=4,
+    row_tokens=64,
+    layout="unrolled",
+    optimizer=OptimizerSpec(3e-3, 1e-3),
+)
+LORA = lora_spec(2, 4, 0.1, ("q", "v"))
+
+
+@functools.cache
+def base():
+    return from_torch(torch_llama(num_hidden_layers=2))
+
+
+def run(spec: TrainSpec = SPEC, examples=EXAMPLES, **arguments) -> Trained:
+    config, params = base()
+    return train(config, params, examples, spec, **arguments)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(step: int):
+    def on_metrics(row: dict) -> None:
+        if row["step"] == step and "loss" in row:
+            raise Stop
+
+    return on_metrics
+
+
+VARIANTS = {
+    "full": {},
+    "full_scan": {"layout": "scan"},
+    "adapter": {"lora": LORA, "dropout": 0.1},
+    "adapter_scan": {"lora": LORA, "layout": "scan"},
+    "accumulated_with_dropout": {"accumulation": 2, "dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_ends_with_the_unbroken_run_s_weights_bit_for_bit(variant, tmp_path) -> None:
+    spec = dataclasses.replace(SPEC, resume_every=2, **VARIANTS[variant])
+    unbroken = run(spec)
+    resume = ResumeFolder(tmp_path / "resume")
+    with pytest.raises(Stop):
+        run(spec, resume=resume, on_metrics=stop_after(5))
+    rows: list[dict] = []
+    resumed = run(spec, resume=ResumeFolder(tmp_path / "resume"), on_metrics=rows.append)
+    assert [row["step"] for row in rows] == [5, 6], "it went on from step 4"
+    assert trees_equal(resumed.params, unbroken.params)
+    assert (resumed.adapter is None) == (spec.lora is None)
+    if resumed.adapter is not None:
+        assert trees_equal(resumed.adapter, unbroken.adapter)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in unbroken.history[4:]]
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, capsys) -> None:
+    spec = dataclasses.replace(SPEC, resume_every=2)
+    resume = ResumeFolder(tmp_path / "resume")
+    with pytest.raises(Stop):
+        run(spec, resume=resume, on_metrics=stop_after(5))
+    newest = sorted((tmp_path / "resume").iterdir())[-1]
+    for file in newest.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    rows: list[dict] = []
+    resumed = run(spec, resume=resume, on_metrics=rows.append)
+    assert rows[0]["step"] == 3
+    assert "warning" in capsys.readouterr().out
+    assert trees_equal(resumed.params, run(spec).params)
+
+
+def test_a_state_of_another_optimizer_or_model_is_not_taken_up(tmp_path) -> None:
+    """The folder belongs to one run; should another find it, it must not continue from it."""
+    spec = dataclasses.replace(SPEC, resume_every=2)
+    resume = ResumeFolder(tmp_path / "resume")
+    with pytest.raises(Stop):
+        run(spec, resume=resume, on_metrics=stop_after(3))
+    adapted = dataclasses.replace(spec, lora=LORA)
+    rows: list[dict] = []
+    run(adapted, resume=resume, on_metrics=rows.append)
+    assert rows[0]["step"] == 1
+
+
+def test_only_the_newest_states_are_kept_and_none_once_deleted(tmp_path) -> None:
+    resume = ResumeFolder(tmp_path / "resume", keep=2)
+    run(dataclasses.replace(SPEC, resume_every=1), resume=resume)
+    names = sorted(path.name for path in (tmp_path / "resume").iterdir())
+    assert names == ["00000004", "00000005"], "the finished run itself needs none"
+    resume.delete()
+    assert not (tmp_path / "resume").exists()
+
+
+def test_parameters_survive_a_checkpoint_bit_for_bit_with_their_dtypes(tmp_path) -> None:
+    import ml_dtypes
+
+    _, params = base()
+    flat = flatten(params)
+    flat[("norm", "scale")] = flat[("norm", "scale")].astype(ml_dtypes.bfloat16)
+    mixed = unflatten(flat)
+    save_params(tmp_path / "weights", mixed)
+    again = load_params(tmp_path / "weights")
+    assert trees_equal(again, mixed)
+    assert again["norm"]["scale"].dtype == ml_dtypes.bfloat16
+    with pytest.raises(HumpbackError, match="nowhere"):
+        load_params(tmp_path / "nowhere")
+
+
+def test_the_base_is_left_as_it_was_whatever_holds_it() -> None:
+    """M_t is trained from the base again in the next round."""
+    config, params = base()
+    for layout in ("scan", "unrolled"):
+        spec = dataclasses.replace(SPEC, steps=2, layout=layout)
+        for held in (jax.tree.map(np.array, params), jax.tree.map(jax.numpy.array, params)):
+            first = train(config, held, EXAMPLES, spec)
+            assert trees_equal(held, params)
+            assert not trees_equal(first.params, params)
+
+
+def test_bfloat16_bases_are_trained_in_float32() -> None:
+    config, params = base()
+    half = jax.tree.map(lambda x: jax.numpy.asarray(x, jax.numpy.bfloat16), params)
+    trained = train(config, half, EXAMPLES, dataclasses.replace(SPEC, steps=1))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trained.params)} == {"float32"}
+
+
+def test_metrics_tell_loss_tokens_and_sources_of_each_step() -> None:
+    trained = run(dataclasses.replace(SPEC, steps=1))
+    (row,) = trained.history
+    order = [e for e in EXAMPLES if e.id in _ids_of_first_batch()]
+    with torch.no_grad():
+        nll = torch_nll(torch_llama(num_hidden_layers=2), order).numpy()
+    supervised = [example.supervised for example in order]
+    assert row["loss"] == pytest.approx(nll.sum() / sum(supervised), rel=1e-5)
+    assert row["supervised_tokens"] == sum(supervised)
+    assert row["tokens"] == sum(example.length for example in order)
+    assert row["examples"] == len(order) == 4
+    assert row["learning_rate"] == pytest.approx(3e-3)
+    for source in ("seed", "web"):
+        places = [i for i, e in enumerate(order) if e.source == source]
+        if places:
+            tokens = sum(supervised[i] for i in places)
+            assert row[f"supervised_tokens/{source}"] == tokens
+            assert row[f"loss/{source}"] == pytest.approx(nll[places].sum() / tokens, rel=1e-5)
+
+
+def _ids_of_first_batch() -> set[str]:
+    from humpback_jax.training.packing import BatchOrder
+
+    indices = BatchOrder([e.id for e in EXAMPLES], 4, SPEC.seed).indices(0)
+    return {EXAMPLES[i].id for i in indices}
+
+
+@pytest.mark.parametrize("log_every", [0, 1, 4])
+def test_every_step_is_reported_once_however_often_rows_are_written(log_every) -> None:
+    spec = dataclasses.replace(SPEC, log_every=log_every, resume_every=0)
+    rows: list[dict] = []
+    start = time.monotonic()
+    trained = run(spec, on_metrics=rows.append)
+    seconds = time.monotonic() - start
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows == trained.history
+    assert 0.1 * seconds < sum(row["tokens"] / row["tokens_per_s"] for row in rows) <= seconds
+
+
+def test_rates_are_those_of_the_work_not_of_its_dispatch() -> None:
+    """A step returns before it has run: measured there, a minute of work would take no time."""
+    config, params = from_torch(torch_llama(hidden_size=256, vocab_size=4096, num_hidden_layers=4))
+    examples = random_examples(8, 250, 200)
+    spec = dataclasses.replace(SPEC, steps=4, row_tokens=512)
+    arrivals: list[float] = []
+    history = train(
+        config, params, examples, spec, on_metrics=lambda _: arrivals.append(time.monotonic())
+    ).history
+    for row, seconds in zip(history[1:], np.diff(arrivals), strict=True):
+        assert row["tokens"] / row["tokens_per_s"] > 0.3 * seconds
+
+
+def test_training_lowers_the_loss_and_the_same_seed_repeats_it() -> None:
+    spec = dataclasses.replace(SPEC, steps=10)
+    trained = run(spec)
+    losses = [row["loss"] for row in trained.history]
+    assert losses[-1] < losses[0] - 0.3
+    assert trees_equal(run(spec).params, trained.params)
+    other = run(dataclasses.replace(spec, seed=1))
+    assert not trees_equal(other.params, trained.params)
+
+
+def test_the_order_of_the_input_changes_nothing() -> None:
+    spec = dataclasses.replace(SPEC, steps=3)
+    assert trees_equal(run(spec, EXAMPLES[::-1]).params, run(spec).params)
+
+
+def test_a_loss_that_is_not_a_number_is_an_error_that_names_step_and_examples() -> None:
+    config, params = base()
+    scale = np.array(params["norm"]["scale"])
+    scale[0] = np.inf
+    broken = {**params, "norm": {"scale": scale}}
+    with pytest.raises(HumpbackError, match=r"step 1: the loss is (nan|inf).*row-") as caught:
+        train(config, broken, EXAMPLES, SPEC)
+    assert all(name in str(caught.value) for name in _ids_of_first_batch())
+
+
+def test_a_broken_model_is_never_saved_as_state_or_as_epoch(tmp_path) -> None:
+    config, params = base()
+    broken = {**params, "norm": {"scale": np.full_like(params["norm"]["scale"], np.nan)}}
+    spec = dataclasses.replace(SPEC, log_every=0, resume_every=1, checkpoint_epochs=True)
+    saved = []
+    for each in (spec, dataclasses.replace(spec, batch_examples=10)):
+        with pytest.raises(HumpbackError, match="loss"):
+            train(
+                config,
+                broken,
+                EXAMPLES,
+                each,
+                resume=ResumeFolder(tmp_path / "resume"),
+                on_epoch=lambda epoch, _: saved.append(epoch),
+            )
+    assert not (tmp_path / "resume").exists()
+    assert saved == []
+
+
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_an_example_without_a_supervised_token_is_an_error_that_names_it(where) -> None:
+    silent = TrainingExample("silent-row", np.arange(9, dtype=np.int32), np.arange(9) < 1)
+    examples = [*EXAMPLES, silent] if where == "training" else EXAMPLES
+    validation = [EXAMPLES[0], silent] if where == "validation" else []
+    with pytest.raises(HumpbackError, match=f"{where} example silent-row"):
+        run(examples=examples, validation=validation)
+
+
+def test_T30_too_little_data_is_an_error_before_anything_is_computed() -> None:
+    with pytest.raises(HumpbackError, match="batch_examples"):
+        run(examples=EXAMPLES[:3])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"batch_examples": 0}, {"accumulation": 0}, {"row_tokens": 0}], ids=str
+)
+def test_a_size_that_is_not_positive_is_refused_by_name(wrong) -> None:
+    with pytest.raises(HumpbackError, match=next(iter(wrong))):
+        run(dataclasses.replace(SPEC, **wrong))
+
+
+def test_validation_rows_come_every_n_steps_and_are_the_model_s() -> None:
+    validation = random_examples(4, seed=9)
+    spec = dataclasses.replace(
+        SPEC, steps=4, eval_every=2, optimizer=OptimizerSpec(0.0, 0.0, "constant", weight_decay=0.0)
+    )
+    trained = run(spec, validation=validation)
+    rows = [row for row in trained.history if "validation_nll" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    with torch.no_grad():
+        nll = torch_nll(torch_llama(num_hidden_layers=2), validation).numpy().sum()
+    expected = nll / sum(example.supervised for example in validation)
+    assert [row["validation_nll"] for row in rows] == pytest.approx([expected] * 2, rel=1e-5)
+    assert trees_equal(trained.params, base()[1]), "a rate of 0 moves nothing"
+
+
+def test_looking_at_validation_data_does_not_disturb_training() -> None:
+    """T-22: peeking shifted the training data elsewhere."""
+    spec = dataclasses.replace(SPEC, steps=4, dropout=0.1)
+    with_validation = run(dataclasses.replace(spec, eval_every=1), validation=EXAMPLES[:3])
+    assert trees_equal(with_validation.params, run(spec).params)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "adapter"])
+def test_epochs_are_handed_out_when_their_last_example_is_seen(lora) -> None:
+    """10 examples by 4: epochs end within steps 3, 5 and 8."""
+    spec = dataclasses.replace(SPEC, steps=8, lora=lora, checkpoint_epochs=True)
+    seen: list[tuple[int, dict]] = []
+    steps: list[int] = []
+    trained = run(
+        spec,
+        on_metrics=lambda row: steps.append(row["step"]),
+        on_epoch=lambda epoch, params: seen.append((len(steps), epoch, params)),
+    )
+    assert [(step, epoch) for step, epoch, _ in seen] == [(3, 1), (5, 2), (8, 3)]
+    assert trees_equal(seen[-1][2], trained.params)
+    shorter = dataclasses.replace(spec, steps=5, optimizer=OptimizerSpec(3e-3, 3e-3))
+    constant = dataclasses.replace(spec, optimizer=OptimizerSpec(3e-3, 3e-3))
+    kept: list[dict] = []
+    run(constant, on_epoch=lambda _, params: kept.append(params))
+    assert trees_equal(kept[1], run(shorter).params), "kept for later, it must still be readable"
+
+
+def test_without_the_setting_no_epoch_is_handed_out() -> None:
+    seen: list[int] = []
+    run(dataclasses.replace(SPEC, steps=3), on_epoch=lambda epoch, _: seen.append(epoch))
+    assert seen == []
+
+
+def test_fresh_state_holds_one_copy_of_what_is_trained() -> None:
+    import optax
+
+    config, params = base()
+    full = initial_state(config, params, SPEC, optax.sgd(1.0))
+    adapted = initial_state(config, params, dataclasses.replace(SPEC, lora=LORA), optax.sgd(1.0))
+    assert full.frozen == {}
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert sum(leaf.size for leaf in jax.tree.leaves(full.trainable)) == size
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapted.frozen)) == size
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapted.trainable)) == 2 * (2 * 128 + 2 * 96)
+
+
+def test_a_checkpoint_folder_under_way_is_replaced_not_mixed(tmp_path: Path) -> None:
+    _, params = base()
+    save_params(tmp_path / "weights", params)
+    changed = {**params, "norm": {"scale": params["norm"]["scale"] + 1}}
+    save_params(tmp_path / "weights", changed)
+    assert trees_equal(load_params(tmp_path / "weights"), changed)
