@@ -59,32 +59,37 @@ class ResumeFolder:
 
     def save(self, state: TrainState) -> None:
         """Saves everything that changes (`frozen` does not), named by the number of steps done."""
+        import jax
         import orbax.checkpoint.experimental.v1 as ocp
 
         step = int(state.step)
-        tree = {"trainable": _named(state.trainable), "optimizer": _leaves(state.optimizer)}
+        optimizer = jax.tree.map(np.asarray, _numbered(state.optimizer))
+        tree = {"trainable": _named(state.trainable), "optimizer": optimizer}
         ocp.save((self.folder / f"{step:08d}").absolute(), tree, overwrite=True)
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
 
     def restore(self, state: TrainState) -> TrainState | None:
-        """The newest readable state, in the form of `state`; None where there is none."""
+        """The newest readable state of the form of `state`; None where there is none."""
         import jax
         import jax.numpy as jnp
 
+        expected = {"trainable": _named(state.trainable), "optimizer": _numbered(state.optimizer)}
         for step in reversed(self._steps()):
+            folder = self.folder / f"{step:08d}"
             try:
-                tree = _load(self.folder / f"{step:08d}")
+                tree = _load(folder)
+                if jax.tree.map(np.shape, tree) != jax.tree.map(np.shape, expected):
+                    raise HumpbackError(f"{folder}: this state belongs to another kind of run.")
             except HumpbackError as error:
                 print(f"warning: {error} Falling back to the one before.")
                 continue
-            leaves, structure = jax.tree.flatten(state.optimizer)
-            leaves = [tree["optimizer"][f"{i:05d}"] for i in range(len(leaves))]
+            leaves = [tree["optimizer"][name] for name in sorted(tree["optimizer"])]
             return TrainState(
                 jnp.int32(step),
                 _unnamed(tree["trainable"]),
                 state.frozen,
-                jax.tree.unflatten(structure, leaves),
+                jax.tree.unflatten(jax.tree.structure(state.optimizer), leaves),
             )
         return None
 
@@ -109,7 +114,7 @@ def _unnamed(flat: dict[str, Any]) -> Params:
     return unflatten({tuple(map(key, name.split(SEPARATOR))): leaf for name, leaf in flat.items()})
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
+def _numbered(tree: Any) -> dict[str, Any]:
     import jax
 
-    return {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+    return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}

@@ -19,7 +19,7 @@ class Line(NamedTuple):
 
     Attributes:
       start, end: its characters, [start, end), with the newline.
-      in_code: inside a code fence; of the fence itself only the closing line is.
+      in_code: between code fences, or one of them.
     """
 
     start: int
@@ -45,31 +45,27 @@ def read_lines(text: str) -> list[Line]:
     for whole in text.split("\n"):
         bare = whole.rstrip()
         end = min(place + len(whole) + 1, len(text))
+        closed = bool(fence) and _closes(bare, fence)
+        if not fence and ("```" in bare or "~~~" in bare):
+            fence = _opened(lines, bare)
         lines.append(Line(place, end, bare, bool(fence)))
+        fence = "" if closed else fence
         place = end
-        if fence:
-            if _closes(bare, fence):
-                fence = ""
-        elif "```" in bare or "~~~" in bare:
-            fence = _opened(lines)
     return lines
 
 
-def _opened(lines: Sequence[Line]) -> str:
-    """The mark of the fence that the last line opens, or "".
+def _opened(before: Sequence[Line], bare: str) -> str:
+    """The mark of the fence that a line opens, or "".
 
     A bare run of tildes or backticks is also an underline of reStructuredText.
     """
-    match = _FENCE.match(lines[-1].text)
+    match = _FENCE.match(bare)
     if not match:
         return ""
     mark = match["mark"]
-    title = lines[-2].text if len(lines) > 1 and _after_blank(lines, len(lines) - 2) else ""
+    title = before[-1].text if before and _after_blank(before, len(before) - 1) else ""
     is_underline = (
-        lines[-1].text == mark
-        and _is_title(title, mark)
-        and not title.endswith(":")
-        and mark != "```"
+        bare == mark and _is_title(title, mark) and not title.endswith(":") and mark != "```"
     )
     return "" if is_underline else mark
 
@@ -130,7 +126,7 @@ def paragraph_starts(lines: Sequence[Line]) -> Iterator[int]:
             continue
         if (
             before
-            and not line.in_code
+            and not (line.in_code and lines[number - 1].in_code)
             and _after_blank(lines, number)
             and not line.text[0].isspace()
             and not _LIST_ITEM.match(line.text)

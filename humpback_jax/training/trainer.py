@@ -15,7 +15,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params, init_params, stack_layers, unstack_layers
-from humpback_jax.model.lora import merge_adapter, split_adapter
+from humpback_jax.model.lora import join, merge_adapter, split_adapter
 from humpback_jax.sampling.likelihood import sequence_nll
 from humpback_jax.training.loss import Batch
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
@@ -56,6 +56,11 @@ class TrainSpec:
     resume_every: int = 0
     checkpoint_epochs: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_examples", "row_tokens", "accumulation"):
+            if getattr(self, name) < 1:
+                raise HumpbackError(f"train.{name}={getattr(self, name)} must be at least 1.")
+
 
 class Resume(Protocol):
     """Where a run under way is kept (`checkpoint.ResumeFolder`)."""
@@ -91,14 +96,17 @@ def train(
     Args:
       base: stacked parameters; not modified. Trained in float32 whatever their dtype.
       on_metrics: receives one row per logged step and per validation.
+      on_epoch: receives an epoch's number, from 1, and the parameters as `Trained` would hold them.
+        The next step overwrites them in place: they are valid until the callback returns.
 
     Raises:
       HumpbackError: too little data, an example without supervised tokens, or a loss that is not
         finite (the message names the step and the ids of its examples).
     """
-    for example in examples:
-        if example.supervised == 0:
-            raise HumpbackError(f"training example {example.id} has no supervised token.")
+    for kind, given in (("training", examples), ("validation", validation)):
+        for example in given:
+            if example.supervised == 0:
+                raise HumpbackError(f"{kind} example {example.id} has no supervised token.")
     order = BatchOrder([example.id for example in examples], spec.batch_examples, spec.seed)
     plan = plan_packing(examples, order, spec.steps, spec.row_tokens, spec.accumulation)
     sources = sorted({example.source for example in examples})
@@ -137,7 +145,7 @@ def train(
         clock = time.monotonic()
 
     def validate(done: int) -> None:
-        params = _joined(state)
+        params = join(state.frozen, state.trainable)
         nll, counts = sequence_nll(_eval_spec(step_spec), params, validation)
         row = {"step": done, "validation_nll": float(nll.sum() / counts.sum())}
         history.append(row)
@@ -156,6 +164,7 @@ def train(
             flush()
             resume.save(state)
         if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, len(examples)):
+            flush()
             epoch = done * spec.batch_examples // len(examples)
             on_epoch(epoch, finished_params(state, spec)[0])
     params, adapter = finished_params(state, spec)
@@ -189,12 +198,6 @@ def finished_params(state: TrainState, spec: TrainSpec) -> tuple[Params, Params 
         stack(merge_adapter(state.frozen, state.trainable, spec.lora)),
         stack(state.trainable),
     )
-
-
-def _joined(state: TrainState) -> Params:
-    from humpback_jax.model.lora import join
-
-    return join(state.frozen, state.trainable)
 
 
 def _eval_spec(spec: StepSpec) -> StepSpec:

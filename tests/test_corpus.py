@@ -1,0 +1,304 @@
+"""Documents to segments: if these fail, training text is cut inside a list, lost, or untraceable."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from humpback_jax.corpus.documents import Document, read_documents
+from humpback_jax.corpus.filters import extract_segments, failed_rule, repeats_sentences
+from humpback_jax.corpus.segments import choose, pieces, segments
+from humpback_jax.corpus.structure import headings, read_lines
+from humpback_jax.errors import HumpbackError
+from humpback_jax.records import Segment
+from humpback_jax.rows import write_rows
+
+WORDS = st.lists(
+    st.sampled_from(["water", "Größe", "数据", "🦀", "naïve", "the", "a:", "x"]),
+    min_size=1,
+    max_size=9,
+).map(" ".join)
+PARAGRAPH = st.lists(WORDS, min_size=1, max_size=4).map("\n".join)
+LIST = st.lists(WORDS.map(lambda w: f"* {w}"), min_size=1, max_size=4).map("\n\n".join)
+CODE = st.lists(WORDS, max_size=4).map(lambda ls: "\n".join(["```python", *ls, "", "# x", "```"]))
+TILDES = st.lists(WORDS, max_size=3).map(lambda ls: "\n".join(["~~~", *ls, "", "```", "y", "~~~"]))
+INDENTED = st.lists(WORDS, min_size=1, max_size=3).map(lambda ls: "\n".join("   " + w for w in ls))
+MARKDOWN_TITLE = st.tuples(st.integers(1, 4), WORDS).map(lambda t: "#" * t[0] + " " + t[1])
+RST_TITLE = st.tuples(st.sampled_from("=-~*^"), WORDS).map(lambda t: f"{t[1]}\n{t[0] * len(t[1])}")
+OVERLINED = st.tuples(st.sampled_from("=*"), WORDS).map(
+    lambda t: f"{t[0] * (len(t[1]) + 4)}\n{t[1]}\n{t[0] * (len(t[1]) + 4)}"
+)
+BLOCKS = st.one_of(
+    PARAGRAPH,
+    LIST,
+    CODE,
+    TILDES,
+    INDENTED,
+    MARKDOWN_TITLE,
+    RST_TITLE,
+    OVERLINED,
+    st.text(max_size=40),
+)
+DOCUMENTS = st.lists(
+    st.tuples(BLOCKS, st.sampled_from(["\n\n", "\n", "\n \n\n"])), max_size=14
+).map(lambda blocks: "".join(block + gap for block, gap in blocks))
+
+
+@given(DOCUMENTS, st.integers(20, 120))
+@settings(max_examples=300)
+def test_every_character_outside_headers_is_in_exactly_one_segment(text, max_chars):
+    found = headings(read_lines(text))
+    covered = [0] * len(text)
+    for piece in pieces(text, max_chars):
+        assert text[piece.start : piece.end].strip()
+        for place in range(piece.start, piece.end):
+            covered[place] += 1
+    in_header = [any(h.start <= p < h.body for h in found) for p in range(len(text))]
+    for place, character in enumerate(text):
+        assert covered[place] <= 1
+        if not covered[place]:
+            assert character.isspace() or in_header[place]
+
+
+@given(DOCUMENTS, st.integers(20, 120))
+@settings(max_examples=200)
+def test_byte_spans_point_at_exactly_the_segment_in_the_document(text, max_chars):
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        return
+    data, last = text.encode(), 0
+    ids = set()
+    for segment, _ in segments(Document("d", text, "s"), max_chars):
+        assert data[segment.start : segment.end].decode() == segment.text
+        assert segment.start >= last
+        last = segment.end
+        ids.add(segment.id)
+    assert len(ids) == len(list(segments(Document("d", text, "s"), max_chars)))
+
+
+CLEAN = st.lists(
+    st.one_of(
+        PARAGRAPH.map(lambda p: p.replace(":", "")), LIST, CODE, TILDES, INDENTED,
+        st.tuples(WORDS, CODE).map(lambda t: f"See {t[0]}:\n\n{t[1]}"),
+    ),
+    min_size=1,
+    max_size=12,
+)  # fmt: skip
+
+
+@given(CLEAN, st.integers(1, 80))
+@settings(max_examples=200)
+def test_lists_code_and_what_a_colon_announces_are_never_cut(blocks, max_chars):
+    text = "\n\n".join(blocks)
+    for piece in list(pieces(text, max_chars))[1:]:
+        before, after = text[: piece.start].rstrip(), text[piece.start : piece.end]
+        assert not before.endswith(":") and not after.startswith(("* ", " "))
+        fences = re.findall(r"^(```|~~~)", text[: piece.start], re.MULTILINE)
+        opened = ""
+        for mark in fences:
+            opened = mark if not opened else "" if mark == opened else opened
+        assert not opened
+
+
+def titles(text: str) -> list[tuple[int, str]]:
+    return [(h.level, h.title) for h in headings(read_lines(text))]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# One\nx\n\n## Two ##\n", [(1, "One"), (2, "Two")]),
+        ("# C#\n", [(1, "C#")]),
+        ("#hashtag\n##\n", []),
+        ("One\n===\n\nTwo\n---\n\nThree\n=====\n", [(1, "One"), (2, "Two"), (1, "Three")]),
+        ("====\nOne\n====\n\nTwo\n====\n", [(1, "One"), (2, "Two")]),
+        ("=======\n  One\n=======\n", [(1, "One")]),
+        ("API\n~~~\n\ntext\n", [(1, "API")]),
+        ("A sentence that\nends here\n---------\n", []),
+        ("Long enough title\n---\n", []),
+        ("Do this:\n```\n# no title\n```\n\n# Title\n", [(1, "Title")]),
+        ("Do:\n```\n# no title\n```\n\n# Title\n", [(1, "Title")]),
+        ("text\n```python\n# no\n```\n# Title\n", [(1, "Title")]),
+        ("~~~\n```\n# no\n~~~\n# Title\n", [(1, "Title")]),
+        ("````\n```\n# no\n````\n# Title\n", [(1, "Title")]),
+        ("a ``` b\n# Title\n", [(1, "Title")]),
+        ("```x``` y\n# Title\n", [(1, "Title")]),
+        ("  # indented\n", []),
+    ],
+)
+def test_headers_are_told_from_code_tables_and_text(text, expected):
+    assert titles(text) == expected
+
+
+def test_code_after_a_text_line_does_not_hide_the_headers_below():
+    text = "# A\n\nRun this:\n```\nx\n```\nand that:\n```\ny\n```\n\n# B\n\nbody\n"
+    assert [p.heading for p in pieces(text, 1000)] == ["A", "B"]
+
+
+def test_a_section_that_fits_stays_whole_and_a_long_one_is_cut_at_its_children():
+    text = "# A\n\nintro\n\n## B\n\n" + "b " * 20 + "\n\n## C\n\n" + "c " * 20 + "\n\n# D\n\nd\n"
+    assert [p.heading for p in pieces(text, 1000)] == ["A", "D"]
+    assert [p.heading for p in pieces(text, 60)] == ["A", "B", "C", "D"]
+
+
+@given(st.lists(st.integers(5, 60), min_size=1, max_size=40), st.integers(60, 300))
+def test_long_texts_are_cut_into_even_runs_that_fit(lengths, max_chars):
+    text = "\n\n".join("x" * length for length in lengths)
+    runs = [p.end - p.start for p in pieces(text, max_chars)]
+    assert max(runs) <= max_chars
+    assert len(runs) <= 2 * (len(text) // max_chars + 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "## Title\n\nA paragraph of some words that goes on for a while here.\n\n" * 14_000,
+        "A paragraph of some words without any header, one after the other.\n\n" * 14_000,
+        "x" * 1_000_000,
+        "# a" + " " * 1_000_000 + "b",
+        "# " * 500_000,
+        ("# a\n## b\n### c\n#### d\n##### e\n###### f\nSome words.\n" * 20_000),
+        "A line.\n\n```\ncode\n```\n\n" * 40_000,
+    ],
+    ids=["sections", "paragraphs", "line", "spaces", "hashes", "deep", "code"],
+)
+def test_a_document_of_a_megabyte_takes_no_time(text):
+    times = []
+    for _ in range(2):
+        started = time.process_time()
+        list(segments(Document("d", text, "s"), 3000))
+        times.append(time.process_time() - started)
+    assert min(times) < 1.0
+
+
+def test_windows_line_ends_and_marks_change_neither_text_nor_spans(tmp_path):
+    body = "Title\n=====\n\nOne.\n\nTwo.\n"
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + body.replace("\n", "\r\n").encode())
+    write_rows(tmp_path / "b.jsonl", [{"id": "b", "text": body.replace("\n", "\r\n")}])
+    found = list(read_documents([str(tmp_path)]))
+    assert [d.text for d in found] == [body, body]
+
+
+def test_documents_of_all_kinds_are_found_once_each_with_their_own_id(tmp_path):
+    for name in ("x", "y"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "a.md").write_text("one")
+        write_rows(folder / "rows.jsonl", [{"id": 1, "text": "two"}, {"text": "three"}])
+        write_rows(folder / "rows.parquet", [{"text": "four"}])
+        (folder / "b.txt.gz").write_bytes(gzip.compress(b"five"))
+        (folder / "picture.png").write_bytes(b"\x89PNG")
+    found = list(read_documents([str(tmp_path / "x"), str(tmp_path / "y")]))
+    assert len(found) == 10 and len({d.id for d in found}) == 10
+    assert sorted({d.text for d in found}) == ["five", "four", "one", "three", "two"]
+
+
+def test_unreadable_documents_are_named(tmp_path):
+    def refused(path) -> str:
+        with pytest.raises(HumpbackError) as caught:
+            list(read_documents([str(path)]))
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    assert "no such document" in refused(tmp_path / "none")
+    assert "holds no" in refused(tmp_path)
+    cases = {
+        "latin.txt": ("é".encode("latin-1"), "not UTF-8"),
+        "cut.md.gz": (gzip.compress(b"text" * 100)[:15], "damaged"),
+        "rows.jsonl": (b'{"text": "a"}\n{"text"', "line 2: not valid JSON"),
+        "bytes.jsonl": (b'{"text": "a"}\n\xff', "line 2: not UTF-8"),
+        "types.jsonl": (b'{"text": "a"}\n{"text": 3}', "line 2: the field 'text'"),
+        "half.jsonl": (b'{"text": "\\ud800"}', "line 1"),
+        "page.html": (b"<p>", "unknown kind of document"),
+    }
+    for name, (data, reason) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        assert reason in refused(tmp_path / name)
+
+
+def segment(text: str, heading: str = "Some title") -> Segment:
+    return Segment("id", "d", 0, len(text), heading, text, "s", "r")
+
+
+SENTENCES = (
+    "Water boils at a lower temperature on a mountain because the air presses less on it. "
+    "Cooks there wait longer for their eggs. Pressure cookers undo the effect of height. "
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "heading", "rule"),
+    [
+        (SENTENCES, "Boiling", None),
+        (SENTENCES[:20], "Boiling", "length"),
+        (SENTENCES * 9, "Boiling", "length"),
+        (SENTENCES, "3.2", "heading_quality"),
+        (SENTENCES, "ALL CAPITALS", "heading_quality"),
+        (SENTENCES, "HTTP", "heading_quality"),
+        (SENTENCES, "GPU", None),
+        (SENTENCES, "Free newsletter", "heading_navigation"),
+        (SENTENCES, "Forums", "heading_navigation"),
+        (SENTENCES, "Please log in", "heading_navigation"),
+        (SENTENCES, "Dialog interfaces", None),
+        (SENTENCES, "Prolog in ten minutes", None),
+        ("1 2 3 4 5 | 6 7 8 9 + " * 10, "Table", "alphabetic"),
+        ("one two\nthree\nfour five\n" * 6, "Poem", "line_length"),
+        (SENTENCES + SENTENCES, "Boiling", "repetition"),
+    ],
+)
+def test_each_rule_refuses_what_it_names_and_nothing_else(text, heading, rule):
+    assert failed_rule(segment(text, heading), True, set(), 100, 600) == rule
+
+
+def test_a_text_met_before_is_a_duplicate_whatever_its_case_and_spacing():
+    documents = [
+        Document("a", SENTENCES, "s"),
+        Document("b", SENTENCES.upper().replace(" ", "\n", 3), "s"),
+    ]
+    kept, rejected, counts = extract_segments(documents, min_chars=100, max_chars=600)
+    assert [s.document_id for s in kept] == ["a"] and rejected[0][1] == "duplicate"
+    assert counts == {"segments": 2, "kept": 1, "rejected": {"duplicate": 1}}
+
+
+def test_every_segment_is_counted_once():
+    documents = list(read_documents(["pydoc_topics"]))
+    kept, rejected, counts = extract_segments(documents)
+    assert counts["segments"] == counts["kept"] + sum(counts["rejected"].values())
+    assert (counts["kept"], sum(counts["rejected"].values())) == (len(kept), len(rejected))
+    assert len(kept) > 100 and all(600 <= len(s.text) <= 3000 for s in kept)
+    texts = {d.id: d.text.encode() for d in documents}
+    for s in [*kept, *(s for s, _ in rejected)]:
+        assert texts[s.document_id][s.start : s.end].decode() == s.text
+        assert s.heading not in s.text.splitlines()[:1]
+
+
+def test_repetition_is_about_sentences_not_words():
+    assert not repeats_sentences(SENTENCES)
+    assert repeats_sentences("We sell good shoes here. " * 2)
+    assert not repeats_sentences("Yes. Yes. Yes. No. No.")
+
+
+@given(st.integers(0, 5), st.integers(0, 12))
+def test_a_larger_corpus_replaces_few_chosen_segments(seed, count):
+    found = [Segment(str(i), "d", 0, 1, "", "", "s", "r") for i in range(10)]
+    few = {s.id for s in choose(found, count, seed)}
+    assert len(few) == min(count, 10)
+    more = [*found, Segment("new", "d", 0, 1, "", "", "s", "r")]
+    assert len(few - {s.id for s in choose(more, count, seed)}) <= 1
+    assert choose(found, count, seed) == [s for s in found if s.id in few]
+
+
+def test_web_documents_are_segmented_with_exact_spans(shared_data):
+    path = shared_data / "web" / "c4_demo.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    documents = list(read_documents([str(path)]))
+    assert len(documents) == len(rows)
+    kept, _, counts = extract_segments(documents)
+    assert kept and counts["segments"] >= len(kept)
+    texts = {d.id: d.text.encode() for d in documents}
+    assert all(texts[s.document_id][s.start : s.end].decode() == s.text for s in kept)

@@ -1,0 +1,55 @@
+"""Every command that the README shows runs, on the tiny model where it says so."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from humpback_jax.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def shown_commands(path: Path) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("humpback ")]
+
+
+def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("yes", "no", "so")]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    commands = shown_commands(ROOT / "README.md")
+    assert len(commands) >= 5
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
+def test_every_config_says_what_it_shows_and_takes_tiny(config: str) -> None:
+    from humpback_jax.config import load_config
+
+    text = (ROOT / "configs" / config).read_text(encoding="utf-8")
+    for part in ("What it shows:", "Launch:", "Expected"):
+        assert part in text
+    assert load_config(f"{ROOT / 'configs' / config}:tiny").base.model == "tiny-random"
+
+
+def test_the_notebook_runs_on_a_finished_run(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORKDIR", str(tiny_run))
+    notebook = json.loads((ROOT / "notebooks" / "look_at_a_run.ipynb").read_text())
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert "Held-out response NLL" in capsys.readouterr().out
