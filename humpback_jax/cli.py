@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = getattr(verbs, arguments.function)(arguments)
     except HumpbackError as error:
         return _fail(f"error: {error}", arguments)
+    except BrokenPipeError:  # the reader has seen enough
+        os._exit(0)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to continue.", arguments, 130)
     except Exception as error:

@@ -157,10 +157,12 @@ def apply_tiny(config: ConfigDict) -> None:
         config.corpus.update({"documents": ("pydoc_topics",), "limit": 12, "segments": 16})
         config.corpus.max_chars = 800
         for section in (config.backward, config.train):
-            section.update({"steps": 3, "epochs": 0.0, "batch_examples": 4, "row_tokens": 1024})
-            section.update({"learning_rate": 1e-3, "end_learning_rate": 9e-4, "accumulation": 1})
-            section.update({"resume_every": 2, "eval_every": 2, "on_long": "drop"})
-        config.augment.update({"max_new_tokens": 24, "min_chars": 0, "shard_rows": 4})
+            section.update({"steps": 8, "epochs": 0.0, "batch_examples": 4, "row_tokens": 1024})
+            section.update({"learning_rate": 1e-2, "end_learning_rate": 1e-2, "accumulation": 1})
+            section.update({"resume_every": 3, "eval_every": 4, "on_long": "drop"})
+        config.backward.steps = 12
+        config.augment.update({"max_new_tokens": 128, "min_chars": 0, "shard_rows": 4})
+        config.augment.update({"temperature": 1.0, "top_p": 1.0})  # else bytes repeat for ever
         config.curate.update({"curator": "pmi", "also": ("rubric_likelihood",), "also_limit": 0})
         config.curate.update({"select": "top_fraction", "fraction": 0.5, "shard_rows": 4})
         config.curate.max_new_tokens = 16

@@ -1,4 +1,4 @@
-"""Documents to segments: if these fail, training text is cut inside a list, lost, or untraceable."""
+"""Documents to segments: if these fail, texts are cut in the wrong place, lost, or untraceable."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_document_of_a_megabyte_takes_no_time(text):
         started = time.process_time()
         list(segments(Document("d", text, "s"), 3000))
         times.append(time.process_time() - started)
-    assert min(times) < 1.0
+    assert min(times) < 2.0  # half a second is usual; a quadratic step takes minutes
 
 
 def test_windows_line_ends_and_marks_change_neither_text_nor_spans(tmp_path):

@@ -10,14 +10,11 @@ from humpback_jax.loop import run
 
 
 def tiny_config() -> Any:
-    """The rehearsal, trained so far that instructions end, pairs pass, and the rounds differ."""
+    """The rehearsal config."""
     config = default_config()
     with config.unlocked():
         config.name = "shared-rehearsal"
-        apply_tiny(config)
-        for section, steps in ((config.backward, 12), (config.train, 8)):
-            section.update({"steps": steps, "learning_rate": 1e-2, "end_learning_rate": 1e-2})
-        config.augment.update({"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 128})
+    apply_tiny(config)
     return config
 
 

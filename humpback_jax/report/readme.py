@@ -28,7 +28,8 @@ def write_results(readme: Path, workdir: Path) -> None:
     parts = [tables.results(run), tables.backward(run), tables.curation(run)]
     shown = [block_markdown(table) for table in parts if table.rows]
     flow = " → ".join(f"{c.value} {c.label}" for c in facts.counts(run) if not c.round)
-    seconds = sum(facts.seconds(run, name) or 0.0 for name in run.entries)
+    made = {entry["path"]: name for name, entry in run.entries.items()}
+    seconds = sum(facts.seconds(run, name) or 0.0 for name in made.values())
     machine = f"{run.environment['machine']}, {run.environment['cores']} cores"
     body = "\n\n".join([*shown, f"{flow}; {seconds:.0f} s on {machine}.", *tables.notes(run)])
     readme.write_text(f"{before}{BEGIN}{mark}\n{body}\n{END}{after}", encoding="utf-8")

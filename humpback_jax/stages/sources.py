@@ -75,22 +75,30 @@ def corpus_stage(context: Context) -> Artifact:
     if section.segments:
         fields["seed"] = seed
 
+    stage = Stage("corpus", VERSION, json.loads(json.dumps(fields)))
+
     @functools.cache  # the counts too, where a killed run has left the rows
-    def extracted() -> tuple[list[Segment], Row]:
-        kept, _rejected, counts = extract_segments(
-            documents, min_chars=section.min_chars, max_chars=section.max_chars
-        )
-        return choose(kept, section.segments or len(kept), seed), counts
+    def extracted() -> tuple[list[Segment], list[tuple[Segment, str]], Row]:
+        return extract_segments(documents, min_chars=section.min_chars, max_chars=section.max_chars)
+
+    def chosen(_: int) -> list[Row]:
+        kept = extracted()[0]
+        return [dataclasses.asdict(s) for s in choose(kept, section.segments or len(kept), seed)]
+
+    def rejected(_: int) -> list[Row]:
+        return [{**dataclasses.asdict(s), "rule": rule} for s, rule in extracted()[1]]
 
     artifact = context.folder.rows(
         "corpus",
         "corpus",
-        Stage("corpus", VERSION, json.loads(json.dumps(fields))),
+        stage,
         [],
         1,
-        lambda _: [dataclasses.asdict(segment) for segment in extracted()[0]],
-        lambda rows: {"documents": len(documents), **extracted()[1]},
+        chosen,
+        lambda rows: {"documents": len(documents), **extracted()[2]},
     )
+    rejects = dataclasses.replace(stage, name="corpus_rejects")
+    context.folder.rows("corpus_rejects", "rejects", rejects, [], 1, rejected)
     if not artifact.rows:
         raise HumpbackError(
             f"no segment is left of {len(documents)} documents ({artifact.details}). Check "

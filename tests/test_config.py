@@ -1,0 +1,203 @@
+"""Configs: if these fail, a setting is ignored, mistyped in silence, or refused hours too late."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from humpback_jax.config import (
+    WITHOUT_EFFECT,
+    apply_tiny,
+    check_config,
+    default_config,
+    effective_fields,
+    load_config,
+    set_field,
+    train_section,
+)
+from humpback_jax.errors import HumpbackError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+TINY = str(ROOT / "configs" / "tiny.py")
+
+
+def leaves(section, prefix=""):
+    for name, value in section.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def refused(key: str, *values: str) -> str:
+    with pytest.raises(HumpbackError) as caught:
+        load_config(TINY, {key: list(values)})
+    return str(caught.value)
+
+
+def test_every_field_is_read_by_some_code():
+    code = "\n".join(
+        path.read_text("utf-8")
+        for path in (ROOT / "humpback_jax").rglob("*.py")
+        if path.name != "config.py"
+    )
+    for key, _ in leaves(default_config()):
+        name = key.rpartition(".")[2]
+        assert re.search(rf"\.{name}\b|\"{name}\"", code), f"{key} is accepted and never read"
+
+
+def test_fields_without_effect_exist():
+    names = {key.rpartition(".")[2] for key, _ in leaves(default_config())}
+    assert set(WITHOUT_EFFECT) <= names
+
+
+def test_the_defaults_are_the_papers_settings():
+    config = default_config()
+    train = config.train
+    assert (train.learning_rate, train.end_learning_rate, train.weight_decay) == (1e-5, 9e-6, 0.1)
+    assert (train.dropout, train.batch_examples, train.schedule) == (0.1, 32, "linear")
+    assert (3200, 32, 500) in train.step_table and (100, 8, 30) in train.step_table
+    assert (config.augment.temperature, config.augment.top_p) == (0.7, 0.9)
+    assert (config.curate.curator, config.curate.threshold, config.rounds) == ("rubric", 5.0, 2)
+    assert (config.corpus.min_chars, config.corpus.max_chars) == (600, 3000)
+    check_config(config)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_can_be_rehearsed(path):
+    whole = load_config(str(path))
+    tiny = load_config(f"{path}:tiny")
+    assert tiny.base.model == "tiny-random" and tiny.meters.action == "warn"
+    assert tiny.curate.curator == "pmi" and tiny.curate.select == "top_fraction"
+    assert tiny.corpus.segments <= 16 and tiny.train.steps <= 3 and tiny.backward.steps <= 3
+    assert {key for key, _ in leaves(whole)} == {key for key, _ in leaves(tiny)}
+    types = {key: type(value) for key, value in leaves(default_config())}
+    for config in (whole, tiny):
+        assert {key: type(value) for key, value in leaves(config)} == types
+
+
+def test_arguments_combine_and_unknown_ones_are_refused():
+    path = str(ROOT / "configs" / "humpback.py")
+    config = load_config(f"{path}:llama2_70b,tiny")
+    assert "llama2_70b" in config.name and config.base.model == "tiny-random"
+    for size in ("7b", "13b", "33b", "65b", "llama2_7b", "llama2_70b", "llama3_8b", "tinyllama"):
+        assert size in load_config(f"{path}:{size}").name
+    with pytest.raises(HumpbackError, match="did you mean 'llama2_7b'"):
+        load_config(f"{path}:lama2_7b")
+    with pytest.raises(HumpbackError, match="choose one base"):
+        load_config(f"{path}:7b,13b")
+
+
+def test_overrides_take_the_type_of_the_field():
+    config = load_config(
+        TINY,
+        {
+            "train.steps": ["7"],
+            "train.learning_rate": ["2"],
+            "train.remat": ["TRUE"],
+            "data.skip_bad": ["0"],
+            "name": ["12"],
+            "corpus.documents": ["a.txt,b.txt", "c.txt"],
+            "curate.also": ["pmi"],
+            "train.lora.targets": ["q,k"],
+            "meters.min_lift": ["-0.5"],
+        },
+    )
+    assert config.train.steps == 7
+    assert config.train.learning_rate == 2.0 and isinstance(config.train.learning_rate, float)
+    assert config.train.remat is True and config.data.skip_bad is False and config.name == "12"
+    assert config.corpus.documents == ("a.txt", "b.txt", "c.txt")
+    assert config.curate.also == ("pmi",) and config.train.lora.targets == ("q", "k")
+    assert config.meters.min_lift == -0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.steps", "many", "--config.train.steps=many: the value must be of type int"),
+        ("train.steps", "1.5", "must be of type int"),
+        ("train.dropout", "x", "must be of type float"),
+        ("train.dropout", "nan", "must be of type float"),
+        ("train.learning_rate", "inf", "must be of type float"),
+        ("train.remat", "maybe", "must be of type bool"),
+        ("train.stepz", "1", "unknown key 'stepz' in config.train (did you mean 'steps'?)"),
+        ("trian.steps", "1", "unknown key 'trian' in config (did you mean 'train'?)"),
+        ("train.steps.more", "1", "unknown key 'more' in config.train.steps"),
+        ("train", "1", "is a section"),
+        ("train.lora", "1", "is a section"),
+        ("train.step_table", "1,2", "is a table"),
+    ],
+)
+def test_a_mistyped_override_is_refused_with_its_key(key, value, message):
+    assert message in refused(key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("meters.action", "abort", "known: stop, warn"),
+        ("curate.select", "best", "known: absolute, top_fraction, count"),
+        ("curate.curator", "pmy", "did you mean 'pmi'"),
+        ("curate.also", "pmi,rubrik", "did you mean 'rubric'"),
+        ("meters.curators", "x", "config.meters.curators='x'"),
+        ("evaluate.tags", "S_b", "config.evaluate.tags='S_b'"),
+        ("train.on_long", "cut", "known: error, drop, truncate"),
+        ("backward.schedule", "linaer", "did you mean 'linear'"),
+        ("compute.precision", "float16", "known: auto, float32, bfloat16"),
+        ("base.template", "chatml", "known: auto, chat, plain"),
+        ("rounds", "-1", "must be at least 0"),
+        ("augment.temperature", "-0.1", "must be at least 0"),
+        ("augment.top_p", "0", "above 0 and at most 1"),
+        ("curate.fraction", "1.5", "above 0 and at most 1"),
+        ("augment.shard_rows", "0", "must be at least 1"),
+        ("train.batch_examples", "0", "must be at least 1"),
+        ("train.log_every", "0", "must be at least 1"),
+        ("corpus.min_chars", "9000", "is above config.corpus.max_chars"),
+        ("curate.select", "count", "needs config.curate.count"),
+    ],
+)
+def test_a_value_that_a_late_stage_would_refuse_or_misread_is_refused_at_once(key, value, message):
+    assert message in refused(key, value)
+
+
+def test_missing_and_failing_config_files_are_named(tmp_path):
+    with pytest.raises(HumpbackError, match=r"none\.py does not exist"):
+        load_config(str(tmp_path / "none.py"))
+    for body, message in (("1 / 0", "ZeroDivisionError"), ("x = 1", "get_config"), ("(", "Syntax")):
+        path = tmp_path / "broken.py"
+        path.write_text(body)
+        with pytest.raises(HumpbackError, match=message):
+            load_config(str(path))
+
+
+def test_a_config_file_cannot_add_or_retype_fields(tmp_path):
+    path = tmp_path / "own.py"
+    for line in ("config.train.stepz = 3", "config.train.steps = 'many'"):
+        path.write_text(
+            "from humpback_jax.config import default_config\n\n\n"
+            f"def get_config():\n    config = default_config()\n    {line}\n    return config\n"
+        )
+        with pytest.raises(HumpbackError, match=r"own\.py failed"):
+            load_config(str(path))
+
+
+def test_settings_that_change_only_what_is_shown_leave_keys_alone():
+    before = effective_fields(default_config().train)
+    config = default_config()
+    set_field(config, "train.log_every", ["5"])
+    set_field(config, "train.eval_every", ["5"])
+    assert effective_fields(config.train) == before
+    set_field(config, "train.dropout", ["0.2"])
+    assert effective_fields(config.train) != before
+    assert set(before) == set(train_section()) - set(WITHOUT_EFFECT)
+
+
+def test_a_rehearsal_of_changed_settings_is_as_small():
+    config = default_config()
+    with config.unlocked():
+        config.train.steps, config.corpus.limit, config.compute.batch_size = 10**6, 0, 512
+    apply_tiny(config)
+    assert config.train.steps == 3 and config.corpus.limit and config.compute.batch_size == 4
