@@ -72,7 +72,8 @@ def test_every_config_can_be_rehearsed(path):
     tiny = load_config(f"{path}:tiny")
     assert tiny.base.model == "tiny-random" and tiny.meters.action == "warn"
     assert tiny.curate.curator == "pmi" and tiny.curate.select == "top_fraction"
-    assert tiny.corpus.segments <= 16 and tiny.train.steps <= 3 and tiny.backward.steps <= 3
+    assert tiny.corpus.segments <= 16
+    assert 0 < tiny.train.steps <= 20 and 0 < tiny.backward.steps <= 20
     assert {key for key, _ in leaves(whole)} == {key for key, _ in leaves(tiny)}
     types = {key: type(value) for key, value in leaves(default_config())}
     for config in (whole, tiny):
@@ -200,4 +201,5 @@ def test_a_rehearsal_of_changed_settings_is_as_small():
     with config.unlocked():
         config.train.steps, config.corpus.limit, config.compute.batch_size = 10**6, 0, 512
     apply_tiny(config)
-    assert config.train.steps == 3 and config.corpus.limit and config.compute.batch_size == 4
+    assert 0 < config.train.steps <= 20 and 0 < config.corpus.limit <= 20
+    assert config.compute.batch_size <= 8

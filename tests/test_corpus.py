@@ -6,11 +6,15 @@ import gzip
 import json
 import re
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from humpback_jax.artifacts import Artifact, RunFolder
+from humpback_jax.config import apply_tiny, default_config
 from humpback_jax.corpus.documents import Document, read_documents
 from humpback_jax.corpus.filters import extract_segments, failed_rule, repeats_sentences
 from humpback_jax.corpus.segments import choose, pieces, segments
@@ -18,6 +22,8 @@ from humpback_jax.corpus.structure import headings, read_lines
 from humpback_jax.errors import HumpbackError
 from humpback_jax.records import Segment
 from humpback_jax.rows import write_rows
+from humpback_jax.stages.context import Context
+from humpback_jax.stages.sources import corpus_stage
 
 WORDS = st.lists(
     st.sampled_from(["water", "Größe", "数据", "🦀", "naïve", "the", "a:", "x"]),
@@ -291,6 +297,42 @@ def test_a_larger_corpus_replaces_few_chosen_segments(seed, count):
     more = [*found, Segment("new", "d", 0, 1, "", "", "s", "r")]
     assert len(few - {s.id for s in choose(more, count, seed)}) <= 1
     assert choose(found, count, seed) == [s for s in found if s.id in few]
+
+
+def corpus(root: Path, seed: int = 0, segments: int = 5) -> tuple[RunFolder, Artifact]:
+    config = default_config()
+    apply_tiny(config)
+    config.seed, config.corpus.segments = seed, segments
+    folder: Any = RunFolder(root / "run", say=lambda text: None)
+    nothing: Any = None  # segments need neither model nor pairs
+    context = Context(config, folder, nothing, nothing, [], [], nothing, lambda text: None)
+    return folder, corpus_stage(context)
+
+
+def test_another_seed_chooses_other_segments_in_the_same_folder(tmp_path):
+    folder, first = corpus(tmp_path, seed=0)
+    _, second = corpus(tmp_path, seed=1)
+    chosen = [{row["id"] for row in folder.read(artifact)} for artifact in (first, second)]
+    assert len(chosen[0]) == len(chosen[1]) == 5 and chosen[0] != chosen[1]
+    assert corpus(tmp_path, 0, segments=0)[1].key == corpus(tmp_path, 1, segments=0)[1].key
+
+
+def test_the_counts_of_a_corpus_survive_a_kill_before_its_seal(tmp_path):
+    folder, whole = corpus(tmp_path)
+    (folder.root / whole.path / "artifact.json").unlink()
+    _, again = corpus(tmp_path)
+    assert again == whole and again.details["segments"] > again.details["kept"] > 0
+
+
+def test_a_document_set_without_a_usable_segment_is_an_error_that_counts(tmp_path):
+    config = default_config()
+    (tmp_path / "short.txt").write_text("Too short.")
+    config.corpus.documents = (str(tmp_path),)
+    folder: Any = RunFolder(tmp_path / "run", say=lambda text: None)
+    nothing: Any = None
+    context = Context(config, folder, nothing, nothing, [], [], nothing, lambda text: None)
+    with pytest.raises(HumpbackError, match=r"no segment is left of 1 documents.*'length': 1"):
+        corpus_stage(context)
 
 
 def test_web_documents_are_segmented_with_exact_spans(shared_data):

@@ -97,7 +97,9 @@ def selected(root: Path, rows: list[tuple[Candidate, float | None]], **changes: 
     config.curate.update(changes)
     folder = RunFolder(root / "run", say=lambda text: None)
     compute = choose_compute("float32", 4)
-    context = Context(config, folder, compute, load_model("tiny-random"), [], [], lambda text: None)
+    log: Any = None  # selection logs nothing
+    base = load_model("tiny-random")
+    context = Context(config, folder, compute, base, [], [], log, lambda text: None)
 
     def store(name: str, values: list[Any]) -> Artifact:
         made = [dataclasses.asdict(value) for value in values]
