@@ -41,7 +41,6 @@ INSTALL = [
     "protobuf>=5.28",
     "jinja2>=3.1.5",
     "pyarrow>=18",
-    "zstandard>=0.23",
     "fsspec>=2024.6",
     "etils[epath]>=1.12",
     "safetensors>=0.5",

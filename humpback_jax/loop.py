@@ -21,6 +21,7 @@ from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, RunFolder, write_json
 from humpback_jax.compute import choose_compute
+from humpback_jax.config import check_config
 from humpback_jax.curators import check_curator
 from humpback_jax.environment import describe_environment
 from humpback_jax.metrics import MetricsLog
@@ -83,6 +84,7 @@ def prepare(
     config: Any, workdir: Path, *, fresh: bool = False, say: Callable[[str], None] = print
 ) -> Context:
     """Checks the config, opens the run folder and loads base model and human pairs."""
+    check_config(config)
     check_curator(config.curate.curator, config.rounds)
     for curator in (*config.curate.also, *config.meters.curators):
         check_curator(curator, 1)

@@ -432,7 +432,8 @@ def _history(row: Row) -> list[Message]:
 
 def _request(row: Row, field: str) -> str:
     text = _text(row, field, "request")
-    extra = row.get("input", "") if field == "instruction" else ""
+    # Dolly calls the given text `context`.
+    extra = row.get("input", row.get("context", "")) if field == "instruction" else ""
     if not isinstance(extra, str):
         raise _BadRow(f"wrong type: field 'input' must be text, found {type(extra).__name__}")
     return (f"{text}\n\n{extra}" if extra.strip() else text).rstrip()

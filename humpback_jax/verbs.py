@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from humpback_jax.compute import choose_compute, use_compilation_cache
-from humpback_jax.config import default_config, load_config, set_field
+from humpback_jax.config import check_config, default_config, load_config, set_field
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import load_model, save_checkpoint
 
@@ -118,17 +118,16 @@ def train(arguments: argparse.Namespace) -> Result:
 def sample(arguments: argparse.Namespace) -> Result:
     """Generates for each prompt; the rows come out with output, finish reason, log-probability."""
     from humpback_jax.inference import Inference
-    from humpback_jax.rows import read_prompts, write_rows
+    from humpback_jax.rows import read_prompts, single_prompt, write_rows
     from humpback_jax.sampling.sampler import Decoding
 
     if (arguments.prompts is None) == (arguments.prompt is None):
         raise HumpbackError("sample needs either --prompts FILE or --prompt TEXT.")
     if arguments.prompts:
-        prompts, _ = read_prompts(Path(arguments.prompts), arguments.skip_bad)
+        prompts, report = read_prompts(Path(arguments.prompts), arguments.skip_bad)
+        bad_rows = report.bad
     else:
-        from humpback_jax.rows import single_prompt
-
-        prompts = [single_prompt(arguments.prompt)]
+        prompts, bad_rows = [single_prompt(arguments.prompt)], {}
     model = load_model(arguments.model)
     tags: Any = model.tags if arguments.tags == "model" else arguments.tags
     reader = Inference(model, choose_compute(arguments.precision, arguments.batch_size))
@@ -166,7 +165,14 @@ def sample(arguments: argparse.Namespace) -> Result:
         for row in rows:
             print(row["output"])
     seconds = time.monotonic() - started
-    return {"rows": len(rows), "seconds": round(seconds, 2), "out": arguments.out}
+    if bad_rows:
+        print(f"skipped rows: {bad_rows}", file=sys.stderr)
+    return {
+        "rows": len(rows),
+        "bad_rows": bad_rows,
+        "seconds": round(seconds, 2),
+        "out": arguments.out,
+    }
 
 
 def score(arguments: argparse.Namespace) -> Result:
@@ -331,6 +337,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     config = default_config()
     for key, values in arguments.overrides.items():
         set_field(config, key, values)
+    check_config(config)
     return config
 
 

@@ -31,7 +31,8 @@ def test_the_plan_names_every_stage_that_the_run_then_makes(
     planned: tuple[dict[str, Any], list[str]], tiny_run: Path
 ) -> None:
     stages = [stage["name"] for stage in planned[0]["stages"]]
-    made = [name for name in RunView(tiny_run).entries if not name.endswith("/pairs")]
+    quick = ("corpus_rejects", "round_1/pairs", "round_2/pairs")  # no model runs for these
+    made = [name for name in RunView(tiny_run).entries if name not in quick]
     assert stages == made
 
 

@@ -8,6 +8,7 @@ import json
 from humpback_jax.artifacts import Artifact, Row, Stage
 from humpback_jax.config import effective_fields
 from humpback_jax.evaluation.meters import copy_rate, echoes
+from humpback_jax.inference import Generation
 from humpback_jax.records import Candidate, Segment, stable_id
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
@@ -30,10 +31,15 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
     def make(index: int) -> list[Row]:
         reader = context.inference(backward)
         template = reader.model.template
-        prompts = [(s.id, template.backward_prompt(s.text)) for s in shards[index]]
-        drawn = reader.generate(
+        fitting = {s.id for s in shards[index] if fits(context, s.text)}
+        prompts = [
+            (s.id, template.backward_prompt(s.text)) for s in shards[index] if s.id in fitting
+        ]
+        texts = reader.generate(
             prompts, decoding, seed=context.config.seed, stage="augment", draw=0
         )
+        written = dict(zip((name for name, _ in prompts), texts, strict=True))
+        drawn = [written.get(s.id, Generation("", 0, 0.0, "no_room")) for s in shards[index]]
         context.say(f"augment: shard {index + 1} of {len(shards)}")
         return [
             dataclasses.asdict(
@@ -66,9 +72,22 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
     )
 
 
+def fits(context: Context, response: str) -> bool:
+    """Whether the window holds every prompt that the response will stand in, and what follows it.
+
+    The reasoned rubric's prompt is the longest; the drawn instruction stands in it too.
+    """
+    config, base = context.config, context.base
+    prompt = base.tokenizer.encode(base.template.rubric_prompt("", response))
+    written = config.augment.max_new_tokens + config.curate.max_new_tokens
+    return len(prompt) + written <= base.config.max_position_embeddings
+
+
 def gate(candidate: Candidate, template: Template, min_chars: int, max_chars: int) -> str | None:
     """The structural reason to refuse a candidate before any model rates it, or None."""
     text = candidate.instruction
+    if candidate.finish_reason == "no_room":
+        return "response_exceeds_window"
     if candidate.finish_reason != "stop":
         return "instruction_unfinished"
     if not text or len(text) < min_chars:

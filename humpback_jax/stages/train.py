@@ -147,18 +147,19 @@ def render(
     template: Template, examples: Sequence[Example], direction: Direction
 ) -> list[tuple[str, Rendered]]:
     """Examples as training texts: tagged by source forwards, pairs turned round backwards."""
+    texts = [e.id for e in examples if e.text is not None]
+    if texts and direction == "backward":
+        raise HumpbackError(f"row {texts[0]}: plain text has no instruction to learn; remove it.")
     if direction == "backward":
         return [(e.id, template.backward(e.response, e.instruction)) for e in examples]
-    return [
-        (
-            e.id,
-            template.forward(
-                [{"role": m.role, "content": m.content} for m in e.messages],
-                TAGS_BY_SOURCE.get(e.source, "none"),
-            ),
-        )
-        for e in examples
-    ]
+    return [(e.id, _forward(template, e)) for e in examples]
+
+
+def _forward(template: Template, example: Example) -> Rendered:
+    if example.text is not None:
+        return template.plain_text(example.text)
+    messages = [{"role": m.role, "content": m.content} for m in example.messages]
+    return template.forward(messages, TAGS_BY_SOURCE.get(example.source, "none"))
 
 
 def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSpec:

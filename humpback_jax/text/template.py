@@ -161,6 +161,12 @@ class Template:
         """The response after an empty request, for log p(y): the same supervised tokens."""
         return self.forward([_user(""), _assistant(response)], tags)
 
+    def plain_text(self, text: str) -> Rendered:
+        """A document for plain language modelling: all of it supervised, and its EOS."""
+        body = neutralise(text, self.control_tokens) + self.eos_texts[0]
+        start = len(self.bos_text)
+        return Rendered(self.bos_text + body, ((start, start + len(body)),))
+
     def rubric_prompt(self, instruction: str, response: str) -> str:
         """Asks for reasons and a last line `Score: N`."""
         return self.forward_prompt(self._rubric_task(self.rubric_text, instruction, response))
