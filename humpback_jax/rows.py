@@ -94,7 +94,8 @@ def read_examples(
             _reject(path, place, str(error), report, skip_bad)
             continue
         report.forms[form] = report.forms.get(form, 0) + 1
-        given = _given_id(row) or stable_id(json.dumps(row, default=str))
+        content = [[m.role, m.content] for m in messages]
+        given = _given_id(row) or stable_id(json.dumps([content, text]))
         name = unique_name(given, seen)
         report.renamed += name != given
         examples.append(Example(name, messages, source, text))
@@ -354,7 +355,7 @@ def _parse(row: Row) -> tuple[str, tuple[Message, ...], str | None]:
             return field, _training_turns(row, field), None
     for x, y in _PAIRS:
         if x in row and y in row:
-            turns = [*_history(row), Message("user", _request(row, x))]
+            turns = [*_system(row), *_history(row), Message("user", _request(row, x))]
             turns.append(Message("assistant", _text(row, y, "response").strip()))
             return f"{x}+{y}", tuple(turns), None
     if "text" in row:
@@ -385,7 +386,7 @@ def _prompt_turns(row: Row) -> list[Message]:
             return turns
     for field in ("prompt", "instruction", "inputs", "text"):
         if field in row:
-            return [*_history(row), Message("user", _request(row, field))]
+            return [*_system(row), *_history(row), Message("user", _request(row, field))]
     raise _BadRow(
         f"unknown form: the fields are {sorted(row)}; accepted: messages, conversations, prompt, "
         "instruction (+ input), inputs, text"
@@ -415,6 +416,14 @@ def _turn(role: str, content: str, where: str) -> Message:
     if role != "system" and not content.strip():
         raise _BadRow(f"empty {'response' if role == 'assistant' else 'request'}: {where}")
     return Message(role, content.strip() if role == "assistant" else content.rstrip())
+
+
+def _system(row: Row) -> list[Message]:
+    """The `system` column that some sets have beside instruction and output."""
+    text = row.get("system", "")
+    if not isinstance(text, str):
+        raise _BadRow(f"wrong type: field 'system' must be text, found {type(text).__name__}")
+    return [Message("system", text)] if text.strip() else []
 
 
 def _history(row: Row) -> list[Message]:

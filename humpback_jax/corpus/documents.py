@@ -66,7 +66,8 @@ def _path(path: str) -> Iterator[Document]:
 
 def _readable(folder: Path) -> Iterator[Path]:
     for file in folder.rglob("*"):
-        if file.is_file() and _kind(file) in _ROW_FILES + _TEXT_FILES:
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if not hidden and file.is_file() and _kind(file) in _ROW_FILES + _TEXT_FILES:
             yield file
 
 

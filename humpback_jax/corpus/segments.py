@@ -14,7 +14,7 @@ from humpback_jax.corpus.documents import Document
 from humpback_jax.corpus.structure import Heading, headings, paragraph_starts, read_lines
 from humpback_jax.records import Segment, stable_id
 
-RULES = "headings-2"
+RULES = "headings-3"
 
 
 @dataclasses.dataclass(frozen=True)

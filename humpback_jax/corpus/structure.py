@@ -10,6 +10,7 @@ from typing import NamedTuple
 _UNDERLINE = re.compile(r"([*=\-^~\"'`+#.:_])\1{2,}$")
 _MARKDOWN = re.compile(r"(#{1,6})\s+(?=\S)")
 _CLOSING_HASHES = re.compile(r"(^|\s)#+$")
+_WRAPPED = 120  # a longer line is a paragraph of its own: pages' text often has no blank lines
 _FENCE = re.compile(r"\s*(?P<mark>`{3,}|~{3,})(?P<info>[^`]*)$")
 _LIST_ITEM = re.compile(r"(\*|-|\+|•|\||#\.|\d+[.)]|\w[.)]|\(\w{1,3}\))(\s|$)")
 
@@ -127,7 +128,7 @@ def paragraph_starts(lines: Sequence[Line]) -> Iterator[int]:
         if (
             before
             and not (line.in_code and lines[number - 1].in_code)
-            and _after_blank(lines, number)
+            and (_after_blank(lines, number) or max(len(before), len(line.text)) > _WRAPPED)
             and not line.text[0].isspace()
             and not _LIST_ITEM.match(line.text)
             and not before.endswith(":")
