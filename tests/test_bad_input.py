@@ -1,4 +1,4 @@
-"""Every mistake a user can make gives one readable message that names the place; nothing is lost."""
+"""Every mistake gives one readable message that names the place; nothing is lost."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def failed_rule(
     if not min_chars <= len(text) <= max_chars:
         return "length"
     letters = [c for c in heading if c.isalpha()]
-    if has_heading and (not letters or (len(letters) > 1 and all(c.isupper() for c in letters))):
+    if has_heading and (not letters or (len(letters) > 3 and all(c.isupper() for c in letters))):
         return "heading_quality"
     if _NAVIGATION.search(heading):
         return "heading_navigation"
