@@ -65,11 +65,8 @@ def train(arguments: argparse.Namespace) -> Result:
     examples, report = read_examples(Path(arguments.data), arguments.source, arguments.skip_bad)
     examples = examples[: arguments.limit or None]
     section = config.backward if arguments.reverse else config.train
-    if not arguments.config and not _touches_length(arguments.overrides):
-        section.epochs = 1.0
-        section.batch_examples = min(8, max(len(examples), 1))
-    if not arguments.config and not any("on_long" in key for key in arguments.overrides):
-        section.on_long = "error"
+    if not arguments.config:
+        _fit_to_file(section, len(examples), arguments.overrides)
     compute = choose_compute(config.compute.precision, config.compute.batch_size)
     base = load_model(arguments.model, config.base.template, config.seed)
     direction: Direction = "backward" if arguments.reverse else "forward"
@@ -341,8 +338,15 @@ def _config(arguments: argparse.Namespace) -> Any:
     return config
 
 
-def _touches_length(overrides: dict[str, list[str]]) -> bool:
-    return any(key.rsplit(".", 1)[-1] in ("steps", "epochs") for key in overrides)
+def _fit_to_file(section: Any, count: int, overrides: dict[str, list[str]]) -> None:
+    """What `train` does unless told otherwise: one epoch, small batches, over-long rows refused."""
+    given = {key.rsplit(".", 1)[-1] for key in overrides}
+    if not given & {"steps", "epochs"}:
+        section.epochs = 1.0
+    if "batch_examples" not in given:
+        section.batch_examples = min(8, count)
+    if "on_long" not in given:
+        section.on_long = "error"
 
 
 def _run_folder(arguments: argparse.Namespace) -> Path:

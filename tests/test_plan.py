@@ -67,9 +67,9 @@ def test_the_table_shows_every_stage_and_the_sum(
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("curator", "magic", "curator 'magic' is unknown"),
+        ("curator", "magic", "curator='magic' is unknown"),
         ("select", "best", "'best' is unknown"),
-        ("temperature", -1.0, "temperature=-1.0 is out of range"),
+        ("temperature", -1.0, "temperature=-1.0 must be at least 0"),
     ],
 )
 def test_a_config_that_would_fail_after_hours_fails_in_the_plan(

@@ -27,6 +27,7 @@ from humpback_jax.sampling.sampler import (
 )
 
 VOCAB = 40
+draw = jax.jit(draw_tokens, static_argnums=3)
 few_values = st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.25, 2.0])  # so that ties are common
 any_logits = st.floats(-20, 20, width=32)
 logit_rows = hnp.arrays(np.float32, (4, VOCAB), elements=few_values | any_logits)
@@ -125,9 +126,7 @@ def test_drawn_tokens_follow_the_exact_distribution(decoding, vocab) -> None:
     draws = 10_000
     many = jnp.broadcast_to(logits, (draws, vocab))
     positions = np.zeros(draws, np.int32)
-    tokens, logprobs = jax.jit(lambda x, k, p: draw_tokens(x, k, p, decoding))(
-        many, _keys(draws), positions
-    )
+    tokens, logprobs = draw(many, _keys(draws), positions, decoding)
     weights = np.asarray(truncated_probabilities(logits[None], decoding), np.float64)[0]
     expected = weights / weights.sum() * draws
     observed = np.bincount(np.asarray(tokens), minlength=vocab)
@@ -154,7 +153,7 @@ def test_neighbouring_positions_and_keys_are_drawn_independently() -> None:
 def test_the_token_drawn_is_where_the_uniform_number_falls() -> None:
     logits = np.random.default_rng(2).normal(0, 1, (64, 700)).astype(np.float32)
     keys, positions = _keys(64), np.arange(64, dtype=np.int32)
-    tokens, _ = draw_tokens(logits, keys, positions, Decoding(1.0, 1.0))
+    tokens, _ = draw(logits, keys, positions, Decoding(1.0, 1.0))
     for row in range(64):
         cumulative = np.cumsum(np.exp(logits[row].astype(np.float64)))
         target = _uniform_of(keys[row : row + 1], row)[0] * cumulative[-1]
@@ -168,7 +167,7 @@ def test_a_token_without_probability_is_never_drawn_even_where_sums_round(monkey
     monkeypatch.setattr(sampler, "BLOCK", 4)
     vocab = 4 * 501 - 3
     generator = np.random.default_rng(0)
-    draw = jax.jit(sampler._inverse_cdf)
+    invert = jax.jit(sampler._inverse_cdf)
     for _ in range(8):
         weights = generator.gamma(0.3, size=vocab).astype(np.float32)
         weights[generator.random(vocab) < generator.choice([0.3, 0.9, 0.99])] = 0
@@ -178,14 +177,14 @@ def test_a_token_without_probability_is_never_drawn_even_where_sums_round(monkey
         near = np.concatenate([edges, np.nextafter(edges, 0), np.nextafter(edges, 1), [0.0]])
         near = near[(near >= 0) & (near < 1)].astype(np.float32)
         near = np.resize(near, 8000)
-        tokens = np.asarray(draw(np.broadcast_to(weights, (8000, vocab)), near))
+        tokens = np.asarray(invert(np.broadcast_to(weights, (8000, vocab)), near))
         assert tokens.max() < vocab
         assert (weights[tokens] > 0).all()
 
 
 def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
     logits = np.array([[0, 3, 3, 1], [5, 0, 0, 5], [-1, -1, -1, -0.5]], np.float32)
-    tokens, logprobs = draw_tokens(logits, _keys(3), np.zeros(3, np.int32), Decoding(0.0))
+    tokens, logprobs = draw(logits, _keys(3), np.zeros(3, np.int32), Decoding(0.0))
     assert np.asarray(tokens).tolist() == [1, 0, 3]
     expected = np.log(np.exp(3) / (1 + 2 * np.exp(3) + np.exp(1)))
     assert float(logprobs[0]) == pytest.approx(expected, rel=1e-5)
@@ -194,7 +193,7 @@ def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
 def test_a_cold_draw_is_the_greedy_one() -> None:
     logits = np.random.default_rng(0).normal(size=(16, 300)).astype(np.float32)
     positions = np.zeros(16, np.int32)
-    cold, _ = draw_tokens(logits, _keys(16), positions, Decoding(1e-4, 1.0))
+    cold, _ = draw(logits, _keys(16), positions, Decoding(1e-4, 1.0))
     assert np.array_equal(cold, logits.argmax(axis=1))
 
 
@@ -223,9 +222,9 @@ PINNED_UNIFORM = 0.8484078645706177
 def test_the_draw_does_not_depend_on_the_process_s_default_random_generator() -> None:
     logits = np.random.default_rng(0).normal(size=(8, 50)).astype(np.float32)
     arguments = logits, _keys(8), np.arange(8, dtype=np.int32), Decoding(1.0, 0.9)
-    expected = np.asarray(draw_tokens(*arguments)[0])
+    expected = np.asarray(draw(*arguments)[0])
     with jax.default_prng_impl("rbg"):
-        assert np.array_equal(draw_tokens(*arguments)[0], expected)
+        assert np.array_equal(draw(*arguments)[0], expected)
 
 
 @pytest.mark.parametrize(

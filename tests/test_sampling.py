@@ -96,7 +96,7 @@ def as_tuples(completions: list[Completion]) -> list[tuple[list[int], float, str
 def test_greedy_text_equals_transformers_generate() -> None:
     model = model_of()[0]
     requests = requests_by_hash(10)
-    for each, drawn in zip(requests, engine_of(4).generate(requests, GREEDY), strict=True):
+    for each, drawn in zip(requests, engine_of(3).generate(requests, GREEDY), strict=True):
         with torch.no_grad():
             prompt = torch.tensor(each.prompt[None], dtype=torch.long)
             text = model.generate(
@@ -114,7 +114,7 @@ def test_greedy_text_equals_transformers_generate() -> None:
 def test_logprob_is_the_model_s_own_at_temperature_1_and_counts_the_stop_token(decoding) -> None:
     model = model_of()[0]
     requests = requests_by_hash(12)
-    completions = engine_of(4).generate(requests, decoding)
+    completions = engine_of(3).generate(requests, decoding)
     assert {c.finish_reason for c in completions} == {"stop", "length"} or decoding is GREEDY
     for each, drawn in zip(requests, completions, strict=True):
         tail = [STOP] if drawn.finish_reason == "stop" else []
@@ -169,13 +169,13 @@ def test_a_text_does_not_depend_on_the_order_of_the_input_or_on_its_neighbours(
     requests = requests_by_hash(14)
     together = _all_at_once(decoding)
     chosen = order[:count]
-    drawn = as_tuples(engine_of(4).generate([requests[i] for i in chosen], decoding))
+    drawn = as_tuples(engine_of(3).generate([requests[i] for i in chosen], decoding))
     assert drawn == [together[i] for i in chosen]
 
 
 @functools.cache
 def _all_at_once(decoding: Decoding) -> list[tuple[list[int], float, str]]:
-    return as_tuples(engine_of(4).generate(requests_by_hash(14), decoding))
+    return as_tuples(engine_of(3).generate(requests_by_hash(14), decoding))
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -231,18 +231,18 @@ def test_the_tie_gap_is_large_for_texts_that_have_no_excuse() -> None:
 def test_draws_of_one_record_differ_and_repeat_exactly() -> None:
     prompt = requests_by_hash(3)[2].prompt
     draws = [Request("r", prompt, record_key(0, "test", "r", draw)) for draw in range(6)]
-    first = as_tuples(engine_of(4).generate(draws, SAMPLED))
+    first = as_tuples(engine_of(3).generate(draws, SAMPLED))
     assert len({tuple(tokens) for tokens, _, _ in first}) == 6
     _, config, params = model_of()
-    again = Engine(config, params, [STOP], batch_size=4).generate(draws, SAMPLED)
+    again = Engine(config, params, [STOP], batch_size=3).generate(draws, SAMPLED)
     assert as_tuples(again) == first
 
 
 def test_a_text_stops_at_the_first_of_any_stop_token_and_leaves_it_out() -> None:
     requests = requests_by_hash(8)
-    free = engine_of(4, NEVER).generate(requests, GREEDY)
+    free = engine_of(3, NEVER).generate(requests, GREEDY)
     stops = (int(free[0].tokens[3]), int(free[1].tokens[5]))
-    stopped = engine_of(4, stops).generate(requests, GREEDY)
+    stopped = engine_of(3, stops).generate(requests, GREEDY)
     for before, after in zip(free, stopped, strict=True):
         ends = np.flatnonzero(np.isin(before.tokens, stops))
         if len(ends):
@@ -259,8 +259,8 @@ def test_a_text_stops_at_the_first_of_any_stop_token_and_leaves_it_out() -> None
 
 def test_a_stop_token_at_once_gives_an_empty_text_that_still_has_its_logprob() -> None:
     each = requests_by_hash(1)[0]
-    first = int(engine_of(4, NEVER).generate([each], GREEDY)[0].tokens[0])
-    drawn = engine_of(4, (first,)).generate([each], GREEDY)[0]
+    first = int(engine_of(3, NEVER).generate([each], GREEDY)[0].tokens[0])
+    drawn = engine_of(3, (first,)).generate([each], GREEDY)[0]
     assert (drawn.tokens.tolist(), drawn.finish_reason) == ([], "stop")
     log_probs = torch.log_softmax(
         torch.tensor(torch_logits(model_of()[0], each.prompt[None])[0, -1]), dim=-1
@@ -272,7 +272,7 @@ def test_a_text_may_fill_the_window_to_its_last_place() -> None:
     model = model_of()[0]
     prompts = [random_tokens(n, seed=n) for n in (WINDOW - 1, WINDOW - 2, WINDOW - 5, WINDOW - 24)]
     requests = [request(str(len(prompt)), prompt) for prompt in prompts]
-    for each, drawn in zip(requests, engine_of(4, NEVER).generate(requests, GREEDY), strict=True):
+    for each, drawn in zip(requests, engine_of(3, NEVER).generate(requests, GREEDY), strict=True):
         assert len(drawn.tokens) == min(WINDOW - len(each.prompt), 24)
         assert drawn.finish_reason == "length"
         text = np.concatenate([each.prompt, drawn.tokens])
@@ -284,11 +284,11 @@ def test_a_text_may_fill_the_window_to_its_last_place() -> None:
 def test_a_prompt_without_room_for_an_answer_is_an_error_that_names_the_record(length) -> None:
     requests = [*requests_by_hash(2), request("the-long-one", random_tokens(length))]
     with pytest.raises(HumpbackError, match=f"the-long-one.* {length} tokens"):
-        engine_of(4).generate(requests, GREEDY)
+        engine_of(3).generate(requests, GREEDY)
 
 
 def test_no_request_gives_no_text_and_no_stop_token_is_an_error() -> None:
-    assert engine_of(4).generate([], GREEDY) == []
+    assert engine_of(3).generate([], GREEDY) == []
     _, config, params = model_of()
     with pytest.raises(HumpbackError, match="end-of-turn"):
         Engine(config, params, [])
@@ -298,7 +298,7 @@ def test_a_broken_model_is_an_error_not_a_text() -> None:
     """Not-a-number logits would otherwise come out as token 0, again and again."""
     _, config, params = model_of()
     broken = {**params, "norm": {"scale": np.full_like(params["norm"]["scale"], np.nan)}}
-    engine = Engine(config, broken, [STOP], batch_size=4)
+    engine = Engine(config, broken, [STOP], batch_size=3)
     for decoding in (GREEDY, SAMPLED):
         with pytest.raises(HumpbackError, match="prompt 0"):
             engine.generate(requests_by_hash(1), decoding)
