@@ -105,7 +105,7 @@ def test_response_only_loss_and_every_gradient_equal_torch(tied) -> None:
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "recomputed"])
 def test_scanned_layers_with_the_tightest_bound_have_the_same_gradient(remat) -> None:
     """`max_targets` as `plan_packing` finds it: the fullest row fills it to the last place."""
-    _, config, params = model_of(False)
+    _, config, params = model_of(True)
     batch = packed(random_examples(7))
     value, gradient = mean_and_gradient(spec_for(config), params, batch)
     most = int(np.asarray(batch.mask).sum(axis=1).max())
