@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
@@ -84,6 +84,7 @@ def _truncation(decoding: Decoding):
 
 @settings(max_examples=30)
 @given(logit_rows)
+@example(np.tile(np.linspace(0, -1, VOCAB, dtype=np.float32), (4, 1)))  # mass beyond any top-k
 @pytest.mark.parametrize("decoding", TRUNCATIONS, ids=str)
 def test_truncation_keeps_the_fewest_largest_that_suffice(decoding, logits) -> None:
     """All ties at the threshold are kept. Sums are float32, so `top_p` is met to 1e-5."""
