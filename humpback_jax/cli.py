@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from humpback_jax.allocator import use_huge_pages
 from humpback_jax.errors import HumpbackError
 
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code. Errors are one readable message on standard error."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
+    if argv is None:  # called as a program
+        use_huge_pages()
     try:
         arguments.overrides = config_overrides(rest, arguments)
         from humpback_jax import verbs

@@ -105,8 +105,10 @@ def test_the_plan_fits_every_batch_of_the_run_exactly(lengths, seed, size, accum
     assume(size <= len(lengths))
     examples, steps = examples_of(lengths), 7
     order = BatchOrder([e.id for e in examples], size, seed)
-    plan = plan_packing(examples, order, steps, WIDTH, accumulation)
+    plan = plan_packing(examples, order, steps, WIDTH, accumulation, multiple_of=8)
     assert plan.num_rows % accumulation == 0
+    longest = max(example.length for example in examples)
+    assert longest <= plan.longest < longest + 8
     most_rows, fullest, used = 0, 0, 0
     for step in range(steps):
         batch, ids = batch_at(examples, order, step, plan, SOURCES)

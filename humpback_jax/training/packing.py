@@ -146,13 +146,15 @@ class PackingPlan:
 
     Attributes:
       num_rows: rows of a batch, a multiple of the accumulation count.
-      max_targets: most supervised positions of any row (static bound for the loss).
+      max_targets: no row has more supervised positions (static bound for the loss).
+      longest: no example takes more places (static bound for attention).
       efficiency: share of row places that hold tokens, over the planned steps.
     """
 
     num_rows: int
     row_tokens: int
     max_targets: int
+    longest: int
     efficiency: float
 
 
@@ -162,9 +164,11 @@ def plan_packing(
     steps: int,
     row_tokens: int,
     accumulation: int = 1,
-    multiple_of: int = 8,
+    multiple_of: int = 128,
 ) -> PackingPlan:
     """Packs every batch of the run once, on lengths alone, to find the shape that fits them all.
+
+    The bounds are multiples of `multiple_of`, so that similar runs share a compiled program.
 
     Raises:
       HumpbackError: an example is longer than a row.
@@ -184,8 +188,12 @@ def plan_packing(
         for row in rows:
             max_targets = max(max_targets, sum(supervised[indices[place]] for place in row))
     num_rows = -(-num_rows // accumulation) * accumulation
-    max_targets = min(-(-max_targets // multiple_of) * multiple_of, row_tokens)
-    return PackingPlan(num_rows, row_tokens, max_targets, used / (steps * num_rows * row_tokens))
+    efficiency = used / (steps * num_rows * row_tokens)
+    max_targets, longest = (
+        min(-(-bound // multiple_of) * multiple_of, row_tokens)
+        for bound in (max_targets, max(lengths))
+    )
+    return PackingPlan(num_rows, row_tokens, max_targets, longest, efficiency)
 
 
 def _packed_steps(

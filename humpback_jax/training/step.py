@@ -38,7 +38,7 @@ class StepMetrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """Everything static about a step; two equal specs share one compiled program."""
+    """Everything static about a step; `PackingPlan` says what the two bounds are."""
 
     config: LlamaConfig
     layout: Layout
@@ -48,6 +48,7 @@ class StepSpec:
     lora: LoraSpec | None = None
     dropout: float = 0.0
     remat: bool = False
+    longest: int | None = None
 
 
 def batch_nll(
@@ -58,7 +59,7 @@ def batch_nll(
     hidden, _ = model.hidden_states(
         batch.tokens,
         batch.positions,
-        packed_attention(batch.segment_ids, batch.positions, spec.precision),
+        packed_attention(batch.segment_ids, batch.positions, spec.precision, spec.longest),
         precision=spec.precision,
         dropout_rate=spec.dropout,
         dropout_key=dropout_key,
@@ -111,7 +112,7 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         supervised = jnp.zeros((spec.num_sources,), jnp.int32).at[batch.sources].add(batch.mask)
         metrics = StepMetrics(
-            nll, supervised, (batch.segment_ids > 0).sum(), optax.global_norm(grads)
+            nll, supervised, (batch.segment_ids > 0).sum(), optax.tree.norm(grads)
         )
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 

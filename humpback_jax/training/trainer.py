@@ -119,6 +119,7 @@ def train(
         spec.lora,
         spec.dropout,
         spec.remat,
+        plan.longest,
     )
     optimizer = make_optimizer(spec.optimizer, spec.steps)
     rate = learning_rate(spec.optimizer, spec.steps)
@@ -201,7 +202,8 @@ def finished_params(state: TrainState, spec: TrainSpec) -> tuple[Params, Params 
 
 
 def _eval_spec(spec: StepSpec) -> StepSpec:
-    return dataclasses.replace(spec, max_targets=0, num_sources=1, dropout=0.0, remat=False)
+    unused = {"max_targets": 0, "num_sources": 1, "longest": None, "remat": False}
+    return dataclasses.replace(spec, dropout=0.0, **unused)
 
 
 def _micro_batches(batch: Batch, accumulation: int) -> Batch:
