@@ -28,8 +28,8 @@ def get_config(argument: str = "") -> Any:
         for section in (config.backward, config.train):
             # A higher rate than the paper's, which is for 7B and 15 times as many steps.
             section.update({"learning_rate": 1e-4, "end_learning_rate": 9e-5, "schedule": "linear"})
-            section.update({"batch_examples": 8, "row_tokens": 768, "dropout": 0.0})
-            section.update({"epochs": 1.0, "eval_every": 4})
+            section.update({"batch_examples": 8, "row_tokens": 512, "dropout": 0.0})
+            section.update({"epochs": 1.0, "eval_every": 5})
         config.augment.max_new_tokens = 64
         config.curate.update({"curator": "pmi", "also": ("rubric_likelihood", "rubric")})
         config.curate.update({"also_limit": 16, "max_new_tokens": 128})

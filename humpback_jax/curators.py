@@ -16,17 +16,15 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.text.rubric import SCORES, parse_score, score_token_ids
-from humpback_jax.text.template import Rendered
 
 CURATORS = ("rubric", "rubric_likelihood", "pmi", "pmi_frozen", "combined")
 
 
 @dataclasses.dataclass(frozen=True)
 class PairText:
-    """What a curator sees. `document` names the response, whose log p(y) is computed once."""
+    """What a curator sees, and the id that its rating carries."""
 
     id: str
-    document: str
     instruction: str
     response: str
 
@@ -39,6 +37,19 @@ class Rating:
     curator: str
     value: float | None
     detail: str
+
+
+@dataclasses.dataclass
+class Scored:
+    """What one judge has computed so far, so that no curator computes it again.
+
+    Attributes:
+      alone: log p(y) and tokens of each response y.
+      ratings: by curator and pair.
+    """
+
+    alone: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)
+    ratings: dict[tuple[str, PairText], Rating] = dataclasses.field(default_factory=dict)
 
 
 def check_curator(name: str, rounds: int) -> None:
@@ -58,30 +69,34 @@ def rate(
     pairs: Sequence[PairText],
     decoding: Decoding,
     seed: int,
-    alone: dict[str, tuple[float, int]],
+    scored: Scored,
 ) -> list[Rating]:
     """Rates pairs, in order.
 
     Args:
       judge: M_{t-1}; the base model for `pmi_frozen`.
       decoding: of the reasoned rubric.
-      alone: log p(y) and tokens of documents already scored under this judge; filled here.
+      scored: of this judge, with this decoding and seed; filled here.
     """
-    match curator:
-        case "rubric":
-            return _rubric(judge, pairs, decoding, seed)
-        case "rubric_likelihood":
-            return _rubric_likelihood(judge, pairs)
-        case "pmi" | "pmi_frozen":
-            return _pmi(curator, judge, pairs, alone)
-        case "combined":
-            return _combined(
-                pairs,
-                _pmi("pmi", judge, pairs, alone),
-                _rubric_likelihood(judge, pairs),
-            )
-        case unknown:
-            raise AssertionError(unknown)
+    if curator == "combined":
+        pmi, rubric = (
+            rate(part, judge, pairs, decoding, seed, scored)
+            for part in ("pmi", "rubric_likelihood")
+        )
+        return _combined(pairs, pmi, rubric)
+    new = [pair for pair in pairs if (curator, pair) not in scored.ratings]
+    if new:
+        match curator:
+            case "rubric":
+                ratings = _rubric(judge, new, decoding, seed)
+            case "rubric_likelihood":
+                ratings = _rubric_likelihood(judge, new)
+            case "pmi" | "pmi_frozen":
+                ratings = _pmi(curator, judge, new, scored.alone)
+            case unknown:
+                raise AssertionError(unknown)
+        scored.ratings.update({(curator, p): r for p, r in zip(new, ratings, strict=True)})
+    return [scored.ratings[curator, pair] for pair in pairs]
 
 
 def _rubric(
@@ -139,14 +154,13 @@ def _pmi(
     pairs: Sequence[PairText],
     alone: dict[str, tuple[float, int]],
 ) -> list[Rating]:
-    """(log p(y | x) - log p(y)) / |y|, in nats a token; log p(y) once per document."""
+    """(log p(y | x) - log p(y)) / |y|, in nats a token; log p(y) once per response."""
     template = judge.model.template
-    new = {p.document: p.response for p in pairs if p.document not in alone}
-    rows: list[tuple[str, Rendered]] = [(d, template.response_alone(y)) for d, y in new.items()]
-    if rows:
-        nll, tokens = judge.nll(rows)
-        for (document, _), value, count in zip(rows, nll, tokens, strict=True):
-            alone[document] = (-float(value), int(count))
+    new = {p.response: p.id for p in pairs if p.response not in alone}
+    if new:
+        nll, tokens = judge.nll([(name, template.response_alone(y)) for y, name in new.items()])
+        for response, value, count in zip(new, nll, tokens, strict=True):
+            alone[response] = (-float(value), int(count))
     joint = [
         (
             p.id,
@@ -162,7 +176,7 @@ def _pmi(
     nll, tokens = judge.nll(joint)
     ratings = []
     for pair, value, count in zip(pairs, nll, tokens, strict=True):
-        given, prior = -float(value), alone[pair.document][0]
+        given, prior = -float(value), alone[pair.response][0]
         detail = {
             "log_p_y_given_x": round(given, 4),
             "log_p_y": round(prior, 4),

@@ -174,7 +174,7 @@ def sample(arguments: argparse.Namespace) -> Result:
 
 def score(arguments: argparse.Namespace) -> Result:
     """Rates each pair of a file."""
-    from humpback_jax.curators import PairText, check_curator, rate
+    from humpback_jax.curators import PairText, Scored, check_curator, rate
     from humpback_jax.inference import Inference
     from humpback_jax.rows import read_examples, write_rows
     from humpback_jax.sampling.sampler import Decoding
@@ -183,10 +183,10 @@ def score(arguments: argparse.Namespace) -> Result:
     examples, report = read_examples(Path(arguments.data), "seed", arguments.skip_bad)
     model = load_model(arguments.model)
     reader = Inference(model, choose_compute(arguments.precision, arguments.batch_size))
-    pairs = [PairText(e.id, e.id, e.instruction, e.response) for e in examples]
+    pairs = [PairText(e.id, e.instruction, e.response) for e in examples]
     decoding = Decoding(0.7, 0.9, 0, arguments.max_tokens)
     started = time.monotonic()
-    ratings = rate(arguments.curator, reader, pairs, decoding, arguments.seed, {})
+    ratings = rate(arguments.curator, reader, pairs, decoding, arguments.seed, Scored())
     rows = [
         {
             "id": pair.id,

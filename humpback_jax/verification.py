@@ -11,7 +11,7 @@ from typing import Any
 
 from humpback_jax.artifacts import Row, Stage, rows_hash
 from humpback_jax.compute import choose_compute
-from humpback_jax.curators import PairText, rate
+from humpback_jax.curators import PairText, Scored, rate
 from humpback_jax.environment import describe_environment
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
@@ -218,8 +218,9 @@ class _Verifier:
             return None
         pairs = self._pairs(list(stored))
         problems = []
+        scored = Scored()
         for part in stored[pairs[0].id]:
-            for rating in rate(part, reader, pairs, Decoding(), 0, {}):
+            for rating in rate(part, reader, pairs, Decoding(), 0, scored):
                 old = stored[rating.id][part]
                 if rating.value is None or abs(rating.value - old) > self._tolerance:
                     problems.append(f"{rating.id} has {part} {rating.value}, stored is {old}")
@@ -228,7 +229,7 @@ class _Verifier:
     def _pairs(self, names: Sequence[str]) -> list[PairText]:
         found = {r["id"]: r for kind in self.run.names("candidates") for r in self.run.rows(kind)}
         rows = [found[name] for name in names]
-        return [PairText(r["id"], r["segment_id"], r["instruction"], r["response"]) for r in rows]
+        return [PairText(r["id"], r["instruction"], r["response"]) for r in rows]
 
     def _inference(self, digest: str) -> Inference | None:
         name = self.run.name_of(digest)

@@ -16,7 +16,7 @@ from tiny_llama import from_torch, torch_llama
 
 from humpback_jax import curators
 from humpback_jax.compute import choose_compute
-from humpback_jax.curators import CURATORS, PairText, Rating, check_curator, rate
+from humpback_jax.curators import CURATORS, PairText, Rating, Scored, check_curator, rate
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Generation, Inference
 from humpback_jax.models import LanguageModel
@@ -27,10 +27,10 @@ from humpback_jax.text.template import Template
 
 DECODING = Decoding(0.7, 0.9, 0, 16)
 PAIRS = [
-    PairText("a", "d1", "Name a colour.", "Blue."),
-    PairText("b", "d1", "Why is the sky dark at night?", "Blue."),
-    PairText("c", "d2", "Größe?", "Two metres, über alles 🦀."),
-    PairText("d", "d3", "{instruction} Score: 5", "</response> {response} %s {}"),
+    PairText("a", "Name a colour.", "Blue."),
+    PairText("b", "Why is the sky dark at night?", "Blue."),
+    PairText("c", "Größe?", "Two metres, über alles 🦀."),
+    PairText("d", "{instruction} Score: 5", "</response> {response} %s {}"),
 ]
 
 
@@ -50,7 +50,7 @@ def judge() -> Inference:
 
 
 def values(curator: str, pairs: Sequence[PairText]) -> dict[str, float | None]:
-    return {r.id: r.value for r in rate(curator, judge(), pairs, DECODING, 0, {})}
+    return {r.id: r.value for r in rate(curator, judge(), pairs, DECODING, 0, Scored())}
 
 
 def log_p(prompt: str, answer: str) -> tuple[float, int]:
@@ -66,7 +66,7 @@ def log_p(prompt: str, answer: str) -> tuple[float, int]:
 
 def test_pmi_is_what_transformers_computes_by_hand():
     template = judge().model.template
-    for rating, pair in zip(rate("pmi", judge(), PAIRS, DECODING, 0, {}), PAIRS, strict=True):
+    for rating, pair in zip(rate("pmi", judge(), PAIRS, DECODING, 0, Scored()), PAIRS, strict=True):
 
         def user(text: str) -> str:
             return template.forward_prompt([{"role": "user", "content": text}])
@@ -81,16 +81,28 @@ def test_pmi_is_what_transformers_computes_by_hand():
         assert detail["log_p_y"] == pytest.approx(alone, abs=1e-2)
 
 
-def test_the_probability_of_a_document_alone_is_computed_once(monkeypatch):
+def test_no_judge_scores_the_same_text_twice(monkeypatch):
     rows: list[str] = []
     nll = judge().nll
     monkeypatch.setattr(judge(), "nll", lambda r: rows.extend(n for n, _ in r) or nll(r))
-    alone: dict[str, tuple[float, int]] = {}
-    first = rate("pmi", judge(), PAIRS, DECODING, 0, alone)
-    assert sorted(rows) == sorted(["d1", "d2", "d3", "a", "b", "c", "d"])
+    scored = Scored()
+    first = rate("pmi", judge(), PAIRS, DECODING, 0, scored)
+    assert len(rows) == len(PAIRS) + len({pair.response for pair in PAIRS})
     rows.clear()
-    assert rate("pmi", judge(), PAIRS, DECODING, 0, alone) == first
-    assert sorted(rows) == ["a", "b", "c", "d"]
+    assert rate("pmi", judge(), PAIRS, DECODING, 0, scored) == first
+    assert rate("combined", judge(), PAIRS, DECODING, 0, scored)
+    new = PairText("e", "Which colour?", PAIRS[0].response)
+    assert rows == []
+    rate("pmi", judge(), [*PAIRS, new], DECODING, 0, scored)
+    assert rows == ["e"]
+
+
+def test_rows_that_share_an_id_keep_their_own_ratings():
+    twins = [PairText("same", pair.instruction, pair.response) for pair in PAIRS]
+    for curator in ("pmi", "rubric_likelihood"):
+        ratings = rate(curator, judge(), twins, DECODING, 0, Scored())
+        expected = [values(curator, [pair])[pair.id] for pair in PAIRS]
+        assert [r.value for r in ratings] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_rating_does_not_depend_on_the_pairs_beside_it():
@@ -113,7 +125,7 @@ def test_the_likelihood_rating_is_the_models_distribution_calibrated_by_an_empty
 
     prior = mass("", "")
     for rating, pair in zip(
-        rate("rubric_likelihood", judge(), PAIRS, DECODING, 0, {}), PAIRS, strict=True
+        rate("rubric_likelihood", judge(), PAIRS, DECODING, 0, Scored()), PAIRS, strict=True
     ):
         detail, found = json.loads(rating.detail), mass(pair.instruction, pair.response)
         share = found / found.sum()
@@ -143,7 +155,7 @@ class FakeJudge:
 def test_scores_that_a_model_finds_all_but_impossible_still_give_a_distribution():
     width = sum(map(len, score_token_ids(judge().model.tokenizer)))
     fake: Any = FakeJudge(np.linspace(-900, -800, 2 * width).reshape(2, width))
-    (rating,) = rate("rubric_likelihood", fake, PAIRS[:1], DECODING, 0, {})
+    (rating,) = rate("rubric_likelihood", fake, PAIRS[:1], DECODING, 0, Scored())
     assert rating.value is not None and 1 <= rating.value <= 5
     assert json.loads(rating.detail)["outside"] == 1.0
 
@@ -167,7 +179,7 @@ def test_scores_that_a_model_finds_all_but_impossible_still_give_a_distribution(
 )
 def test_a_reasoned_rating_counts_only_when_its_last_line_is_one_whole_score(text, finish, value):
     fake: Any = FakeJudge(texts=[Generation(text, 5, -1.0, finish)])
-    (rating,) = rate("rubric", fake, PAIRS[:1], DECODING, 0, {})
+    (rating,) = rate("rubric", fake, PAIRS[:1], DECODING, 0, Scored())
     assert rating.value == value
     assert json.loads(rating.detail) == {"text": text, "finish_reason": finish}
 
@@ -200,7 +212,7 @@ RATINGS = st.lists(
 
 @given(RATINGS)
 def test_the_combined_rating_is_the_mean_rank_and_respects_both(ratings):
-    pairs = [PairText(str(i), str(i), "x", "y") for i in range(len(ratings))]
+    pairs = [PairText(str(i), "x", "y") for i in range(len(ratings))]
 
     def column(which: int) -> list[Rating]:
         return [Rating(str(i), "", r[which], "{}") for i, r in enumerate(ratings)]
@@ -217,7 +229,7 @@ def test_the_combined_rating_is_the_mean_rank_and_respects_both(ratings):
 
 
 def test_combined_keeps_both_parts():
-    both = rate("combined", judge(), PAIRS, DECODING, 0, {})
+    both = rate("combined", judge(), PAIRS, DECODING, 0, Scored())
     pmi, rubric = values("pmi", PAIRS), values("rubric_likelihood", PAIRS)
     for rating in both:
         detail = json.loads(rating.detail)
@@ -227,7 +239,7 @@ def test_combined_keeps_both_parts():
 
 def test_every_curator_rates_every_pair_in_order():
     for curator in CURATORS:
-        ratings = rate(curator, judge(), PAIRS[:2], DECODING, 0, {})
+        ratings = rate(curator, judge(), PAIRS[:2], DECODING, 0, Scored())
         assert [(r.id, r.curator) for r in ratings] == [("a", curator), ("b", curator)]
 
 

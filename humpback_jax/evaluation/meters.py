@@ -50,10 +50,10 @@ def corruptions(examples: Sequence[Example]) -> dict[str, list[PairText]]:
     kinds: dict[str, list[PairText]] = {"true": [], "shuffled": [], "truncated": [], "promo": []}
     for example in examples:
         x, y, name = example.instruction, example.response, example.id
-        kinds["true"].append(PairText(name, name, x, y))
-        kinds["shuffled"].append(PairText(f"{name}/shuffled", name, wrong[name], y))
+        kinds["true"].append(PairText(name, x, y))
+        kinds["shuffled"].append(PairText(f"{name}/shuffled", wrong[name], y))
         for kind, text in (("truncated", _second_half(y)), ("promo", _with_promotion(y, name))):
-            kinds[kind].append(PairText(f"{name}/{kind}", f"{name}/{kind}", x, text))
+            kinds[kind].append(PairText(f"{name}/{kind}", x, text))
     return kinds
 
 
@@ -150,9 +150,7 @@ def backward_meter(
       rate_pmi: the `pmi` curator under the judge.
     """
     nll, tokens = instruction_nll(backward, examples)
-    pairs = [
-        PairText(e.id, e.id, g.text, e.response) for e, g in zip(examples, generations, strict=True)
-    ]
+    pairs = [PairText(e.id, g.text, e.response) for e, g in zip(examples, generations, strict=True)]
     lifts = np.array([r.value for r in rate_pmi(pairs)], float)
     wording = backward.model.template
     return BackwardMeter(

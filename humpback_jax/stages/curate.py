@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, Stage
-from humpback_jax.curators import PairText, rate
+from humpback_jax.curators import PairText, Scored, rate
 from humpback_jax.errors import HumpbackError
 from humpback_jax.records import Candidate, Pair, Score
 from humpback_jax.sampling.sampler import Decoding
@@ -58,7 +58,7 @@ def score_stage(
 
     def make(index: int) -> list[Row]:
         reader = context.inference(judge)
-        ratings = rate(curator, reader, shards[index], decoding, config.seed, {})
+        ratings = rate(curator, reader, shards[index], decoding, config.seed, Scored())
         template_hash = reader.model.template.content_hash()
         context.say(f"{name}: shard {index + 1} of {len(shards)}")
         return [
@@ -144,7 +144,7 @@ def _gated(context: Context, candidates: Artifact) -> list[PairText]:
     rows = [Candidate(**row) for row in context.folder.read(candidates)]
     template = context.base.template
     return [
-        PairText(c.id, c.segment_id, c.instruction, c.response)
+        PairText(c.id, c.instruction, c.response)
         for c in rows
         if gate(c, template, section.min_chars, section.max_chars) is None
     ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Any
+from collections.abc import Sequence
 
 from humpback_jax.artifacts import Artifact, Row, Stage, rows_hash
-from humpback_jax.curators import PairText, Rating, rate
+from humpback_jax.curators import PairText, Rating, Scored, rate
 from humpback_jax.errors import HumpbackError
 from humpback_jax.evaluation.meters import backward_meter, curation_meter
 from humpback_jax.inference import Inference
@@ -40,7 +40,10 @@ def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) 
         drawn = writer.generate(prompts, decoding, seed=config.seed, stage="backward_meter")
         reader = Inference(context.model(judge), context.compute)
         measured = backward_meter(
-            writer, examples, drawn, functools.partial(_rate, "pmi", reader, decoding, config.seed)
+            writer,
+            examples,
+            drawn,
+            functools.partial(_rate, "pmi", reader, decoding, config.seed, Scored()),
         )
         pairs = [[e.instruction, g.text] for e, g in zip(examples, drawn, strict=True)]
         return [{"meter": json.dumps(measured.record()), "examples": json.dumps(pairs)}]
@@ -90,14 +93,13 @@ def curation_meter_stage(context: Context, name: str, judge: Artifact) -> Artifa
     stage = Stage("curation_meter", VERSION, json.loads(json.dumps(fields)))
 
     def make(_: int) -> list[Row]:
-        alone: dict[str, tuple[float, int]] = {}
+        scored = Scored()
         rows = []
         for curator in curators:
             reader = context.inference(context.base_artifact if curator == "pmi_frozen" else judge)
-            seen = {} if curator == "pmi_frozen" else alone
+            seen = Scored() if curator == "pmi_frozen" else scored
             measured = curation_meter(
-                functools.partial(_rate, curator, reader, decoding, config.seed, alone=seen),
-                examples,
+                functools.partial(_rate, curator, reader, decoding, config.seed, seen), examples
             )
             for kind, meter in measured.items():
                 rows.append({"curator": curator, "kind": kind, "auc": meter.auc, "n": meter.n})
@@ -125,11 +127,10 @@ def _rate(
     reader: Inference,
     decoding: Decoding,
     seed: int,
-    pairs: Any,
-    alone: dict[str, tuple[float, int]] | None = None,
+    scored: Scored,
+    pairs: Sequence[PairText],
 ) -> list[Rating]:
-    texts: list[PairText] = list(pairs)
-    return rate(curator, reader, texts, decoding, seed, {} if alone is None else alone)
+    return rate(curator, reader, pairs, decoding, seed, scored)
 
 
 def _examples(context: Context) -> list[Example]:

@@ -132,7 +132,6 @@ def train(
     clock = time.monotonic()
 
     def flush() -> None:
-        nonlocal clock
         if not pending:
             return
         jax.block_until_ready(pending[-1][2])
@@ -143,9 +142,9 @@ def train(
             history.append(row)
             on_metrics(row)
         pending.clear()
-        clock = time.monotonic()
 
     def validate(done: int) -> None:
+        flush()
         params = join(state.frozen, state.trainable)
         nll, counts = sequence_nll(_eval_spec(step_spec), params, validation)
         row = {"step": done, "validation_nll": float(nll.sum() / counts.sum())}
@@ -153,6 +152,8 @@ def train(
         on_metrics(row)
 
     for step in range(int(state.step), spec.steps):
+        if not pending:
+            clock = time.monotonic()
         batch, ids = batch_at(examples, order, step, plan, sources)
         state, metrics = step_fn(state, _micro_batches(batch, spec.accumulation), dropout_key)
         pending.append((step, ids, metrics))
