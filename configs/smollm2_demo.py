@@ -23,7 +23,7 @@ def get_config(argument: str = "") -> Any:
     with config.unlocked():
         config.name = "smollm2-demo"
         config.base.model = "smollm2-135m-instruct"
-        config.data.seed_limit = 72
+        config.data.seed_limit = 56
         config.corpus.update({"segments": 48, "min_chars": 600, "max_chars": 1200})
         for section in (config.backward, config.train):
             # A higher rate than the paper's, which is for 7B and 15 times as many steps.
