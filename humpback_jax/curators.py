@@ -123,10 +123,9 @@ def _rubric_likelihood(judge: Inference, pairs: Sequence[PairText]) -> list[Rati
     template = judge.model.template
     groups = score_token_ids(judge.model.tokenizer)
     ids = [token for group in groups for token in group]
-    prompts = [template.rubric_likelihood_prompt(p.instruction, p.response) for p in pairs]
-    log_probs = judge.next_token_log_probs(
-        [template.rubric_likelihood_prompt("", ""), *prompts], ids
-    )
+    prompts = [("the empty pair", template.rubric_likelihood_prompt("", ""))]
+    prompts += [(p.id, template.rubric_likelihood_prompt(p.instruction, p.response)) for p in pairs]
+    log_probs = judge.next_token_log_probs(prompts, ids)
     starts = np.cumsum([0, *(len(group) for group in groups[:-1])])
     scores = np.logaddexp.reduceat(log_probs, starts, axis=1)
     ratings = []

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from humpback_jax.compute import Compute
+from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import Params
 from humpback_jax.models import LanguageModel
 from humpback_jax.sampling.engine import Engine, Request
@@ -50,9 +51,24 @@ class Inference:
         examples = [TrainingExample(e.id, e.ids, e.mask) for e in tokenized.examples]
         return sequence_nll(self._spec, self._params, examples)
 
-    def next_token_log_probs(self, prompts: Sequence[str], ids: Sequence[int]) -> np.ndarray:
-        """log p(token | prompt) [prompts, ids]."""
-        encoded = [np.array(self.model.tokenizer.encode(text), np.int32) for text in prompts]
+    def next_token_log_probs(
+        self, prompts: Sequence[tuple[str, str]], ids: Sequence[int]
+    ) -> np.ndarray:
+        """log p(token | prompt) [prompts, ids], for each (record id, prompt).
+
+        Raises:
+          HumpbackError: a prompt is longer than the model's window.
+        """
+        window = self.model.config.max_position_embeddings
+        encoded = []
+        for record_id, text in prompts:
+            tokens = np.array(self.model.tokenizer.encode(text), np.int32)
+            if len(tokens) > window:
+                raise HumpbackError(
+                    f"record {record_id}: the prompt has {len(tokens)} tokens, the model's window "
+                    f"holds {window}. Shorten the record."
+                )
+            encoded.append(tokens)
         return next_token_log_probs(self._spec, self._params, encoded, np.array(ids, np.int32))
 
     def generate(

@@ -265,6 +265,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"line {number}", json.loads(line.decode())
                 except ValueError as error:
                     yield f"line {number}", error
+                except RecursionError:
+                    yield f"line {number}", ValueError("nested too deeply")
 
 
 def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
@@ -275,6 +277,8 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
             f"{path}, line {error.lineno}: not valid JSON ({error.msg}). A file with one row a "
             "line is named .jsonl."
         ) from error
+    except RecursionError as error:
+        raise HumpbackError(f"{path}: not a list of rows; it is nested too deeply.") from error
     if not isinstance(rows, list):
         raise HumpbackError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}.")
     for number, row in enumerate(rows, start=1):

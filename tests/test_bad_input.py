@@ -75,6 +75,28 @@ def test_malformed_line_is_named_by_file_and_number_or_counted_with_skip_bad(
     assert result["examples"] == 2
 
 
+def test_a_pair_longer_than_the_window_is_named_when_scored(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    long = {"id": "the-long-one", "instruction": "Count.", "output": "one " * 3000}
+    data = write(tmp_path / "pairs.jsonl", GOOD, long)
+    for curator in ("pmi", "rubric_likelihood", "rubric"):
+        message = refused(
+            capsys,
+            *("score", "--model=tiny-random", f"--data={data}", f"--curator={curator}"),
+            f"--out={tmp_path / 'scores.jsonl'}",
+        )
+        assert "the-long-one" in message
+        assert "window" in message
+
+
+def test_a_line_nested_too_deeply_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "pairs.jsonl", GOOD, "[" * 100_000)
+    assert "line 2" in refused(capsys, *train(data, tmp_path / "out"))
+
+
 @pytest.mark.parametrize("empty", ["", "  \n "])
 def test_empty_response_is_named(
     empty: str, capsys: pytest.CaptureFixture[str], tmp_path: Path

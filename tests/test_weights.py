@@ -282,6 +282,22 @@ def test_a_config_that_is_absent_or_broken_gives_a_traceback(hf_folder):
         load_hf(hf_folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "wide"),
+        ("num_hidden_layers", 0),
+        ("rms_norm_eps", None),
+        ("rope_theta", [1]),
+    ],
+)
+def test_a_config_field_of_the_wrong_type_gives_a_traceback(hf_folder, field, value):
+    path = hf_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(HumpbackError, match=rf"config\.json: the field '{field}' is"):
+        load_hf(hf_folder)
+
+
 def test_parameters_of_another_model_are_exported(tmp_path, hf_folder):
     config, params = load_hf(hf_folder)
     flat = flatten(params)

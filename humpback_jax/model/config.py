@@ -82,7 +82,8 @@ class LlamaConfig:
         newer single `rope_parameters` mapping.
 
         Raises:
-          HumpbackError: not a LLaMA, a missing field, or an unknown rope type or activation.
+          HumpbackError: not a LLaMA, a field missing or of the wrong type, or an unknown rope type
+            or activation.
         """
         model_type = raw.get("model_type")
         architectures = raw.get("architectures") or []
@@ -95,13 +96,13 @@ class LlamaConfig:
         if activation != "silu":
             raise HumpbackError(f"{where}: hidden_act={activation!r}; only 'silu' is supported.")
 
-        def need(key: str) -> Any:
-            if raw.get(key) is None:
+        def whole(key: str, default: int | None = None) -> int:
+            value = raw.get(key)
+            if value is None and default is None:
                 raise HumpbackError(f"{where}: the field {key!r} is missing.")
-            return raw[key]
+            return int(_number(key, default if value is None else value, where))
 
-        heads = int(need("num_attention_heads"))
-        hidden = int(need("hidden_size"))
+        heads, hidden = whole("num_attention_heads"), whole("hidden_size")
         if hidden % heads and raw.get("head_dim") is None:
             raise HumpbackError(
                 f"{where}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}, "
@@ -109,15 +110,15 @@ class LlamaConfig:
             )
         rope_type, rope_theta, scaling = _rope_from_hf(raw, where)
         return cls(
-            vocab_size=int(need("vocab_size")),
+            vocab_size=whole("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=int(need("intermediate_size")),
-            num_hidden_layers=int(need("num_hidden_layers")),
+            intermediate_size=whole("intermediate_size"),
+            num_hidden_layers=whole("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            num_key_value_heads=whole("num_key_value_heads", heads),
+            head_dim=whole("head_dim", hidden // heads),
+            max_position_embeddings=whole("max_position_embeddings", 2048),
+            rms_norm_eps=_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), where),
             rope_theta=rope_theta,
             rope_type=rope_type,
             rope_scaling=scaling,
@@ -160,6 +161,12 @@ class LlamaConfig:
         return raw
 
 
+def _number(key: str, value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise HumpbackError(f"{where}: the field {key!r} is {value!r}, not a positive number.")
+    return value
+
+
 def _id_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
     if ids is None:
         return ()
@@ -170,7 +177,8 @@ def _rope_from_hf(
     raw: Mapping[str, Any], where: str
 ) -> tuple[str, float, tuple[tuple[str, float], ...]]:
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    theta = float(_number("rope_theta", theta, where))
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     if kind not in ROPE_TYPES:
@@ -182,6 +190,8 @@ def _rope_from_hf(
         raise HumpbackError(f"{where}: partial_rotary_factor={partial} is not supported.")
     required, optional = _ROPE_FIELDS[kind]
     rope = {key: value for key, value in rope.items() if value is not None}
+    for key in required & rope.keys():
+        _number(key, rope[key], where)
     if kind in ("llama3", "yarn") and raw.get("original_max_position_embeddings"):
         # transformers lets the field outside overrule the one inside
         rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]

@@ -100,13 +100,20 @@ def train(
         The next step overwrites them in place: they are valid until the callback returns.
 
     Raises:
-      HumpbackError: too little data, an example without supervised tokens, or a loss that is not
-        finite (the message names the step and the ids of its examples).
+      HumpbackError: too little data, an example without supervised tokens or longer than the
+        model's window, or a loss that is not finite (the message names the step and the ids of its
+        examples).
     """
     for kind, given in (("training", examples), ("validation", validation)):
         for example in given:
             if example.supervised == 0:
                 raise HumpbackError(f"{kind} example {example.id} has no supervised token.")
+            if example.length > config.max_position_embeddings:
+                raise HumpbackError(
+                    f"{kind} example {example.id} takes {example.length} places, the model's "
+                    f"window has {config.max_position_embeddings}. Shorten it, or let on_long drop "
+                    "or truncate it."
+                )
     order = BatchOrder([example.id for example in examples], spec.batch_examples, spec.seed)
     plan = plan_packing(examples, order, spec.steps, spec.row_tokens, spec.accumulation)
     sources = sorted({example.source for example in examples})
