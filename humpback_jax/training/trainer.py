@@ -210,8 +210,7 @@ def finished_params(state: TrainState, spec: TrainSpec) -> tuple[Params, Params 
 
 
 def _eval_spec(spec: StepSpec) -> StepSpec:
-    unused = {"max_targets": 0, "num_sources": 1, "longest": None, "remat": False}
-    return dataclasses.replace(spec, dropout=0.0, **unused)
+    return StepSpec(spec.config, spec.layout, spec.precision, 0, 1, spec.lora)
 
 
 def _micro_batches(batch: Batch, accumulation: int) -> Batch:
