@@ -38,7 +38,7 @@ def draw_scores(run: RunView, path: Path) -> None:
     loop = str(run.config.curate.curator)
     known = {curator for _, curator in facts.scores(run)}
     curators = sorted(known, key=lambda name: (name != loop, name))
-    figure = _figure(4.4 * max(len(curators), 1), 1.0 + 1.5 * max(len(run.rounds), 1))
+    figure = _figure(4.6 * max(len(curators), 1), 1.0 + 1.5 * max(len(run.rounds), 1))
     grid = figure.add_gridspec(1, max(len(curators), 1), wspace=0.3)
     for place, curator in enumerate(curators):
         _histograms(figure, grid[0, place], run, curator, curator)
@@ -191,7 +191,7 @@ def _histograms(figure: Any, place: Any, run: RunView, curator: str, title: str)
     for row, (t, by_id) in enumerate(values.items()):
         axes = shared = figure.add_subplot(parts[row], sharex=shared)
         last = row == len(values) - 1
-        _clean(axes, title if row == 0 else "", "score" if last else "", "pairs")
+        _clean(axes, title if row == 0 else "", "score" if last else "", f"pairs, round {t}")
         chosen = facts.selected(run, t)
         kept = [value for name, value in by_id.items() if name in chosen]
         rest = [value for name, value in by_id.items() if name not in chosen]
@@ -203,7 +203,7 @@ def _histograms(figure: Any, place: Any, run: RunView, curator: str, title: str)
             edgecolor="white",
             linewidth=0.6,
         )
-        label = f"round {t}: {len(kept)} of {len(by_id)} selected"
+        label = f"{len(kept)} of {len(by_id)} selected"
         axes.set_title(label, loc="right", fontsize=8.5, color=INK, pad=8)
         axes.tick_params(labelbottom=last)
         axes.locator_params(axis="x", nbins=5)
