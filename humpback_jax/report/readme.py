@@ -25,8 +25,7 @@ def write_results(readme: Path, workdir: Path) -> None:
     mark, rest = rest.split("\n", 1)
     after = rest.split(END, 1)[1]
     run = RunView(workdir)
-    parts = [tables.results(run), tables.backward(run), tables.curation(run)]
-    shown = [block_markdown(table) for table in parts if table.rows]
+    shown = [f"{title}:\n\n{block_markdown(table)}" for title, table in tables.titled(run)]
     flow = " → ".join(f"{c.value} {c.label}" for c in facts.counts(run) if not c.round)
     made = {entry["path"]: name for name, entry in run.entries.items()}
     seconds = sum(facts.seconds(run, name) or 0.0 for name in made.values())

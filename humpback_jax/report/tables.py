@@ -22,17 +22,21 @@ def result_lines(workdir: Path) -> list[str]:
     """
     run = RunView(workdir)
     lines: list[str] = []
-    titled = (
+    for title, table in titled(run):
+        lines += [title, *text_lines(table), ""]
+    flow = " > ".join(f"{c.value} {c.label}" for c in facts.counts(run) if not c.round)
+    return [*lines, flow, "", *notes(run)]
+
+
+def titled(run: RunView) -> list[tuple[str, Table]]:
+    """The tables that sum up a run, with what they show; those without rows are left out."""
+    named = (
         (f"Held-out response NLL, nats a token (n = {heldout(run)} examples)", results(run)),
         ("Backward meter (M_yx on held-out pairs)", backward(run)),
         ("Curation meter: AUC of true against broken pairs", curation(run)),
         ("Pairs by round", rounds(run)),
     )
-    for title, table in titled:
-        if table.rows:
-            lines += [title, *text_lines(table), ""]
-    flow = " > ".join(f"{c.value} {c.label}" for c in facts.counts(run) if not c.round)
-    return [*lines, flow, "", *notes(run)]
+    return [(title, table) for title, table in named if table.rows]
 
 
 def notes(run: RunView) -> list[str]:
