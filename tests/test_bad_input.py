@@ -87,7 +87,7 @@ def test_a_pair_longer_than_the_window_is_named_when_scored(
             f"--out={tmp_path / 'scores.jsonl'}",
         )
         assert "the-long-one" in message
-        assert "window" in message
+        assert "4096" in message
 
 
 def test_a_line_nested_too_deeply_is_named(
