@@ -201,7 +201,8 @@ def test_every_step_is_reported_once_however_often_rows_are_written(log_every) -
 
 def test_rates_are_those_of_the_work_not_of_its_dispatch() -> None:
     """A step returns before it has run: measured there, a minute of work would take no time."""
-    config, params = from_torch(torch_llama(hidden_size=256, vocab_size=4096, num_hidden_layers=1))
+    sizes = {"hidden_size": 256, "vocab_size": 4096, "max_position_embeddings": 256}
+    config, params = from_torch(torch_llama(num_hidden_layers=1, **sizes))
     examples = random_examples(4, 250, 200)
     spec = dataclasses.replace(SPEC, steps=3, row_tokens=256)
     arrivals: list[float] = []
@@ -210,6 +211,17 @@ def test_rates_are_those_of_the_work_not_of_its_dispatch() -> None:
     ).history
     for row, seconds in zip(history[1:], np.diff(arrivals), strict=True):
         assert row["tokens"] / row["tokens_per_s"] > 0.3 * seconds
+
+
+def test_an_example_longer_than_the_models_window_is_named_before_training_starts() -> None:
+    config, params = base()
+    window = config.max_position_embeddings
+    longer = random_examples(4, window + 2, window + 2)
+    spec = dataclasses.replace(SPEC, row_tokens=2 * window)
+    with pytest.raises(
+        HumpbackError, match=rf"row-0 takes {window + 1} places.*window has {window}"
+    ):
+        train(config, params, longer, spec)
 
 
 def test_training_lowers_the_loss_and_the_same_seed_repeats_it_in_any_order_of_the_input() -> None:

@@ -288,7 +288,7 @@ def test_a_config_that_is_absent_or_broken_gives_a_traceback(hf_folder):
         ("hidden_size", "wide"),
         ("num_hidden_layers", 0),
         ("rms_norm_eps", None),
-        ("rope_theta", [1]),
+        ("vocab_size", True),
     ],
 )
 def test_a_config_field_of_the_wrong_type_gives_a_traceback(hf_folder, field, value):
