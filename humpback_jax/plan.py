@@ -16,7 +16,7 @@ import numpy as np
 from humpback_jax.artifacts import Row
 from humpback_jax.loop import prepare
 from humpback_jax.records import Example, Message, Segment, stable_id
-from humpback_jax.sampling.likelihood import sequence_nll
+from humpback_jax.sampling.likelihood import ROW_TOKENS, ROWS, sequence_nll
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import choose, rubric_decoding
@@ -33,7 +33,7 @@ from humpback_jax.training.step import StepSpec
 MEASURED_ON_CPU = (5.5, 2.0)
 ELSEWHERE = (3.0, 8.0)
 REMAT_FACTOR = 4 / 3
-PROBE_ROWS, PROBE_TOKENS = 2, 512
+PROBE_TOKENS = 512
 KINDS = 4  # forms of a pair in the curation meter: true, shuffled, truncated, promo
 
 
@@ -109,7 +109,8 @@ def forward_seconds(context: Context) -> float:
     width = min(PROBE_TOKENS, model.config.max_position_embeddings - 1)
     ids = np.arange(width + 1, dtype=np.int32) % model.config.vocab_size
     mask = np.arange(width + 1) >= width // 2
-    examples = [TrainingExample(str(row), ids, mask) for row in range(PROBE_ROWS)]
+    count = ROWS * ROW_TOKENS[-1] // width
+    examples = [TrainingExample(str(index), ids, mask) for index in range(count)]
     spec = StepSpec(model.config, "scan", context.compute.precision, 0, 1)
     params = jax.tree.map(jax.numpy.asarray, model.params)
     times = []
@@ -117,7 +118,7 @@ def forward_seconds(context: Context) -> float:
         started = time.perf_counter()
         sequence_nll(spec, params, examples)
         times.append(time.perf_counter() - started)
-    return min(times[1:]) / (PROBE_ROWS * width)
+    return min(times[1:]) / (count * width)
 
 
 class _Planner:

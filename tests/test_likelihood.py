@@ -30,7 +30,7 @@ from humpback_jax.sampling.likelihood import next_token_log_probs, sequence_nll
 from humpback_jax.training.packing import TrainingExample
 from humpback_jax.training.step import StepSpec
 
-WIDTH = likelihood.ROW_LENGTHS[0]
+WIDTH = likelihood.LENGTH_CLASSES[0]
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from humpback_jax.training.step import StepSpec
 
 BROKEN = "is not a number; the model's weights are broken, or overflow in this precision."
 ROWS = 2  # rows of one program call
-ROW_LENGTHS = (192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
+ROW_TOKENS = (256, 1024)  # row lengths: for little work and for much; a longer text has its own
+LENGTH_CLASSES = tuple(2**k for k in range(7, 18))
 
 
 def sequence_nll(
@@ -38,30 +40,34 @@ def sequence_nll(
     """
     nll = np.zeros(len(examples))
     counts = np.array([example.supervised for example in examples], np.int64)
-    lengths = [example.length for example in examples]
-    by_width: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        by_width.setdefault(_row_length(length), []).append(index)
-    for width, members in sorted(by_width.items()):
-        rows = best_fit([lengths[i] for i in members], width)
-        for start in range(0, len(rows), ROWS):
-            packed = rows[start : start + ROWS]
-            batch = lay_out([examples[i] for i in members], packed, ROWS, width)
-            token_sums = _compiled(spec, width)(params, batch)
-            for r, row in enumerate(packed):
-                for segment, place in enumerate(row, start=1):
-                    nll[members[place]] = float(token_sums[r, segment])
+    for longest, width, rows in _packed([example.length for example in examples]):
+        batch = lay_out(examples, rows, ROWS, width)
+        sums = _compiled(dataclasses.replace(spec, longest=longest), width)(params, batch)
+        for r, row in enumerate(rows):
+            for segment, index in enumerate(row, start=1):
+                nll[index] = float(sums[r, segment])
     broken = np.flatnonzero(~np.isfinite(nll))
     if broken.size:
         raise HumpbackError(f"example {examples[broken[0]].id}: the log-likelihood {BROKEN}")
     return nll, counts
 
 
-def _row_length(length: int) -> int:
-    for width in ROW_LENGTHS:
-        if length <= width:
-            return width
-    return -(-length // ROW_LENGTHS[-1]) * ROW_LENGTHS[-1]
+def _packed(lengths: Sequence[int]) -> Iterator[tuple[int, int, list[list[int]]]]:
+    """(bound of the lengths, width, at most `ROWS` rows of indices) of each program call.
+
+    Texts of like length share rows, so that short ones do not pay for the attention of long ones.
+    """
+    classes: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        bound = next((each for each in LENGTH_CLASSES if length <= each), length)
+        classes.setdefault(bound, []).append(index)
+    for longest, members in sorted(classes.items()):
+        chosen = [lengths[index] for index in members]
+        little, much = ROW_TOKENS
+        width = max(little if sum(chosen) <= ROWS * little else much, longest)
+        rows = [[members[place] for place in row] for row in best_fit(chosen, width)]
+        for start in range(0, len(rows), ROWS):
+            yield longest, width, rows[start : start + ROWS]
 
 
 @functools.lru_cache(maxsize=64)
@@ -71,7 +77,7 @@ def _compiled(spec: StepSpec, width: int) -> Callable[[Params, Batch], np.ndarra
         hidden, _ = model.hidden_states(
             batch.tokens,
             batch.positions,
-            packed_attention(batch.segment_ids, batch.positions, spec.precision),
+            packed_attention(batch.segment_ids, batch.positions, spec.precision, spec.longest),
             precision=spec.precision,
         )
         chosen = supervised_targets(batch, width)
@@ -103,18 +109,13 @@ def next_token_log_probs(
     lengths = [len(prompt) for prompt in prompts]
     if 0 in lengths:
         raise HumpbackError(f"prompt {lengths.index(0)} (from 0) is empty: nothing comes next.")
-    by_width: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        by_width.setdefault(_row_length(length), []).append(index)
-    for width, members in sorted(by_width.items()):
-        rows = best_fit([lengths[i] for i in members], width)
-        for start in range(0, len(rows), ROWS):
-            packed = rows[start : start + ROWS]
-            batch, ends = _lay_out_prompts([prompts[i] for i in members], packed, width)
-            log_probs = _compiled_next(spec, width)(params, batch, ends, token_ids)
-            for r, row in enumerate(packed):
-                for segment, place in enumerate(row):
-                    result[members[place]] = log_probs[r, segment]
+    for longest, width, rows in _packed(lengths):
+        batch, ends = _lay_out_prompts(prompts, rows, width)
+        run = _compiled_next(dataclasses.replace(spec, longest=longest), width)
+        log_probs = run(params, batch, ends, token_ids)
+        for r, row in enumerate(rows):
+            for segment, index in enumerate(row):
+                result[index] = log_probs[r, segment]
     broken = np.flatnonzero(~np.isfinite(result).all(axis=1))
     if broken.size:
         raise HumpbackError(f"prompt {broken[0]} (from 0): the next token's distribution {BROKEN}")
@@ -128,15 +129,16 @@ def _lay_out_prompts(
     prompts: Sequence[np.ndarray], rows: Sequence[Sequence[int]], width: int
 ) -> tuple[Batch, np.ndarray]:
     """Prompts as rows without targets, and the column of each prompt's last token [ROWS, 8]."""
-    examples = []
-    for prompt in prompts:
-        ids = np.append(prompt, 0).astype(np.int32)  # `lay_out` takes the last id as a target only
-        examples.append(TrainingExample("", ids, np.zeros(len(ids), bool)))
+    examples: list[TrainingExample] = []
+    places: list[list[int]] = []
     ends = np.zeros((ROWS, max(PROMPTS_PER_ROW, max(len(row) for row in rows))), np.int32)
     for r, row in enumerate(rows):
-        for segment, end in enumerate(np.cumsum([len(prompts[i]) for i in row]) - 1):
-            ends[r, segment] = end
-    return lay_out(examples, rows, ROWS, width), ends
+        places.append(list(range(len(examples), len(examples) + len(row))))
+        ends[r, : len(row)] = np.cumsum([len(prompts[index]) for index in row]) - 1
+        for index in row:  # `lay_out` takes the last id as a target only
+            ids = np.append(prompts[index], 0).astype(np.int32)
+            examples.append(TrainingExample("", ids, np.zeros(len(ids), bool)))
+    return lay_out(examples, places, ROWS, width), ends
 
 
 @functools.lru_cache(maxsize=64)
@@ -148,7 +150,7 @@ def _compiled_next(
         hidden, _ = model.hidden_states(
             batch.tokens,
             batch.positions,
-            packed_attention(batch.segment_ids, batch.positions, spec.precision),
+            packed_attention(batch.segment_ids, batch.positions, spec.precision, spec.longest),
             precision=spec.precision,
         )
         last = jnp.take_along_axis(hidden, ends[..., None], axis=1)
