@@ -20,7 +20,8 @@ def packed_attention(
     """Causal attention inside each packed example.
 
     Queries attend in blocks, each to the keys that its examples can reach, and the backward pass
-    computes a block's weights again: neither time nor memory grows with the square of a row.
+    computes a block's weights again: memory grows with the row, not with its square, and so does
+    time where `longest` is given.
 
     Args:
       segment_ids: int32 [B, T]; 0 marks padding, which nothing attends to.

@@ -59,20 +59,18 @@ def _dot(
 
 def _matmul_forward(
     x: jax.Array, kernel: jax.Array, compute: str
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    # x is kept as the products take it, which halves its memory where that is bfloat16; the empty
-    # array remembers the dtype that its gradient needs.
-    return matmul(x, kernel, compute), (x.astype(compute), kernel, jnp.empty((0,), x.dtype))
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return matmul(x, kernel, compute), (x, kernel)
 
 
 def _matmul_backward(
-    compute: str, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+    compute: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, kernel, like_x = saved
+    x, kernel = saved
     batch = tuple(range(x.ndim - 1))
     dx = _dot(gradient, kernel, compute, ((x.ndim - 1,), (1,)))
     dkernel = _dot(x, gradient, compute, (batch, batch))
-    return dx.astype(like_x.dtype), dkernel.astype(kernel.dtype)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
