@@ -9,6 +9,7 @@ from pathlib import Path
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Layout
+from humpback_jax.sampling.engine import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +18,21 @@ class Compute:
     precision: number formats of training, scoring and generation.
     train_layout: a scanned gradient loses a quarter of the speed on CPU and compiles in a
       fraction of the time on accelerators, so the platform decides.
-    batch_size: rows decoded together.
+    engine_shape: of generation.
     """
 
     precision: Precision
     train_layout: Layout
-    batch_size: int
+    engine_shape: Shape
 
 
 def choose_compute(precision: str, batch_size: int) -> Compute:
     """Resolves "auto": bfloat16 products on accelerators, float32 on CPU.
 
     On CPU the activations stay float32 in any case: only the products gain from bfloat16 there.
+
+    Args:
+      batch_size: rows decoded together.
     """
     import jax
 
@@ -40,7 +44,8 @@ def choose_compute(precision: str, batch_size: int) -> Compute:
             f"compute.precision={precision!r} is unknown; choose auto, float32 or bfloat16."
         )
     kept = "float32" if on_cpu else precision
-    return Compute(Precision(precision, kept), "unrolled" if on_cpu else "scan", batch_size)
+    shape = Shape(slots=batch_size)
+    return Compute(Precision(precision, kept), "unrolled" if on_cpu else "scan", shape)
 
 
 def use_compilation_cache() -> None:

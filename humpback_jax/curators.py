@@ -104,7 +104,13 @@ def _rubric(
 ) -> list[Rating]:
     template = judge.model.template
     prompts = [(p.id, template.rubric_prompt(p.instruction, p.response)) for p in pairs]
-    texts = judge.generate(prompts, decoding, seed=seed, stage="rubric")
+    texts = judge.generate(
+        prompts,
+        decoding,
+        seed=seed,
+        stage="rubric",
+        opening=lambda text: template.rubric_prompt(text, ""),
+    )
     ratings = []
     for pair, generation in zip(pairs, texts, strict=True):
         score = parse_score(generation.text) if generation.finish_reason == "stop" else None
@@ -125,7 +131,9 @@ def _rubric_likelihood(judge: Inference, pairs: Sequence[PairText]) -> list[Rati
     ids = [token for group in groups for token in group]
     prompts = [("the empty pair", template.rubric_likelihood_prompt("", ""))]
     prompts += [(p.id, template.rubric_likelihood_prompt(p.instruction, p.response)) for p in pairs]
-    log_probs = judge.next_token_log_probs(prompts, ids)
+    log_probs = judge.next_token_log_probs(
+        prompts, ids, lambda text: template.rubric_likelihood_prompt(text, "")
+    )
     starts = np.cumsum([0, *(len(group) for group in groups[:-1])])
     scores = np.logaddexp.reduceat(log_probs, starts, axis=1)
     ratings = []
@@ -157,7 +165,10 @@ def _pmi(
     template = judge.model.template
     new = {p.response: p.id for p in pairs if p.response not in alone}
     if new:
-        nll, tokens = judge.nll([(name, template.response_alone(y)) for y, name in new.items()])
+        nll, tokens = judge.nll(
+            [(name, template.response_alone(y)) for y, name in new.items()],
+            lambda text: template.response_alone(text).text,
+        )
         for response, value, count in zip(new, nll, tokens, strict=True):
             alone[response] = (-float(value), int(count))
     joint = [
@@ -172,7 +183,7 @@ def _pmi(
         )
         for p in pairs
     ]
-    nll, tokens = judge.nll(joint)
+    nll, tokens = judge.nll(joint, template.question)
     ratings = []
     for pair, value, count in zip(pairs, nll, tokens, strict=True):
         given, prior = -float(value), alone[pair.response][0]

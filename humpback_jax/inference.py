@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from humpback_jax.compute import Compute
 from humpback_jax.errors import HumpbackError
-from humpback_jax.model.llama import Params
+from humpback_jax.model.llama import Params, unstack_layers
 from humpback_jax.models import LanguageModel
-from humpback_jax.sampling.engine import Engine, Request
-from humpback_jax.sampling.likelihood import next_token_log_probs, sequence_nll
+from humpback_jax.sampling.engine import Completion, Engine, Request
+from humpback_jax.sampling.likelihood import log_probs, next_token, sequence_nll
+from humpback_jax.sampling.prefix import Prefix, compute_prefix
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.text.template import Rendered
 from humpback_jax.text.tokenize import tokenize_batch
+from humpback_jax.text.tokenizer import Tokenizer
 from humpback_jax.training.packing import TrainingExample
-from humpback_jax.training.step import StepSpec
+
+# Renders a prompt around a text: what comes before the text, whatever it is, is shared.
+Opening = Callable[[str], str]
+FILLERS = ("Why", " a", "\n\n", "7", "(", "é")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,38 +36,48 @@ class Generation:
     tokens: int
     logprob: float
     finish_reason: str
+    logprobs: tuple[float, ...] = ()
 
 
 class Inference:
-    """Holds a model on the device; the decoding form of the weights is made when first needed."""
+    """Holds a model on the device, in the form that decoding needs."""
 
     def __init__(self, model: LanguageModel, compute: Compute) -> None:
-        self.model, self.compute = model, compute
-        self._params: Params = jax.tree.map(jax.numpy.asarray, model.params)
-        self._spec = StepSpec(model.config, "scan", compute.precision, 0, 1)
-        self._engine: Engine | None = None
+        self.model, self.precision = model, compute.precision
+        self._params: Params = _prepare(model.params, compute.precision.compute)
+        self.engine = Engine(
+            model.config, self._params, model.stop_ids, compute.precision, compute.engine_shape
+        )
+        self._prefixes: dict[tuple[int, ...], Prefix] = {}
 
-    def nll(self, rows: Sequence[tuple[str, Rendered]]) -> tuple[np.ndarray, np.ndarray]:
+    def nll(
+        self, rows: Sequence[tuple[str, Rendered]], opening: Opening | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(nll [n] in nats, supervised tokens [n]) of rendered texts with their ids.
 
         Raises:
           HumpbackError: a text is longer than the model's window.
         """
-        window = self.model.config.max_position_embeddings
+        config = self.model.config
+        window = config.max_position_embeddings
         tokenized = tokenize_batch(self.model.tokenizer, rows, window, "error")
         examples = [TrainingExample(e.id, e.ids, e.mask) for e in tokenized.examples]
-        return sequence_nll(self._spec, self._params, examples)
+        prefix = self._prefix(opening)
+        return sequence_nll(config, self._params, examples, self.precision, prefix=prefix)
 
     def next_token_log_probs(
-        self, prompts: Sequence[tuple[str, str]], ids: Sequence[int]
+        self,
+        prompts: Sequence[tuple[str, str]],
+        ids: Sequence[int],
+        opening: Opening | None = None,
     ) -> np.ndarray:
-        """log p(token | prompt) [prompts, ids], for each (record id, prompt).
+        """log p(token | prompt) float64 [prompts, ids], for each (record id, prompt).
 
         Raises:
           HumpbackError: a prompt is longer than the model's window.
         """
         window = self.model.config.max_position_embeddings
-        encoded = []
+        queries = []
         for record_id, text in prompts:
             tokens = np.array(self.model.tokenizer.encode(text), np.int32)
             if len(tokens) > window:
@@ -68,8 +85,15 @@ class Inference:
                     f"record {record_id}: the prompt has {len(tokens)} tokens, the model's window "
                     f"holds {window}. Shorten the record."
                 )
-            encoded.append(tokens)
-        return next_token_log_probs(self._spec, self._params, encoded, np.array(ids, np.int32))
+            queries.append(next_token(f"record {record_id}", tokens, ids))
+        found = log_probs(
+            self.model.config,
+            self._params,
+            queries,
+            self.precision,
+            prefix=self._prefix(opening),
+        )
+        return np.array(found, np.float64).reshape(len(prompts), len(ids))
 
     def generate(
         self,
@@ -79,31 +103,73 @@ class Inference:
         seed: int,
         stage: str,
         draw: int = 0,
+        opening: Opening | None = None,
     ) -> list[Generation]:
         """Draws one text for each (record id, prompt); keyed by (seed, stage, id, draw)."""
-        if self._engine is None:
-            self._engine = Engine(
-                self.model.config,
-                self._params,
-                self.model.stop_ids,
-                self.compute.precision,
-                self.compute.batch_size,
-            )
-        tokenizer = self.model.tokenizer
-        requests = [
-            Request(
-                record_id,
-                np.array(tokenizer.encode(text), np.int32),
-                record_key(seed, stage, record_id, draw),
-            )
+        keyed = (
+            (record_id, text, record_key(seed, stage, record_id, draw))
             for record_id, text in prompts
-        ]
-        return [
-            Generation(
-                tokenizer.decode(done.tokens.tolist()).strip(),
-                len(done.tokens),
-                done.logprob,
-                done.finish_reason,
+        )
+        drawn = dict(self.stream(keyed, decoding, opening))
+        return [drawn[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Iterable[tuple[str, str, np.ndarray]],
+        decoding: Decoding,
+        opening: Opening | None = None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """(place in `prompts`, text) as texts end, of (record id, prompt, key) read as needed."""
+        tokenizer, stops = self.model.tokenizer, decoding.stop_strings
+        cut = (lambda tokens: _first_stop(tokenizer, tokens, stops)) if stops else None
+        requests = (
+            Request(name, np.array(tokenizer.encode(text), np.int32), key, decoding, cut)
+            for name, text, key in prompts
+        )
+        for index, done in self.engine.stream(requests, self._prefix(opening)):
+            yield index, _generation(tokenizer, done, stops)
+
+    def _prefix(self, opening: Opening | None) -> Prefix:
+        """What a prompt begins with, by its template alone: never by the rows of a job."""
+        encode = self.model.tokenizer.encode
+        texts = [encode(opening(text)) for text in FILLERS] if opening else []
+        columns = itertools.takewhile(
+            lambda column: len(set(column)) == 1, zip(*texts, strict=False)
+        )
+        tokens = tuple(column[0] for column in columns)
+        if tokens not in self._prefixes:
+            self._prefixes[tokens] = compute_prefix(
+                self.model.config, self._params, tokens, self.precision
             )
-            for done in self._engine.generate(requests, decoding)
-        ]
+        return self._prefixes[tokens]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _prepare(params: Params, compute: str) -> Params:
+    """Layers apart; kernels in the products' format, norms and biases in their own."""
+    apart = unstack_layers(params)
+    return jax.tree.map(lambda x: x.astype(compute) if x.ndim > 1 else x, apart)
+
+
+def _first_stop(tokenizer: Tokenizer, tokens: list[int], stops: Sequence[str]) -> int | None:
+    """The fewest tokens whose text contains one of `stops`, if all of them do."""
+
+    def stopped(count: int) -> bool:
+        text = tokenizer.decode(tokens[:count])
+        return any(stop in text for stop in stops)
+
+    if not stopped(len(tokens)):
+        return None
+    return next(count for count in range(1, len(tokens) + 1) if stopped(count))
+
+
+def _generation(tokenizer: Tokenizer, done: Completion, stops: Sequence[str]) -> Generation:
+    text = tokenizer.decode(done.tokens.tolist())
+    ends = [text.index(stop) for stop in stops if stop in text]
+    return Generation(
+        text[: min(ends, default=len(text))].strip(),
+        len(done.tokens),
+        done.logprob,
+        done.finish_reason,
+        tuple(done.logprobs.tolist()),
+    )

@@ -14,6 +14,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.linear import Precision
 from humpback_jax.records import Example
 from humpback_jax.run_view import RunView, round_of, short_name
+from humpback_jax.sampling.engine import Shape
 from humpback_jax.training.packing import BatchOrder
 
 
@@ -43,7 +44,7 @@ def batches(run: RunView, model: str) -> list[list[str]]:
     ids = [row["id"] for row in run.training_data(model)]
     # The fields that change no result are not stored; their defaults do as well.
     section = ConfigDict({**train_section(), **fields["train"]}, convert_dict=True)
-    spec = train_spec(section, Compute(Precision(), "scan", 1), fields["seed"], len(ids))
+    spec = train_spec(section, Compute(Precision(), "scan", Shape()), fields["seed"], len(ids))
     order = BatchOrder(ids, spec.batch_examples, spec.seed)
     return [[ids[index] for index in order.indices(step)] for step in range(spec.steps)]
 

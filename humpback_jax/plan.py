@@ -16,7 +16,7 @@ import numpy as np
 from humpback_jax.artifacts import Row
 from humpback_jax.loop import prepare
 from humpback_jax.records import Example, Message, Segment, stable_id
-from humpback_jax.sampling.likelihood import ROW_TOKENS, ROWS, sequence_nll
+from humpback_jax.sampling.likelihood import WIDTHS, sequence_nll
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import choose, rubric_decoding
@@ -25,7 +25,6 @@ from humpback_jax.stages.train import Direction, render, train_spec
 from humpback_jax.text.template import Rendered, Tags
 from humpback_jax.text.tokenize import tokenize_batch
 from humpback_jax.training.packing import BatchOrder, TrainingExample, plan_packing
-from humpback_jax.training.step import StepSpec
 
 # Cost of a trained and of a decoded token in forward passes of one token. Arithmetic gives 3 for
 # training; on a CPU the optimizer and the element-wise work, bound by memory, come on top. Decoding
@@ -109,14 +108,14 @@ def forward_seconds(context: Context) -> float:
     width = min(PROBE_TOKENS, model.config.max_position_embeddings - 1)
     ids = np.arange(width + 1, dtype=np.int32) % model.config.vocab_size
     mask = np.arange(width + 1) >= width // 2
-    count = ROWS * ROW_TOKENS[-1] // width
+    count = WIDTHS[-1] // width
     examples = [TrainingExample(str(index), ids, mask) for index in range(count)]
-    spec = StepSpec(model.config, "scan", context.compute.precision, 0, 1)
+    precision = context.compute.precision
     params = jax.tree.map(jax.numpy.asarray, model.params)
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        sequence_nll(spec, params, examples)
+        sequence_nll(model.config, params, examples, precision, layout="scan")
         times.append(time.perf_counter() - started)
     return min(times[1:]) / (count * width)
 
@@ -243,10 +242,9 @@ class _Planner:
         return self._generation(name, prompts, section.answer_tokens)
 
     def _generation(self, name: str, prompts: Sequence[str], new: int) -> StagePlan:
-        """Rows are decoded in full batches: empty places cost as much as others."""
+        """Slots that stay empty for want of rows cost as much as others."""
         read = sum(self._length(prompt) for prompt in prompts)
-        size = self.config.compute.batch_size
-        places = -(-len(prompts) // size) * size * new
+        places = max(len(prompts), self.config.compute.batch_size) * new
         tokens = read + len(prompts) * new
         return StagePlan(
             name, len(prompts), tokens, read + self.decode_factor * places, expected=True

@@ -190,6 +190,7 @@ class _Verifier:
             seed=self.run.entries[name]["fields"]["seed"],
             stage="augment",
             draw=rows[0]["draw"],
+            opening=template.backward_prompt,
         )
         problems = []
         for row, new in zip(rows, drawn, strict=True):

@@ -84,7 +84,7 @@ def test_pmi_is_what_transformers_computes_by_hand():
 def test_no_judge_scores_the_same_text_twice(monkeypatch):
     rows: list[str] = []
     nll = judge().nll
-    monkeypatch.setattr(judge(), "nll", lambda r: rows.extend(n for n, _ in r) or nll(r))
+    monkeypatch.setattr(judge(), "nll", lambda r, o: rows.extend(n for n, _ in r) or nll(r, o))
     scored = Scored()
     first = rate("pmi", judge(), PAIRS, DECODING, 0, scored)
     assert len(rows) == len(PAIRS) + len({pair.response for pair in PAIRS})
@@ -144,7 +144,7 @@ class FakeJudge:
     def __init__(self, log_probs: Any = None, texts: Sequence[Generation] = ()) -> None:
         self.model, self.log_probs, self.texts = judge().model, log_probs, list(texts)
 
-    def next_token_log_probs(self, prompts: Sequence[str], ids: Sequence[int]) -> np.ndarray:
+    def next_token_log_probs(self, prompts: Any, ids: Any, opening: Any) -> np.ndarray:
         return np.array(self.log_probs, float)
 
     def generate(self, prompts: Any, decoding: Any, **_: Any) -> list[Generation]:

@@ -25,12 +25,12 @@ from pathlib import Path
 from humpback_jax.checkpoint import ResumeFolder, load_params, save_params
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.models import load_checkpoint, load_model, save_checkpoint
-from humpback_jax.sampling.engine import Engine, Request
+from humpback_jax.model.llama import unstack_layers
+from humpback_jax.sampling.engine import Engine, Request, Shape
 from humpback_jax.sampling.likelihood import sequence_nll
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.model.linear import Precision
 from humpback_jax.training.packing import TrainingExample
-from humpback_jax.training.step import StepSpec
 from humpback_jax.training.trainer import TrainSpec, train
 from humpback_jax.weights.safetensors_io import load_hf, save_hf
 
@@ -41,10 +41,11 @@ ids = np.array(model.tokenizer.encode(prompt), np.int32)
 example = TrainingExample("a", ids, np.arange(len(ids)) > 3)
 spec = TrainSpec(1, 1, 128, lora=lora_spec(2, 4, 0.0, ("q",)), layout="unrolled", resume_every=1)
 trained = train(model.config, model.params, [example], spec, resume=ResumeFolder(folder / "r"))
-step = StepSpec(model.config, "scan", Precision(), 0, 1)
-sequence_nll(step, trained.params, [example])
-engine = Engine(model.config, trained.params, model.stop_ids, batch_size=2)
-engine.generate([Request("a", ids, record_key(0, "s", "a", 0))], Decoding(max_new_tokens=2))
+params = unstack_layers(trained.params)
+sequence_nll(model.config, params, [example], Precision())
+engine = Engine(model.config, params, model.stop_ids, shape=Shape(2))
+key = record_key(0, "s", "a", 0)
+engine.generate([Request("a", ids, key, Decoding(max_new_tokens=2))])
 save_checkpoint(folder / "ours", model, {})
 load_checkpoint(folder / "ours")
 save_hf(folder / "hf", model.config, trained.params)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -24,13 +26,20 @@ from tiny_llama import (
 )
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.model.llama import unstack_layers
+from humpback_jax.model.llama import init_params, unstack_layers
 from humpback_jax.sampling import likelihood
-from humpback_jax.sampling.likelihood import next_token_log_probs, sequence_nll
+from humpback_jax.sampling.likelihood import (
+    WIDTHS,
+    continuations,
+    log_probs,
+    next_token,
+    sequence_nll,
+    supervised_tokens,
+)
+from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.training.packing import TrainingExample
-from humpback_jax.training.step import StepSpec
 
-WIDTH = likelihood.LENGTH_CLASSES[0]
+WIDTH = WIDTHS[0]
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
@@ -41,13 +50,15 @@ def model_of(dynamic: bool = False):
     return model, *from_torch(model)
 
 
-def spec_of(config) -> StepSpec:
-    return StepSpec(config, "scan", FLOAT32, max_targets=0, num_sources=1)
-
-
 def score(examples, dynamic: bool = False):
     _, config, params = model_of(dynamic)
-    return sequence_nll(spec_of(config), params, examples)
+    return sequence_nll(config, params, examples, FLOAT32, layout="scan")
+
+
+def ask(queries, head=()):
+    _, config, params = model_of()
+    prefix = compute_prefix(config, params, head, FLOAT32, "scan")
+    return log_probs(config, params, queries, FLOAT32, layout="scan", prefix=prefix)
 
 
 def reset_rope(model) -> None:
@@ -86,11 +97,13 @@ def test_nothing_supervised_is_zero_of_zero_not_an_average() -> None:
 @settings(max_examples=15)
 @given(order=st.permutations(range(16)), count=st.integers(1, 16))
 def test_a_score_does_not_depend_on_the_order_or_on_the_examples_beside_it(order, count) -> None:
+    """To the last bit, wherever a text comes to stand in a row."""
     examples = random_examples(16, longest=100)
     together = _scores_together()
     chosen = order[:count]
-    nll, _ = score([examples[i] for i in chosen])
-    assert nll == pytest.approx([together[i] for i in chosen], rel=1e-5)
+    # Enough of them for the same program.
+    nll, _ = score([*[examples[i] for i in chosen], *random_examples(20, 90, 80, seed=9)])
+    assert nll[:count].tolist() == [together[i] for i in chosen]
 
 
 @functools.cache
@@ -98,12 +111,11 @@ def _scores_together() -> tuple[float, ...]:
     return tuple(score(random_examples(16, longest=100))[0])
 
 
-def test_the_same_packing_gives_the_same_bits() -> None:
-    """Lengths that pack in one way only, whatever the order: nothing is left to rounding."""
-    examples = [e for n in (100, 80, 60, 40) for e in random_examples(1, n, n, seed=n)]
-    first, _ = score(examples)
-    assert np.array_equal(score(examples)[0], first)
-    assert np.array_equal(score(examples[::-1])[0][::-1], first)
+def test_the_program_for_little_work_gives_the_scores_of_the_one_for_much() -> None:
+    examples = random_examples(16, longest=100)
+    few, _ = score(examples[:2])
+    assert sum(e.length for e in examples[:2]) <= WIDTH < sum(e.length for e in examples)
+    assert few == pytest.approx(_scores_together()[:2], rel=1e-6)
 
 
 def test_sequences_beyond_the_trained_length_are_scored_as_if_alone() -> None:
@@ -121,22 +133,19 @@ def test_sequences_beyond_the_trained_length_are_scored_as_if_alone() -> None:
 def test_layouts_agree() -> None:
     _, config, params = model_of()
     examples = random_examples(5)
-    unrolled = dataclasses.replace(spec_of(config), layout="unrolled")
-    other, _ = sequence_nll(unrolled, unstack_layers(params), examples)
+    other, _ = sequence_nll(config, unstack_layers(params), examples, FLOAT32)
     assert other == pytest.approx(score(examples)[0], rel=1e-6)
 
 
 @settings(max_examples=8)
 @given(st.permutations(range(11)), st.integers(1, 11))
 def test_next_token_log_probs_equal_torch_beside_any_neighbours(order, count) -> None:
-    _, config, params = model_of()
     lengths = [1, 2, 9, 9, 30, 64, 100, 150, WIDTH, WIDTH + 1, 17]
-    prompts = [random_tokens(n, seed=n) for n in lengths]
-    tokens = np.array([3, 77, 3, 127], np.int32)
-    chosen = [prompts[i] for i in order[:count]]
-    ours = next_token_log_probs(spec_of(config), params, chosen, tokens)
+    tokens = (3, 77, 3, 127)
+    queries = [next_token("p", random_tokens(lengths[i], seed=lengths[i]), tokens) for i in order]
+    ours = np.array(ask(queries[:count]))
     assert ours.shape == (count, 4)
-    expected = _expected_next(tuple(lengths), tuple(tokens))
+    expected = _expected_next(tuple(lengths), tokens)
     assert np.abs(ours - expected[list(order[:count])]).max() < 1e-4
 
 
@@ -150,31 +159,74 @@ def _expected_next(lengths, tokens) -> np.ndarray:
     return np.stack(rows)
 
 
-def test_many_short_prompts_in_one_row_keep_their_own_results() -> None:
-    """More prompts than `PROMPTS_PER_ROW` fit one row."""
-    _, config, params = model_of()
-    count = 3 * likelihood.PROMPTS_PER_ROW
-    prompts = [random_tokens(2, seed=seed) for seed in range(count)]
-    tokens = np.array([1, 2], np.int32)
-    together = next_token_log_probs(spec_of(config), params, prompts, tokens)
-    for index in (0, 7, 8, count - 1):
-        alone = next_token_log_probs(spec_of(config), params, [prompts[index]], tokens)
-        assert together[index] == pytest.approx(alone[0], rel=1e-5)
+@settings(max_examples=10)
+@given(st.integers(1, 120), st.lists(st.integers(1, 40), min_size=1, max_size=6), st.booleans())
+def test_continuations_of_one_prompt_are_scored_as_if_each_stood_alone(start, sizes, head) -> None:
+    """Multiple choice: the prompt is computed once, and no choice sees another one."""
+    prompt = random_tokens(start, seed=start)
+    texts = [random_tokens(n, seed=100 + i) for i, n in enumerate(sizes)]
+    query = continuations("q", prompt, texts)
+    assert len(query.tokens) == start + sum(n - 1 for n in sizes)
+    others = [supervised_tokens(e) for e in random_examples(3, longest=60)]
+    [found] = ask([query], prompt[: start // 2].tolist() if head else ())
+    assert found == pytest.approx(ask([*others, query])[-1], abs=1e-5)
+    split = np.split(found, np.cumsum(sizes)[:-1])
+    for text, mine in zip(texts, split, strict=True):
+        whole = np.concatenate([prompt, text])
+        alone = TrainingExample("a", whole, np.arange(len(whole)) >= start)
+        with torch.no_grad():
+            assert -mine.sum() == pytest.approx(float(torch_nll(model_of()[0], [alone])[0]), 1e-4)
+
+
+def test_a_prefix_changes_no_score_and_is_shared_by_the_texts_that_begin_with_it() -> None:
+    head = random_tokens(70, seed=5)
+    examples = random_examples(12, longest=90)
+    longer = [
+        TrainingExample(e.id, np.concatenate([head, e.ids]), np.concatenate([head < 0, e.mask]))
+        for e in examples
+    ]
+    queries = [supervised_tokens(e) for e in [*longer[:8], *examples[8:]]]
+    for one, other in zip(ask(queries), ask(queries, head.tolist()), strict=True):
+        assert one == pytest.approx(other, abs=2e-5)
+
+
+def test_a_target_inside_the_prefix_is_scored_too() -> None:
+    """A text that asks about its first tokens must not have them skipped."""
+    ids = random_tokens(40)
+    query = supervised_tokens(TrainingExample("a", ids, np.arange(40) >= 3))
+    assert ask([query], ids[:20].tolist())[0] == pytest.approx(ask([query])[0], abs=1e-5)
+
+
+def test_more_targets_than_places_are_all_answered() -> None:
+    """128 tokens after each of a few short prompts."""
+    prompts = [random_tokens(3, seed=seed) for seed in range(5)]
+    found = np.array(ask([next_token("p", prompt, range(128)) for prompt in prompts]))
+    assert np.abs(np.exp(found.astype(np.float64)).sum(axis=1) - 1).max() < 1e-5
+
+
+def test_no_array_of_tokens_times_vocabulary_is_held() -> None:
+    """At 128k tokens of vocabulary, 2,048 places would take a gigabyte."""
+    vocab = likelihood.VOCABULARY * 2 + 77
+    config = dataclasses.replace(model_of()[1], vocab_size=vocab)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), layout="unrolled"))
+    prefix = jax.eval_shape(lambda: compute_prefix(config, params, (), FLOAT32).arrays)
+    query = next_token("p", random_tokens(5), [1])
+    batch = likelihood._lay_out([query], [0], [0], WIDTHS[1])
+    text = likelihood._program(config, FLOAT32, "unrolled", None).lower(params, prefix, batch)
+    shapes = re.findall(r"tensor<((?:\d+x)+)[a-z]", text.as_text())
+    largest = max(np.prod([int(n) for n in shape.rstrip("x").split("x")]) for shape in shapes)
+    assert largest < WIDTHS[1] * vocab // 4
+    assert largest >= vocab * config.hidden_size, "the regular expression finds the embedding"
 
 
 def test_an_empty_prompt_is_an_error_not_the_neighbour_s_answer() -> None:
-    _, config, params = model_of()
-    prompts = [random_tokens(5), np.zeros(0, np.int32)]
-    with pytest.raises(HumpbackError, match="prompt 1"):
-        next_token_log_probs(spec_of(config), params, prompts, np.array([1], np.int32))
+    queries = [next_token("full", random_tokens(5), [1]), next_token("void", random_tokens(0), [1])]
+    with pytest.raises(HumpbackError, match="void is empty"):
+        ask(queries)
 
 
 def test_a_broken_model_is_an_error_that_names_the_example_not_a_score() -> None:
     _, config, params = model_of()
     broken = {**params, "norm": {"scale": np.full_like(params["norm"]["scale"], np.nan)}}
     with pytest.raises(HumpbackError, match="row-0"):
-        sequence_nll(spec_of(config), broken, random_examples(1))
-    with pytest.raises(HumpbackError, match="prompt 0"):
-        next_token_log_probs(
-            spec_of(config), broken, [random_tokens(4)], np.array([1, 2], np.int32)
-        )
+        sequence_nll(config, broken, random_examples(1), FLOAT32, layout="scan")

@@ -12,25 +12,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.sampling import sampler
 from humpback_jax.sampling.sampler import (
+    STOP_IDS,
+    Controls,
     Decoding,
+    controls_of,
     draw_tokens,
     record_key,
     truncated_probabilities,
 )
 
 VOCAB = 40
-draw = jax.jit(draw_tokens, static_argnums=3)
+draw_rows = jax.jit(draw_tokens)
 few_values = st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.25, 2.0])  # so that ties are common
 any_logits = st.floats(-20, 20, width=32)
 logit_rows = hnp.arrays(np.float32, (4, VOCAB), elements=few_values | any_logits)
+
+
+def controls(count: int, decoding: Decoding) -> Controls:
+    return controls_of([decoding] * count, _keys(count), [])
+
+
+def draw(logits, keys, positions, decoding: Decoding):
+    """Rows that all draw in one way, and contain nothing so far."""
+    how = controls_of([decoding] * len(keys), keys, [])
+    return draw_rows(logits, np.zeros(logits.shape, bool), positions, how)
 
 
 def kept_by_sorting(weights: np.ndarray, measure: np.ndarray, wanted: float) -> np.ndarray:
@@ -58,8 +79,7 @@ def test_bisection_keeps_what_sorting_keeps(weights, share, count) -> None:
     kept = np.asarray(jax.jit(sampler._keep_largest)(weights, measure, wanted))
     for row in range(4):
         expected = kept_by_sorting(weights[row], measure[row], wanted[row])
-        if wanted[row] > 0:
-            assert np.array_equal(kept[row], expected)
+        assert np.array_equal(kept[row], expected if wanted[row] > 0 else weights[row])
 
 
 TRUNCATIONS = [
@@ -76,10 +96,10 @@ TRUNCATIONS = [
 @functools.cache
 def _truncation(decoding: Decoding):
     """Jitted logits -> (weights before truncation, after), of one program: equal to the bit."""
-    whole = dataclasses.replace(decoding, top_p=1.0, top_k=0)
-    return jax.jit(
-        lambda x: (truncated_probabilities(x, whole), truncated_probabilities(x, decoding))
+    whole, cut = (
+        controls(4, each) for each in (dataclasses.replace(decoding, top_p=1.0, top_k=0), decoding)
     )
+    return jax.jit(lambda x: (truncated_probabilities(x, whole), truncated_probabilities(x, cut)))
 
 
 @settings(max_examples=30)
@@ -128,7 +148,8 @@ def test_drawn_tokens_follow_the_exact_distribution(decoding, vocab) -> None:
     many = jnp.broadcast_to(logits, (draws, vocab))
     positions = np.zeros(draws, np.int32)
     tokens, logprobs = draw(many, _keys(draws), positions, decoding)
-    weights = np.asarray(truncated_probabilities(logits[None], decoding), np.float64)[0]
+    weights = np.asarray(truncated_probabilities(logits[None], controls(1, decoding)), np.float64)
+    weights = weights[0]
     expected = weights / weights.sum() * draws
     observed = np.bincount(np.asarray(tokens), minlength=vocab)
     assert observed[expected == 0].sum() == 0
@@ -230,9 +251,79 @@ def test_the_draw_does_not_depend_on_the_process_s_default_random_generator() ->
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"max_new_tokens": 0}],
+    [
+        {"temperature": -0.1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"stop_strings": ("",)},
+    ],
     ids=str,
 )
 def test_a_decoding_setting_out_of_range_is_refused(wrong) -> None:
     with pytest.raises(HumpbackError, match=next(iter(wrong))):
         Decoding(**wrong)
+
+
+MIXTURE = [
+    Decoding(0.0),
+    Decoding(0.0, repetition_penalty=1.3),
+    Decoding(1.0, 1.0),
+    Decoding(0.7, 0.9),
+    Decoding(1.2, 1.0, 5),
+    Decoding(0.9, 0.95, 20, min_p=0.1, repetition_penalty=1.2),
+    Decoding(1.0, 1.0, min_p=0.3),
+]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sampled_from(MIXTURE), min_size=1, max_size=6), st.integers(0, 100))
+def test_a_row_s_draw_does_not_depend_on_how_its_neighbours_draw(decodings, seed) -> None:
+    """Truncations run where some row asks for them; the other rows must not notice."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, 2, (6, 300)).astype(np.float32)
+    seen, positions = generator.random((6, 300)) < 0.2, np.arange(6, dtype=np.int32)
+    decodings = (decodings * 6)[:6]
+    together = draw_rows(logits, seen, positions, controls_of(decodings, _keys(6), []))
+    for row, decoding in enumerate(decodings):
+        alone = draw_rows(logits, seen, positions, controls_of([decoding] * 6, _keys(6), []))
+        assert (together[0][row], together[1][row]) == (alone[0][row], alone[1][row])
+
+
+@pytest.mark.parametrize("decoding", MIXTURE[1:], ids=str)
+def test_what_may_be_drawn_is_what_transformers_keeps(decoding) -> None:
+    """Penalty, temperature, top-k, top-p and min-p, in this order, by independent code."""
+    generator = np.random.default_rng(3)
+    logits = generator.normal(0, 2, (5, 200)).astype(np.float32)
+    text = generator.integers(0, 200, (5, 30))
+    seen = np.zeros((5, 200), bool)
+    np.put_along_axis(seen, text, True, axis=1)
+    steps: list = [RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty)]
+    if decoding.temperature:
+        steps += [TemperatureLogitsWarper(decoding.temperature)]
+        steps += [TopKLogitsWarper(decoding.top_k)] if decoding.top_k else []
+        steps += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
+        steps += [MinPLogitsWarper(decoding.min_p)]
+    theirs = torch.tensor(logits)
+    for step in steps:
+        theirs = step(torch.tensor(text), theirs)
+    how = controls(5, decoding)
+    adjusted = sampler._penalised(jnp.asarray(logits), jnp.asarray(seen), how)
+    if not decoding.temperature:
+        tokens, _ = draw_rows(logits, seen, np.zeros(5, np.int32), how)
+        assert np.array_equal(tokens, theirs.argmax(-1))
+        return
+    weights = np.asarray(truncated_probabilities(adjusted, how), np.float64)
+    expected = torch.softmax(theirs.double(), -1).numpy()
+    assert np.array_equal(weights > 0, expected > 0)
+    assert np.abs(weights / weights.sum(-1, keepdims=True) - expected).max() < 1e-5
+
+
+def test_more_stop_tokens_than_a_row_can_have_are_refused_and_not_forgotten() -> None:
+    many = Decoding(stop_ids=tuple(range(STOP_IDS)))
+    assert set(controls_of([many], _keys(1), [3]).stop_ids[0].tolist()) == set(range(STOP_IDS))
+    with pytest.raises(HumpbackError, match="stop tokens"):
+        controls_of([many], _keys(1), [STOP_IDS])

@@ -27,7 +27,6 @@ from humpback_jax.model.lora import lora_spec
 from humpback_jax.sampling.likelihood import sequence_nll
 from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
 from humpback_jax.training.packing import BatchOrder, TrainingExample
-from humpback_jax.training.step import StepSpec
 from humpback_jax.training.trainer import (
     Trained,
     TrainSpec,
@@ -285,8 +284,7 @@ def test_validation_rows_come_every_n_steps_and_change_nothing() -> None:
     trained = run(spec, validation=validation)
     rows = [row for row in trained.history if "validation_nll" in row]
     assert [row["step"] for row in rows] == [2, 4, 6]
-    step = StepSpec(base()[0], "scan", spec.precision, 0, 1)
-    nll, counts = sequence_nll(step, trained.params, validation)
+    nll, counts = sequence_nll(base()[0], trained.params, validation, spec.precision, layout="scan")
     assert rows[-1]["validation_nll"] == pytest.approx(nll.sum() / counts.sum(), rel=1e-6)
     assert rows[-1]["validation_nll"] != rows[0]["validation_nll"]
     assert trees_equal(run(dataclasses.replace(spec, eval_every=0)).params, trained.params)

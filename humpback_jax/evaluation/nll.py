@@ -17,7 +17,7 @@ def response_nll(
     """(nll [n] in nats, tokens [n]) of each conversation's assistant turns, EOS included."""
     template = reader.model.template
     rows = [(e.id, template.forward(_messages(e), tags)) for e in examples]
-    return reader.nll(rows)
+    return reader.nll(rows, template.question)
 
 
 def instruction_nll(
@@ -26,7 +26,7 @@ def instruction_nll(
     """(nll, tokens) of each pair's instruction given its response, for M_yx."""
     template = reader.model.template
     rows = [(e.id, template.backward(e.response, e.instruction)) for e in examples]
-    return reader.nll(rows)
+    return reader.nll(rows, template.backward_prompt)
 
 
 def _messages(example: Example) -> list[dict[str, str]]:

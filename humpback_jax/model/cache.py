@@ -1,64 +1,188 @@
-"""The key/value cache of decoding: one pair of arrays a layer, at KV-head size."""
+"""The key/value cache of decoding: arrays at KV-head size, a few for each layer."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from humpback_jax.model.attention import MASKED, grouped_attention
+from humpback_jax.model.blockwise import Partial, Shared, by_group
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Attend, Cache
 
 
 class LayerCache(NamedTuple):
-    """Keys (already rotated) and values of one layer, both [B, G, S, K]."""
+    """Keys (already rotated) and values of one layer, for B slots of S places.
 
-    keys: jax.Array
-    values: jax.Array
+    The places are cut into pieces, of S_0, S_1, ... places, each an array of its own: pieces that
+    no row has reached are skipped, and skipping needs no copy.
 
-
-def cache_bytes(config: LlamaConfig, rows: int, length: int, dtype: str) -> int:
-    """Size of the whole cache: 2 * layers * rows * G * S * K elements."""
-    width = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * rows * width * length * jnp.dtype(dtype).itemsize
-
-
-def prefill_attention(lengths: jax.Array, precision: Precision) -> Attend:
-    """Causal attention over right-padded prompts; creates the layer's cache, as long as they are.
-
-    Args:
-      lengths: int32 [B]; places from there on are padding.
+    keys: each [B, G, K, S_i], so that scores are plain matrix products.
+    values: each [B, G, S_i, K].
     """
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Cache) -> tuple[jax.Array, Cache]:
-        width = q.shape[1]
-        place = jnp.arange(width)
-        visible = (place[:, None] >= place[None, :])[None] & (place < lengths[:, None])[:, None, :]
-        cache = LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        return grouped_attention(q, k, v, visible, precision), cache
-
-    return attend
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
 
 
-def decode_attention(positions: jax.Array, precision: Precision) -> Attend:
-    """One new token a row, written at its own position [B] and attending to all up to it."""
+PIECES = (128, 128, 256, 256, 256, 512, 512, 1024, 1024)  # then 2048 each
+
+
+def capacities(window: int) -> list[int]:
+    """The numbers of places that a slot can have, ascending; the last one holds the window."""
+    sizes: list[int] = []
+    while not sizes or sizes[-1] < window:
+        piece = PIECES[len(sizes)] if len(sizes) < len(PIECES) else 2048
+        sizes.append((sizes[-1] if sizes else 0) + piece)
+    return sizes
+
+
+def empty_cache(config: LlamaConfig, rows: int, capacity: int, dtype: str) -> list[LayerCache]:
+    """A cache without content for each layer; `capacity` is one of `capacities`."""
+    ends = [size for size in capacities(capacity) if size <= capacity]
+    groups, width = config.num_key_value_heads, config.head_dim
+    caches = []
+    for _ in range(config.num_hidden_layers):
+        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        keys = tuple(jnp.zeros((rows, groups, width, size), dtype) for size in sizes)
+        values = tuple(jnp.zeros((rows, groups, size, width), dtype) for size in sizes)
+        caches.append(LayerCache(keys, values))
+    return caches
+
+
+def cache_bytes(config: LlamaConfig, rows: int, capacity: int, dtype: str) -> int:
+    """Size of the whole cache: 2 * layers * rows * G * S * K elements."""
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * rows * width * capacity * jnp.dtype(dtype).itemsize
+
+
+def chunk_attention(
+    slots: jax.Array, shared_counts: jax.Array, starts: jax.Array, precision: Precision
+) -> Attend:
+    """Prefill: chunks of prompts, each written into its slot's cache, attend up to themselves.
+
+    Several chunks of one prompt may stand in one call: all keys are written before any is read.
+    Each layer's cache is a pair (LayerCache, Shared).
+
+    Args:
+      slots: int32 [R], the slot of each chunk.
+      shared_counts: int32 [R], how many of the shared keys stand before the prompt's own.
+      starts: int32 [R], the place in the slot where the chunk begins, a multiple of its width; the
+        width divides the size of every piece of the cache.
+    """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        rows, _, heads, width = q.shape
-        groups = k.shape[2]
-        index = jnp.arange(rows)
-        keys = cache.keys.at[index, :, positions].set(k[:, 0].astype(cache.keys.dtype))
-        values = cache.values.at[index, :, positions].set(v[:, 0].astype(cache.values.dtype))
-        query = q.reshape(rows, groups, heads // groups, width).astype(keys.dtype)
-        scores = jnp.einsum("bgrk,bgsk->bgrs", query, keys, preferred_element_type="float32")
-        visible = jnp.arange(keys.shape[2]) <= positions[:, None]
-        scores = jnp.where(visible[:, None, None], scores * width**-0.5, MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        context = jnp.einsum("bgrs,bgsk->bgrk", weights, values, preferred_element_type="float32")
-        context = context.reshape(rows, 1, heads, width).astype(precision.activations)
-        return context, LayerCache(keys, values)
+        own, shared = cache
+        width = q.shape[1]
+        own = _write_chunks(own, k, v, slots, starts)
+        queries = by_group(q, k.shape[2], own.keys[0].dtype)
+        place = starts[:, None] + jnp.arange(width)
+        reached = starts.max() + width
+
+        def rows(piece: jax.Array) -> jax.Array:
+            return jnp.take(piece, slots, axis=0)
+
+        partial = _meet_all(queries, own, shared, shared_counts, place, reached, rows)
+        return partial.finish(width).astype(precision.activations), (own, shared)
 
     return attend
+
+
+def decode_attention(
+    places: jax.Array, shared_counts: jax.Array, live: jax.Array, precision: Precision
+) -> Attend:
+    """Decoding: the next tokens [B, T] of every slot, T = 1, or more where drafts are checked.
+
+    Each layer's cache is a pair (LayerCache, Shared).
+
+    Args:
+      places: int32 [B], the place of each slot's first new token. Tokens at places that the cache
+        does not have are not written.
+      shared_counts: int32 [B], as in `chunk_attention`.
+      live: bool [B]; other slots are computed too, but make nobody read further than need be.
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        own, shared = cache
+        width = q.shape[1]
+        own = _write_tokens(own, k, v, places)
+        queries = by_group(q, k.shape[2], own.keys[0].dtype)
+        place = places[:, None] + jnp.arange(width)
+        reached = jnp.where(live, places, 0).max() + width
+        partial = _meet_all(
+            queries, own, shared, shared_counts, place, reached, lambda piece: piece
+        )
+        return partial.finish(width).astype(precision.activations), (own, shared)
+
+    return attend
+
+
+def _meet_all(
+    queries: jax.Array,
+    own: LayerCache,
+    shared: Shared,
+    shared_counts: jax.Array,
+    place: jax.Array,
+    reached: jax.Array,
+    rows: Callable[[jax.Array], jax.Array],
+) -> Partial:
+    """Queries at `place` [B, T] meet the shared keys, then pieces that start before `reached`."""
+    partial = Partial.empty(queries)
+    if shared.keys.shape[-1]:
+        partial = partial.meet_shared(queries, *shared, shared_counts)
+    start = 0
+    for keys, values in zip(*own, strict=True):
+        visible = start + jnp.arange(values.shape[2]) <= place[:, :, None]
+        meet = functools.partial(_meet_piece, queries, rows, keys, values, visible)
+        if start == 0:
+            partial = meet(partial)
+        else:
+            partial = jax.lax.cond(reached > start, meet, lambda partial: partial, partial)
+        start += values.shape[2]
+    return partial
+
+
+def _meet_piece(
+    queries: jax.Array,
+    rows: Callable[[jax.Array], jax.Array],
+    keys: jax.Array,
+    values: jax.Array,
+    visible: jax.Array,
+    partial: Partial,
+) -> Partial:
+    return partial.meet(queries, rows(keys), rows(values), visible)
+
+
+def _write_chunks(
+    cache: LayerCache, k: jax.Array, v: jax.Array, slots: jax.Array, starts: jax.Array
+) -> LayerCache:
+    """Writes k, v [R, C, G, K] at each chunk's slot and start."""
+    keys, values, begin = [], [], 0
+    for old_keys, old_values in zip(*cache, strict=True):
+        size = old_values.shape[2]
+        inside = (starts >= begin) & (starts < begin + size)
+        # A chunk of another piece is sent to a slot that does not exist, which drops it.
+        slot = jnp.where(inside, slots, old_keys.shape[0])[:, None]
+        place = (starts - begin)[:, None] + jnp.arange(k.shape[1])
+        keys.append(old_keys.at[slot, :, :, place].set(k.astype(old_keys.dtype), mode="drop"))
+        values.append(old_values.at[slot, :, place].set(v.astype(old_values.dtype), mode="drop"))
+        begin += size
+    return LayerCache(tuple(keys), tuple(values))
+
+
+def _write_tokens(cache: LayerCache, k: jax.Array, v: jax.Array, places: jax.Array) -> LayerCache:
+    """Writes k, v [B, T, G, K] at each slot's places from `places` [B] on."""
+    keys, values, begin = [], [], 0
+    slot = jnp.arange(k.shape[0])[:, None]
+    for old_keys, old_values in zip(*cache, strict=True):
+        place = (places - begin)[:, None] + jnp.arange(k.shape[1])
+        # Negative indices would count from the end.
+        place = jnp.where(place < 0, old_values.shape[2], place)
+        keys.append(old_keys.at[slot, :, :, place].set(k.astype(old_keys.dtype), mode="drop"))
+        values.append(old_values.at[slot, :, place].set(v.astype(old_values.dtype), mode="drop"))
+        begin += old_values.shape[2]
+    return LayerCache(tuple(keys), tuple(values))

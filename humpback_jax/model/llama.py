@@ -257,6 +257,17 @@ class Llama(nnx.Module):
             return matmul(hidden, self.embed.embedding[...].T, precision.compute)
         return self.lm_head(hidden, precision)
 
+    def some_logits(
+        self, hidden: jax.Array, first: jax.Array, count: int, precision: Precision
+    ) -> jax.Array:
+        """hidden [..., D] -> float32 [..., count]: the logits of the tokens from `first` on."""
+        if self.config.tie_word_embeddings:
+            table = self.embed.embedding[...]
+            kernel = jax.lax.dynamic_slice_in_dim(table, first, count, 0).T
+        else:
+            kernel = jax.lax.dynamic_slice_in_dim(self.lm_head.kernel[...], first, count, 1)
+        return matmul(hidden, kernel, precision.compute)
+
 
 class Embedding(nnx.Module):
     """Token embeddings [V, D]; also the output projection where the model ties them."""

@@ -1,42 +1,70 @@
-"""Batched text generation: prefill prompts, then decode until every row of the batch has stopped.
+"""Batched generation with full batches: rows leave their slot when they end, the next ones enter.
 
-A row's text depends on its prompt, its key and the program shapes alone. The shapes follow from the
-row's own length: prompts are prefilled in groups of one width, and decoded beside rows of the same
-capacity class; the number of rows of a program never changes, dummy rows fill the last group.
+A row's text depends on its prompt, its key and the engine's shape alone: a prompt is prefilled in
+chunks that begin at its own first token, every product over a batch treats its rows alike, and
+attention skips what nobody can see without a trace (`model/blockwise.py`). Which rows meet in a
+batch, and when, changes nothing.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.cache import capacities
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
-from humpback_jax.model.llama import Params, unstack_layers
+from humpback_jax.model.llama import Params
+from humpback_jax.sampling.prefix import Prefix, compute_prefix
 from humpback_jax.sampling.programs import (
+    Chunks,
+    Drawn,
+    Slots,
     decode_program,
     empty_slots,
-    insert_program,
     prefill_program,
 )
-from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.sampling.sampler import Decoding, controls_of
 
-PREFILL_ROWS = 4
-PROMPT_WIDTHS = (32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 3072, 4096)
-CAPACITIES = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static shapes of an engine's programs.
+
+    Attributes:
+      slots: rows decoded together.
+      chunks, chunk_tokens: a prefill call computes so many pieces of prompts, of so many tokens.
+      steps: tokens drawn before the host looks. refill: rows that end before it looks earlier.
+    """
+
+    slots: int = 32
+    chunks: int = 16
+    chunk_tokens: int = 32
+    steps: int = 16
+    refill: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One draw: `key` is `sampler.record_key(...)`, prompt int32 [n]."""
+    """One draw: `key` is `sampler.record_key(...)`, prompt int32 [n].
+
+    Attributes:
+      cut: called with all tokens drawn so far; says how many of them to keep if the text ends
+        there (stop strings), else None.
+    """
 
     id: str
     prompt: np.ndarray
     key: np.ndarray
+    decoding: Decoding
+    cut: Callable[[list[int]], int | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +73,46 @@ class Completion:
 
     Attributes:
       tokens: int32 [m], without the stop token.
-      logprob: sum over drawn tokens, the stop token included, in nats.
-      finish_reason: "stop" (a stop token was drawn) or "length".
+      logprobs: float32 [m], or [m + 1] with the stop token's, in nats, under the model itself.
+      finish_reason: "stop" (a stop token was drawn, or the text was cut) or "length".
     """
 
     tokens: np.ndarray
-    logprob: float
+    logprobs: np.ndarray
     finish_reason: str
+
+    @property
+    def logprob(self) -> float:
+        """The sum over all drawn tokens, the stop token included."""
+        return float(self.logprobs.astype(np.float64).sum())
+
+
+@dataclasses.dataclass
+class Work:
+    """What an engine has done so far.
+
+    Attributes:
+      prompt_tokens, shared_tokens: prefilled, and taken from the prefix instead.
+      prefilled_places: places of all prefill calls, padding included.
+      new_tokens: drawn. row_steps, live_row_steps: of decode calls while rows were waiting.
+    """
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
+    prefilled_places: int = 0
+    new_tokens: int = 0
+    row_steps: int = 0
+    live_row_steps: int = 0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of row-steps that drew a token, while rows were waiting for a slot."""
+        return self.live_row_steps / self.row_steps if self.row_steps else 1.0
 
 
 class Engine:
-    """Holds a model ready for decoding: weights in the compute dtype, layers unstacked once."""
+    """Holds a model ready for decoding."""
 
     def __init__(
         self,
@@ -63,92 +120,246 @@ class Engine:
         params: Params,
         stop_ids: Sequence[int],
         precision: Precision = Precision(),
-        batch_size: int = 32,
+        shape: Shape = Shape(),
     ) -> None:
-        self.config, self.precision, self.batch_size = config, precision, batch_size
+        """`params` are in layout "unrolled" and, for speed, in `precision.compute`."""
+        self.config, self.precision, self.shape = config, precision, shape
         self.stop_ids = tuple(sorted(set(stop_ids)))
         if not self.stop_ids:
             raise HumpbackError("the model names no end-of-turn token, so text would never stop.")
-        cast = jax.jit(
-            lambda tree: unstack_layers(jax.tree.map(lambda x: x.astype(precision.compute), tree))
-        )
-        self._params = cast(params)
+        self.work = Work()
+        self._params = params
         self._prefill = prefill_program(config, precision)
+        self._decode = decode_program(config, precision, shape.steps)
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
-        """Completions in the order of `requests`.
+    def generate(
+        self, requests: Sequence[Request], prefix: Prefix | None = None
+    ) -> list[Completion]:
+        """Completions in the order of `requests`; see `stream`."""
+        results: dict[int, Completion] = dict(self.stream(requests, prefix))
+        return [results[index] for index in range(len(requests))]
+
+    def stream(
+        self, requests: Iterable[Request], prefix: Prefix | None = None
+    ) -> Iterator[tuple[int, Completion]]:
+        """(place in `requests`, what was drawn), as rows end.
+
+        Args:
+          requests: read as slots become free, a window of `LOOKAHEAD` ahead.
+          prefix: prompts that begin with its tokens do not compute them again.
 
         Raises:
           HumpbackError: a prompt is empty or leaves no room in the model's window, or the model's
             probabilities are not numbers.
         """
-        window = self.config.max_position_embeddings
-        classes: dict[int, list[int]] = {}
-        for index, request in enumerate(requests):
-            length = len(request.prompt)
-            if not 0 < length < window:
-                raise HumpbackError(
-                    f"record {request.id}: the prompt has {length} tokens; the model's window of "
-                    f"{window} must hold it and at least one new token. Shorten the record."
-                )
-            longest = self._width(length) + decoding.max_new_tokens
-            classes.setdefault(_at_least(longest, CAPACITIES, window), []).append(index)
-        results: dict[int, Completion] = {}
-        for capacity, members in sorted(classes.items()):
-            # Neighbours of one width share a prefill; which rows meet changes no row's text.
-            members.sort(key=lambda index: len(requests[index].prompt))
-            for start in range(0, len(members), self.batch_size):
-                batch = members[start : start + self.batch_size]
-                drawn = self._run([requests[i] for i in batch], capacity, decoding)
-                results.update(zip(batch, drawn, strict=True))
-        return [results[index] for index in range(len(requests))]
+        prefix = prefix or compute_prefix(self.config, self._params, (), self.precision)
+        checked = (self._check(index, each, prefix) for index, each in enumerate(requests))
+        yield from _Run(self, prefix).all(_by_length(checked))
 
-    def _run(
-        self, requests: Sequence[Request], capacity: int, decoding: Decoding
-    ) -> list[Completion]:
-        rows = self.batch_size
-        slots = empty_slots(self.config, self.precision, rows, capacity)
-        lengths, keys = np.ones(rows, np.int32), np.zeros((rows, 2), np.uint32)
-        for row, request in enumerate(requests):
-            lengths[row], keys[row] = len(request.prompt), request.key
-        for width, members in self._by_width(requests):
-            for start in range(0, len(members), PREFILL_ROWS):
-                chosen = members[start : start + PREFILL_ROWS]
-                prompts = np.zeros((PREFILL_ROWS, width), np.int32)
-                places = np.full(PREFILL_ROWS, rows, np.int32)
-                sizes = np.ones(PREFILL_ROWS, np.int32)
-                for place, row in enumerate(chosen):
-                    prompts[place, : lengths[row]] = requests[row].prompt
-                    places[place], sizes[place] = row, lengths[row]
-                new = self._prefill(self._params, prompts, sizes)
-                slots = insert_program()(slots, new, places)
-        decode = decode_program(self.config, self.precision, decoding, self.stop_ids)
-        live = np.arange(rows) < len(requests)
-        _, drawn = decode(self._params, slots, lengths, keys, live)
-        drawn = jax.device_get(drawn)
-        completions = []
-        for row, request in enumerate(requests):
-            if not np.isfinite(drawn.logprobs[row]):
-                raise HumpbackError(
-                    f"record {request.id}: the model's probabilities are not numbers; its weights "
-                    "are broken, or overflow in this precision."
-                )
-            kept = drawn.counts[row] - int(drawn.stopped[row])
-            reason = "stop" if drawn.stopped[row] else "length"
-            tokens, logprob = drawn.tokens[row, :kept], float(drawn.logprobs[row])
-            completions.append(Completion(tokens, logprob, reason))
-        return completions
-
-    def _by_width(self, requests: Sequence[Request]) -> list[tuple[int, list[int]]]:
-        groups: dict[int, list[int]] = {}
-        for row, request in enumerate(requests):
-            groups.setdefault(self._width(len(request.prompt)), []).append(row)
-        return sorted(groups.items())
-
-    def _width(self, length: int) -> int:
-        return _at_least(length, PROMPT_WIDTHS, self.config.max_position_embeddings)
+    def _check(self, index: int, request: Request, prefix: Prefix) -> _Row:
+        length, window = len(request.prompt), self.config.max_position_embeddings
+        if not 0 < length < window:
+            raise HumpbackError(
+                f"record {request.id}: the prompt has {length} tokens; the model's window of "
+                f"{window} must hold it and at least one new token. Shorten the record."
+            )
+        return _Row(index, request, prefix.shared_by(request.prompt))
 
 
-def _at_least(size: int, choices: Sequence[int], window: int) -> int:
-    """The smallest choice that holds `size`, within the model's window."""
-    return min(next((choice for choice in choices if choice >= size), window), window)
+LOOKAHEAD = 512
+
+
+@dataclasses.dataclass
+class _Row:
+    """A request on its way: its first `shared` tokens are the prefix."""
+
+    index: int
+    request: Request
+    shared: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def own(self) -> np.ndarray:
+        return self.request.prompt[self.shared :]
+
+    def places(self, window: int) -> int:
+        """Places that the row may come to use in its slot."""
+        return min(len(self.own) + self.request.decoding.max_new_tokens, window)
+
+
+def _by_length(rows: Iterable[_Row]) -> Iterator[_Row]:
+    """Rows of like length together, window by window, up and down in turn."""
+    for number, window in enumerate(_windows(rows)):
+        yield from sorted(window, key=lambda row: len(row.own), reverse=number % 2 == 0)
+
+
+def _windows(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
+    rest = iter(rows)
+    while window := list(itertools.islice(rest, LOOKAHEAD)):
+        yield window
+
+
+class _Run:
+    """One pass over a stream of rows: which row is in which slot, and what comes next."""
+
+    def __init__(self, engine: Engine, prefix: Prefix) -> None:
+        self.engine, self.shape, self.work = engine, engine.shape, engine.work
+        self.prefix = prefix.arrays
+        self.capacity = 0
+        self.slots: Slots | None = None
+        self.rows: list[_Row | None] = [None] * self.shape.slots
+        self.pieces: collections.deque[tuple[int, int]] = collections.deque()
+        self.live = 0
+        self.ended = np.zeros(self.shape.slots, bool)  # by the host; the device does not know yet
+
+    def all(self, rows: Iterator[_Row]) -> Iterator[tuple[int, Completion]]:
+        waiting = next(rows, None)
+        finished: list[tuple[int, Completion]] = []
+        while waiting is not None or any(self.rows):
+            while waiting is not None and None in self.rows and self._fits(waiting):
+                self._enter(self.rows.index(None), waiting)
+                waiting = next(rows, None)
+            first = self._prefill(waiting is not None)
+            drawn = self._decode(waiting is not None)
+            yield from finished  # the device is at work meanwhile
+            finished = self._collect(first, drawn, waiting is not None)
+        yield from finished
+
+    def _fits(self, row: _Row) -> bool:
+        """Whether the slots are long enough; they grow while no row is in them."""
+        window = self.engine.config.max_position_embeddings
+        needed = row.places(window)
+        if needed > self.capacity:
+            if any(self.rows):
+                return False
+            # At least twice as long, so that a job compiles few programs.
+            wanted = max(needed, min(2 * self.capacity, window))
+            self.capacity = next(size for size in capacities(window) if size >= wanted)
+            self.slots = None
+            self.slots = empty_slots(
+                self.engine.config, self.engine.precision, self.shape.slots, self.capacity
+            )
+        return True
+
+    def _enter(self, slot: int, row: _Row) -> None:
+        self.rows[slot] = row
+        starts = range(0, len(row.own), self.shape.chunk_tokens)
+        self.pieces.extend((slot, start) for start in starts)
+
+    def _prefill(self, more: bool) -> list[tuple[list[int], Drawn]]:
+        """Computes pieces of prompts: for each call, the slots whose rows began to draw.
+
+        Pieces that would not fill a call wait for the next rows, while others are drawing.
+        """
+        calls = []
+        while len(self.pieces) >= self.shape.chunks or (self.pieces and not (more and self.live)):
+            count = min(self.shape.chunks, len(self.pieces))
+            chunks, finals = self._chunks([self.pieces.popleft() for _ in range(count)])
+            assert self.slots is not None
+            self.slots, drawn = self.engine._prefill(
+                self.engine._params, self.slots, self.prefix, chunks
+            )
+            began = [slot for slot in finals if slot >= 0]
+            self.live += len(began)
+            self.ended[began] = False
+            calls.append((finals, drawn))
+        return calls
+
+    def _chunks(self, pieces: list[tuple[int, int]]) -> tuple[Chunks, list[int]]:
+        """One call's arrays; and for each piece the slot whose prompt ends in it, or -1."""
+        count, width, used = self.shape.chunks, self.shape.chunk_tokens, len(pieces)
+        # A call that is not full computes its first piece again.
+        pieces = pieces + pieces[:1] * (count - used)
+        tokens, sizes = np.zeros((count, width), np.int32), np.zeros(count, np.int32)
+        final = np.zeros(count, bool)
+        rows = [self._row(slot) for slot, _ in pieces]
+        for place, (row, (_, start)) in enumerate(zip(rows, pieces, strict=True)):
+            piece = row.own[start : start + width]
+            tokens[place, : len(piece)], sizes[place] = piece, len(piece)
+            final[place] = start + width >= len(row.own)
+        finals = [pieces[place][0] if final[place] else -1 for place in range(used)]
+        self.work.prefilled_places += count * width
+        chunks = Chunks(
+            jnp.asarray(tokens),
+            jnp.asarray(sizes),
+            jnp.array([slot for slot, _ in pieces], jnp.int32),
+            jnp.array([row.shared for row in rows], jnp.int32),
+            jnp.array([start for _, start in pieces], jnp.int32),
+            jnp.asarray(final),
+            controls_of(
+                [row.request.decoding for row in rows],
+                [row.request.key for row in rows],
+                self.engine.stop_ids,
+            ),
+        )
+        return chunks, finals
+
+    def _decode(self, more: bool) -> Drawn:
+        patience = self.shape.refill if more else self.shape.slots
+        assert self.slots is not None
+        self.slots, drawn = self.engine._decode(
+            self.engine._params, self.slots, self.prefix, jnp.array(self.ended), jnp.int32(patience)
+        )
+        self.ended[:] = False
+        return drawn
+
+    def _collect(
+        self, first: list[tuple[list[int], Drawn]], drawn: Drawn, more: bool
+    ) -> list[tuple[int, Completion]]:
+        """Takes over what was drawn; returns the rows that have ended."""
+        for finals, call in jax.device_get(first):
+            for place, slot in enumerate(finals):
+                if slot >= 0:
+                    self._take(slot, call.tokens[place, :1], call.logprobs[place, :1])
+        new = jax.device_get(drawn)
+        for slot, count in enumerate(new.counts):
+            self._take(slot, new.tokens[slot, :count], new.logprobs[slot, :count])
+        if more:
+            self.work.row_steps += int(new.counts.max()) * len(new.counts)
+            self.work.live_row_steps += int(new.counts.sum())
+        finished = []
+        for slot, row in enumerate(self.rows):
+            if row is None or not row.tokens:
+                continue
+            completion = self._completion(row, bool(new.live[slot]))
+            if completion is not None:
+                self.ended[slot] = bool(new.live[slot])
+                self.rows[slot] = None
+                self.work.rows += 1
+                self.work.prompt_tokens += len(row.own)
+                self.work.shared_tokens += row.shared
+                self.work.new_tokens += len(completion.logprobs)
+                finished.append((row.index, completion))
+        self.live = sum(row is not None and bool(row.tokens) for row in self.rows)
+        return finished
+
+    def _take(self, slot: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        if len(tokens):
+            row = self._row(slot)
+            row.tokens.extend(tokens.tolist())
+            row.logprobs.extend(logprobs.tolist())
+
+    def _completion(self, row: _Row, live: bool) -> Completion | None:
+        """The row's text, if it has ended."""
+        logprobs = np.array(row.logprobs, np.float32)
+        if not np.isfinite(logprobs).all():
+            raise HumpbackError(
+                f"record {row.request.id}: the model's probabilities are not numbers; its weights "
+                "are broken, or overflow in this precision."
+            )
+        tokens = np.array(row.tokens, np.int32)
+        stopped = int(tokens[-1] in {*self.engine.stop_ids, *row.request.decoding.stop_ids})
+        if row.request.cut is not None:
+            kept = row.request.cut(row.tokens[: len(row.tokens) - stopped])
+            if kept is not None:
+                return Completion(tokens[:kept], logprobs[:kept], "stop")
+        if live:
+            return None
+        reason = "stop" if stopped else "length"
+        return Completion(tokens[: len(tokens) - stopped], logprobs, reason)
+
+    def _row(self, slot: int) -> _Row:
+        row = self.rows[slot]
+        assert row is not None, f"slot {slot} is empty"
+        return row

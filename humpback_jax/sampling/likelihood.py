@@ -1,161 +1,261 @@
-"""Log-likelihoods of given texts: log p(y | x) for many (x, y), packed into rows of fixed shape."""
+"""Log-likelihoods of given tokens, log p(token | what stands before it), in fixed shapes."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.model.attention import packed_attention
-from humpback_jax.model.llama import Params, bind
-from humpback_jax.training.loss import Batch, supervised_targets, token_nll
-from humpback_jax.training.packing import TrainingExample, best_fit, lay_out
-from humpback_jax.training.step import StepSpec
+from humpback_jax.model.blockwise import CHUNK, scoring_attention
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.linear import LoraSpec, Precision
+from humpback_jax.model.llama import Layout, Llama, Params, bind
+from humpback_jax.sampling.prefix import Prefix, PrefixArrays, compute_prefix
+from humpback_jax.training.packing import TrainingExample, best_fit
 
-BROKEN = "is not a number; the model's weights are broken, or overflow in this precision."
-ROWS = 2  # rows of one program call
-ROW_TOKENS = (256, 1024)  # row lengths: for little work and for much; a longer text has its own
-LENGTH_CLASSES = tuple(2**k for k in range(7, 18))
+WIDTHS = (256, 2048)  # places of one program call: for little work, and for much
+TARGETS = 256  # targets whose logits are computed at one time
+VOCABULARY = 8192  # tokens of the vocabulary whose logits exist at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """Log-probabilities wanted in one text, or in one text with several continuations.
+
+    Attributes:
+      tokens: int32 [n], read by the model.
+      places: int32 [n], each token's position: from 0 on, and on from its trunk in a branch.
+      branches: int32 [n]: 0 is the trunk; branches 1, 2, ... see it, and not each other.
+      after: int32 [m], indices into `tokens`; targets: int32 [m]. Wanted is log p(targets[i] | the
+        tokens up to and including after[i]).
+    """
+
+    id: str
+    tokens: np.ndarray
+    places: np.ndarray
+    branches: np.ndarray
+    after: np.ndarray
+    targets: np.ndarray
+
+
+def supervised_tokens(example: TrainingExample) -> Query:
+    """The tokens of an example that are supervised, given all before them."""
+    after = np.flatnonzero(example.mask[1:])
+    return _causal(example.id, example.ids[:-1], after, example.ids[1:][after])
+
+
+def next_token(name: str, prompt: np.ndarray, token_ids: Sequence[int]) -> Query:
+    """Each of `token_ids` as the token after `prompt`."""
+    after = np.full(len(token_ids), len(prompt) - 1)
+    return _causal(name, prompt, after, np.array(token_ids))
+
+
+def continuations(name: str, prompt: np.ndarray, texts: Sequence[np.ndarray]) -> Query:
+    """Every token of every continuation of one prompt, which is computed once for all of them."""
+    start, trunk = len(prompt), np.arange(len(prompt))
+    tokens, places, branches = [prompt], [trunk], [np.zeros(start, np.int32)]
+    after, targets, used = [], [], start
+    for branch, text in enumerate(texts, start=1):
+        read = len(text) - 1  # the last token is a target only
+        tokens.append(text[:-1])
+        places.append(start + np.arange(read))
+        branches.append(np.full(read, branch))
+        after.append(np.concatenate([[start - 1], used + np.arange(read)]))
+        targets.append(text)
+        used += read
+    joined = (np.concatenate(parts) for parts in (tokens, places, branches, after, targets))
+    return Query(name, *(part.astype(np.int32) for part in joined))
+
+
+def _causal(name: str, tokens: np.ndarray, after: np.ndarray, targets: np.ndarray) -> Query:
+    places, branches = np.arange(len(tokens)), np.zeros(len(tokens))
+    arrays = (tokens, places, branches, after, targets)
+    return Query(name, *(array.astype(np.int32) for array in arrays))
+
+
+def log_probs(
+    config: LlamaConfig,
+    params: Params,
+    queries: Sequence[Query],
+    precision: Precision,
+    *,
+    layout: Layout = "unrolled",
+    lora: LoraSpec | None = None,
+    prefix: Prefix | None = None,
+) -> list[np.ndarray]:
+    """Natural logarithms, float32 [m] for each query, over the whole vocabulary.
+
+    A query's result depends on the query alone, to the last bit, and not on the others.
+
+    Args:
+      params: in `layout`, as is `prefix`.
+      prefix: texts that begin with its tokens do not compute them again.
+
+    Raises:
+      HumpbackError: a query has no token, or a result is not a number.
+    """
+    prefix = prefix or compute_prefix(config, params, (), precision, layout, lora)
+    shared = [_shared(query, prefix) for query in queries]
+    program = _program(config, precision, layout, lora)
+    results = [np.zeros(len(query.targets), np.float32) for query in queries]
+    for width, members in _packed(queries, shared):
+        batch = _lay_out(queries, shared, members, width)
+        found = np.asarray(program(params, prefix.arrays, batch))
+        start = 0
+        for index in members:
+            end = start + len(queries[index].targets)
+            results[index], start = found[start:end], end
+    for query, values in zip(queries, results, strict=True):
+        if not np.isfinite(values).all():
+            raise HumpbackError(
+                f"{query.id}: the log-likelihood is not a number; the model's weights are broken, "
+                "or overflow in this precision."
+            )
+    return results
 
 
 def sequence_nll(
-    spec: StepSpec, params: Params, examples: Sequence[TrainingExample]
+    config: LlamaConfig,
+    params: Params,
+    examples: Sequence[TrainingExample],
+    precision: Precision,
+    *,
+    layout: Layout = "unrolled",
+    lora: LoraSpec | None = None,
+    prefix: Prefix | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood of each example's supervised tokens, given all before them.
 
-    Args:
-      spec: model, layout and precision; `max_targets` and the training fields are not used.
-      params: in the spec's layout.
-
     Returns:
-      (nll float64 [n] in nats, supervised tokens int64 [n]), in the order of `examples`.
-
-    Raises:
-      HumpbackError: a result is not a number.
+      (nll float64 [n] in nats, supervised tokens int64 [n]), in the order of `examples`. See
+      `log_probs` for the arguments and errors.
     """
-    nll = np.zeros(len(examples))
-    counts = np.array([example.supervised for example in examples], np.int64)
-    for longest, width, rows in _packed([example.length for example in examples]):
-        batch = lay_out(examples, rows, ROWS, width)
-        sums = _compiled(dataclasses.replace(spec, longest=longest), width)(params, batch)
-        for r, row in enumerate(rows):
-            for segment, index in enumerate(row, start=1):
-                nll[index] = float(sums[r, segment])
-    broken = np.flatnonzero(~np.isfinite(nll))
-    if broken.size:
-        raise HumpbackError(f"example {examples[broken[0]].id}: the log-likelihood {BROKEN}")
-    return nll, counts
+    queries = [supervised_tokens(example) for example in examples]
+    found = log_probs(config, params, queries, precision, layout=layout, lora=lora, prefix=prefix)
+    nll = np.array([-values.astype(np.float64).sum() for values in found])
+    return nll, np.array([len(values) for values in found], np.int64)
 
 
-def _packed(lengths: Sequence[int]) -> Iterator[tuple[int, int, list[list[int]]]]:
-    """(bound of the lengths, width, at most `ROWS` rows of indices) of each program call.
+def _shared(query: Query, prefix: Prefix) -> int:
+    if not len(query.tokens):
+        raise HumpbackError(f"{query.id} is empty: nothing comes next.")
+    trunk = query.tokens[query.branches == 0]
+    # The first token that is asked about, and the one before it, are the query's own.
+    return prefix.shared_by(trunk[: int(query.after.min(initial=len(trunk) - 1)) + 1])
 
-    Texts of like length share rows, so that short ones do not pay for the attention of long ones.
+
+def _packed(queries: Sequence[Query], shared: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """(width, indices of the queries) of each program call."""
+    sizes = []
+    for query, count in zip(queries, shared, strict=True):
+        chunks = -(-(len(query.tokens) - count) // CHUNK)
+        # Targets have as many places as tokens; a query with more takes the room of both.
+        sizes.append(max(chunks * CHUNK, len(query.targets)))
+    little, much = WIDTHS
+    width = little if sum(sizes) <= little else max(much, -(-max(sizes, default=0) // much) * much)
+    for members in best_fit(sizes, width):
+        yield width, members
+
+
+class _Batch(NamedTuple):
+    """Queries one after another, each from the beginning of a chunk on. All int32.
+
+    Attributes:
+      tokens, positions, places, branches: [T]; a position counts the prefix, a place does not.
+      starts, lengths, shared: [T / CHUNK], of the chunk's query: its first index, its number of
+        tokens, and how many tokens of the prefix it follows.
+      after, targets: [T], as in `Query`, of which `asked` [] are in use.
     """
-    classes: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        bound = next((each for each in LENGTH_CLASSES if length <= each), length)
-        classes.setdefault(bound, []).append(index)
-    for longest, members in sorted(classes.items()):
-        chosen = [lengths[index] for index in members]
-        little, much = ROW_TOKENS
-        width = max(little if sum(chosen) <= ROWS * little else much, longest)
-        rows = [[members[place] for place in row] for row in best_fit(chosen, width)]
-        for start in range(0, len(rows), ROWS):
-            yield longest, width, rows[start : start + ROWS]
+
+    tokens: jax.Array
+    positions: jax.Array
+    places: jax.Array
+    branches: jax.Array
+    starts: jax.Array
+    lengths: jax.Array
+    shared: jax.Array
+    after: jax.Array
+    targets: jax.Array
+    asked: jax.Array
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(spec: StepSpec, width: int) -> Callable[[Params, Batch], np.ndarray]:
-    def run(params: Params, batch: Batch) -> jax.Array:
-        model = bind(spec.config, params, spec.layout, spec.lora)
-        hidden, _ = model.hidden_states(
-            batch.tokens,
-            batch.positions,
-            packed_attention(batch.segment_ids, batch.positions, spec.precision, spec.longest),
-            precision=spec.precision,
+def _lay_out(
+    queries: Sequence[Query], shared: Sequence[int], members: Sequence[int], width: int
+) -> _Batch:
+    tokens, positions, places, branches, after, targets = np.zeros((6, width), np.int32)
+    starts, lengths, counts = np.zeros((3, width // CHUNK), np.int32)
+    start = asked = 0
+    for index in members:
+        query, skipped = queries[index], shared[index]
+        length = len(query.tokens) - skipped
+        following = start + -(-length // CHUNK) * CHUNK
+        text, chunk = slice(start, start + length), slice(start // CHUNK, following // CHUNK)
+        tokens[text], branches[text] = query.tokens[skipped:], query.branches[skipped:]
+        positions[text], places[text] = query.places[skipped:], query.places[skipped:] - skipped
+        starts[chunk], lengths[chunk], counts[chunk] = start, length, skipped
+        wanted = slice(asked, asked + len(query.targets))
+        after[wanted], targets[wanted] = query.after - skipped + start, query.targets
+        start, asked = following, wanted.stop
+    arrays = (tokens, positions, places, branches, starts, lengths, counts, after, targets, asked)
+    return _Batch(*(jnp.asarray(array, jnp.int32) for array in arrays))
+
+
+@functools.lru_cache(maxsize=32)
+def _program(
+    config: LlamaConfig, precision: Precision, layout: Layout, lora: LoraSpec | None
+) -> Callable[[Params, PrefixArrays, _Batch], jax.Array]:
+    def run(params: Params, prefix: PrefixArrays, batch: _Batch) -> jax.Array:
+        model = bind(config, params, layout, lora)
+        attend = scoring_attention(
+            batch.places, batch.branches, batch.starts, batch.lengths, batch.shared, precision
         )
-        chosen = supervised_targets(batch, width)
-        _, nll = token_nll(model, hidden, chosen, spec.precision)
-        segments = jnp.take_along_axis(batch.segment_ids, chosen.columns, axis=1)
-        rows = jnp.arange(nll.shape[0])[:, None]
-        return jnp.zeros((nll.shape[0], width + 1), jnp.float32).at[rows, segments].add(nll)
-
-    program = jax.jit(run)
-    return lambda params, batch: np.asarray(program(params, batch))
-
-
-def next_token_log_probs(
-    spec: StepSpec, params: Params, prompts: Sequence[np.ndarray], token_ids: np.ndarray
-) -> np.ndarray:
-    """log p(token | prompt) for a fixed set of tokens after each prompt, from one prefill each.
-
-    Args:
-      prompts: int32 [length] each.
-      token_ids: int32 [k], the tokens to read.
-
-    Returns:
-      float64 [len(prompts), k], in nats, normalised over the whole vocabulary.
-
-    Raises:
-      HumpbackError: a prompt is empty, or a result is not a number.
-    """
-    result = np.zeros((len(prompts), len(token_ids)))
-    lengths = [len(prompt) for prompt in prompts]
-    if 0 in lengths:
-        raise HumpbackError(f"prompt {lengths.index(0)} (from 0) is empty: nothing comes next.")
-    for longest, width, rows in _packed(lengths):
-        batch, ends = _lay_out_prompts(prompts, rows, width)
-        run = _compiled_next(dataclasses.replace(spec, longest=longest), width)
-        log_probs = run(params, batch, ends, token_ids)
-        for r, row in enumerate(rows):
-            for segment, index in enumerate(row):
-                result[index] = log_probs[r, segment]
-    broken = np.flatnonzero(~np.isfinite(result).all(axis=1))
-    if broken.size:
-        raise HumpbackError(f"prompt {broken[0]} (from 0): the next token's distribution {BROKEN}")
-    return result
-
-
-PROMPTS_PER_ROW = 8
-
-
-def _lay_out_prompts(
-    prompts: Sequence[np.ndarray], rows: Sequence[Sequence[int]], width: int
-) -> tuple[Batch, np.ndarray]:
-    """Prompts as rows without targets, and the column of each prompt's last token [ROWS, 8]."""
-    examples: list[TrainingExample] = []
-    places: list[list[int]] = []
-    ends = np.zeros((ROWS, max(PROMPTS_PER_ROW, max(len(row) for row in rows))), np.int32)
-    for r, row in enumerate(rows):
-        places.append(list(range(len(examples), len(examples) + len(row))))
-        ends[r, : len(row)] = np.cumsum([len(prompts[index]) for index in row]) - 1
-        for index in row:  # `lay_out` takes the last id as a target only
-            ids = np.append(prompts[index], 0).astype(np.int32)
-            examples.append(TrainingExample("", ids, np.zeros(len(ids), bool)))
-    return lay_out(examples, places, ROWS, width), ends
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled_next(
-    spec: StepSpec, width: int
-) -> Callable[[Params, Batch, np.ndarray, np.ndarray], np.ndarray]:
-    def run(params: Params, batch: Batch, ends: jax.Array, token_ids: jax.Array) -> jax.Array:
-        model = bind(spec.config, params, spec.layout, spec.lora)
         hidden, _ = model.hidden_states(
-            batch.tokens,
-            batch.positions,
-            packed_attention(batch.segment_ids, batch.positions, spec.precision, spec.longest),
-            precision=spec.precision,
+            batch.tokens[None], batch.positions[None], attend, prefix.layers, precision=precision
         )
-        last = jnp.take_along_axis(hidden, ends[..., None], axis=1)
-        log_probs = jax.nn.log_softmax(model.logits(last, spec.precision), axis=-1)
-        return log_probs[..., token_ids]
+        return _target_log_probs(model, hidden[0], batch, precision)
 
-    program = jax.jit(run)
-    return lambda *arguments: np.asarray(program(*arguments))
+    return jax.jit(run)
+
+
+def _target_log_probs(
+    model: Llama, hidden: jax.Array, batch: _Batch, precision: Precision
+) -> jax.Array:
+    """float32 [T]: log p of each target; logits exist for some targets and tokens at a time."""
+    size, width = min(TARGETS, hidden.shape[0]), hidden.shape[0]
+    vocab = model.config.vocab_size
+    piece = min(VOCABULARY, vocab)
+    pieces = -(-vocab // piece)
+
+    def block(index: jax.Array, result: jax.Array) -> jax.Array:
+        start = jnp.minimum(index * size, width - size)
+        after = jax.lax.dynamic_slice_in_dim(batch.after, start, size)
+        targets = jax.lax.dynamic_slice_in_dim(batch.targets, start, size)
+        rows = hidden[after]
+
+        def add(number: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            highest, total, chosen = sums
+            # The last piece begins earlier where the vocabulary is not a multiple.
+            first = jnp.minimum(number * piece, vocab - piece)
+            logits = model.some_logits(rows, first, piece, precision)
+            fresh = first + jnp.arange(piece) >= number * piece
+            logits = jnp.where(fresh, logits, -jnp.inf)
+            new = jnp.maximum(highest, logits.max(axis=-1))
+            total = total * jnp.exp(highest - new) + jnp.exp(logits - new[:, None]).sum(axis=-1)
+            column = jnp.clip(targets - first, 0, piece - 1)[:, None]
+            mine = (targets >= number * piece) & (targets < first + piece)
+            value = jnp.take_along_axis(logits, column, axis=1)[:, 0]
+            return new, total, jnp.where(mine, value, chosen)
+
+        zeros = jnp.zeros(size, jnp.float32)
+        highest, total, chosen = jax.lax.fori_loop(0, pieces, add, (zeros - jnp.inf, zeros, zeros))
+        found = chosen - highest - jnp.log(total)
+        return jax.lax.dynamic_update_slice_in_dim(result, found, start, 0)
+
+    blocks = (batch.asked + size - 1) // size
+    return jax.lax.fori_loop(0, blocks, block, jnp.zeros(width, jnp.float32))

@@ -1,140 +1,256 @@
-"""The compiled programs of generation: prefill some prompts, insert them into the cache, decode."""
+"""The compiled programs of generation: prefill of chunks, and some steps of decoding."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from humpback_jax.model.cache import LayerCache, decode_attention, prefill_attention
+from humpback_jax.model.cache import (
+    LayerCache,
+    chunk_attention,
+    decode_attention,
+    empty_cache,
+)
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
-from humpback_jax.model.llama import Params, bind
-from humpback_jax.sampling.sampler import Decoding, draw_tokens
+from humpback_jax.model.llama import Llama, Params, bind
+from humpback_jax.sampling.prefix import PrefixArrays
+from humpback_jax.sampling.sampler import STOP_IDS, Controls, draw_tokens
 
 
 class Slots(NamedTuple):
-    """A batch under way: next-token logits float32 [B, V] and each layer's cache [B, G, S, K]."""
+    """B rows under way, each in its slot.
 
-    logits: jax.Array
+    Attributes:
+      caches: of each layer, for the tokens after the shared prefix.
+      offsets: int32 [B], tokens of the shared prefix that the row begins with: all or none.
+      lengths: int32 [B], tokens in the cache. last: int32 [B], the token drawn after them.
+      drawn: int32 [B], tokens drawn so far. live: bool [B], whether more will be.
+      seen: bool [B, V], the tokens that the row contains.
+      controls: how each row draws.
+    """
+
     caches: list[LayerCache]
+    offsets: jax.Array
+    lengths: jax.Array
+    last: jax.Array
+    drawn: jax.Array
+    live: jax.Array
+    seen: jax.Array
+    controls: Controls
 
 
-class Drawn(NamedTuple):
-    """What a batch has drawn: tokens int32 [B, N]; counts, sums of log p, stopped: [B]."""
+class Chunks(NamedTuple):
+    """R pieces of prompts, each of at most C tokens; the same piece may stand twice.
+
+    Attributes:
+      tokens: int32 [R, C], padded on the right; counts: int32 [R], tokens in use.
+      slots: int32 [R]. offsets: int32 [R], as in `Slots`.
+      starts: int32 [R], the place of the first token in the slot.
+      final: bool [R], whether the prompt ends here, and drawing begins.
+      controls: of the chunk's row.
+    """
 
     tokens: jax.Array
     counts: jax.Array
+    slots: jax.Array
+    offsets: jax.Array
+    starts: jax.Array
+    final: jax.Array
+    controls: Controls
+
+
+class Drawn(NamedTuple):
+    """Tokens int32 [B, N] and their log p; of each row the first `counts` [B]; who goes on [B]."""
+
+    tokens: jax.Array
     logprobs: jax.Array
-    stopped: jax.Array
+    counts: jax.Array
+    live: jax.Array
 
 
 def empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: int) -> Slots:
-    """Slots without content, for `rows` rows of at most `capacity` tokens each."""
-    shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
-    caches = [
-        LayerCache(jnp.zeros(shape, precision.activations), jnp.zeros(shape, precision.activations))
-        for _ in range(config.num_hidden_layers)
-    ]
-    return Slots(jnp.zeros((rows, config.vocab_size), jnp.float32), caches)
+    """Free slots for `rows` rows of at most `capacity` tokens each after the shared prefix."""
+    zeros = functools.partial(jnp.zeros, rows)
+    return Slots(
+        caches=empty_cache(config, rows, capacity, precision.activations),
+        offsets=zeros("int32"),
+        lengths=zeros("int32"),
+        last=zeros("int32"),
+        drawn=zeros("int32"),
+        live=zeros(bool),
+        seen=jnp.zeros((rows, config.vocab_size), bool),
+        controls=Controls(
+            temperature=zeros("float32"),
+            top_p=zeros("float32"),
+            top_k=zeros("int32"),
+            min_p=zeros("float32"),
+            repetition_penalty=zeros("float32"),
+            max_new_tokens=zeros("int32"),
+            stop_ids=jnp.zeros((rows, STOP_IDS), jnp.int32),
+            keys=jnp.zeros((rows, 2), jnp.uint32),
+        ),
+    )
 
 
 @functools.lru_cache(maxsize=32)
-def prefill_program(config: LlamaConfig, precision: Precision) -> Callable[..., Slots]:
-    """(params, prompts int32 [R, P] right-padded, lengths [R]) -> slots of R rows, P places."""
+def prefill_program(
+    config: LlamaConfig, precision: Precision
+) -> Callable[[Params, Slots, PrefixArrays, Chunks], tuple[Slots, Drawn]]:
+    """(params, slots, prefix, chunks) -> (slots, the first token of each chunk that is final)."""
 
-    def prefill(params: Params, prompts: jax.Array, lengths: jax.Array) -> Slots:
+    def prefill(
+        params: Params, slots: Slots, prefix: PrefixArrays, chunks: Chunks
+    ) -> tuple[Slots, Drawn]:
         model = bind(config, params, "unrolled")
-        rows, width = prompts.shape
-        places = jnp.broadcast_to(jnp.arange(width), (rows, width))
-        hidden, caches = model.hidden_states(
-            prompts,
-            jnp.minimum(places, lengths[:, None] - 1),
-            prefill_attention(lengths, precision),
-            [None] * config.num_hidden_layers,
-            precision=precision,
+        last = chunks.counts - 1
+        within = jnp.minimum(jnp.arange(chunks.tokens.shape[1]), last[:, None])
+        hidden, caches = _run(
+            model,
+            chunks.tokens,
+            (chunks.offsets + chunks.starts)[:, None] + within,
+            chunk_attention(chunks.slots, chunks.offsets, chunks.starts, precision),
+            slots.caches,
+            prefix,
+            precision,
         )
-        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        return Slots(model.logits(last, precision), caches)
+        # The rows that begin forget what the slot's last text contained.
+        begins = jnp.where(chunks.starts == 0, chunks.slots, slots.live.shape[0])
+        before = prefix.seen & (chunks.offsets > 0)[:, None]
+        seen = slots.seen.at[begins].set(before, mode="drop")
+        used = jnp.take_along_axis(chunks.tokens, within, axis=1)
+        seen = seen.at[chunks.slots[:, None], used].set(True)
 
-    return jax.jit(prefill)
+        def draw(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+            ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+            logits = model.logits(ends, precision)
+            return draw_tokens(logits, seen[chunks.slots], jnp.zeros_like(last), chunks.controls)
 
+        def skip(_: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.zeros_like(last), jnp.zeros(last.shape, jnp.float32)
 
-@functools.lru_cache(maxsize=1)
-def insert_program() -> Callable[..., Slots]:
-    """(batch, prefilled rows, their places in the batch) -> batch; the place B drops a row."""
+        token, logprob = jax.lax.cond(chunks.final.any(), draw, skip, hidden)
+        place = jnp.where(chunks.final, chunks.slots, slots.live.shape[0])
+        one = jnp.ones_like(last)
+        lengths = chunks.starts + chunks.counts
+        live = _goes_on(config, token, one, chunks.offsets + lengths, chunks.controls)
+        slots = Slots(
+            caches,
+            slots.offsets.at[place].set(chunks.offsets, mode="drop"),
+            slots.lengths.at[place].set(lengths, mode="drop"),
+            slots.last.at[place].set(token, mode="drop"),
+            slots.drawn.at[place].set(one, mode="drop"),
+            slots.live.at[place].set(live, mode="drop"),
+            seen.at[place, token].set(True, mode="drop"),
+            jax.tree.map(
+                lambda old, new: old.at[place].set(new, mode="drop"),
+                slots.controls,
+                chunks.controls,
+            ),
+        )
+        return slots, Drawn(token[:, None], logprob[:, None], one, live)
 
-    def insert(slots: Slots, new: Slots, rows: jax.Array) -> Slots:
-        width = new.caches[0].keys.shape[2]
-        logits = slots.logits.at[rows].set(new.logits, mode="drop")
-        caches = [
-            LayerCache(
-                old.keys.at[rows, :, :width].set(fresh.keys, mode="drop"),
-                old.values.at[rows, :, :width].set(fresh.values, mode="drop"),
-            )
-            for old, fresh in zip(slots.caches, new.caches, strict=True)
-        ]
-        return Slots(logits, caches)
-
-    return jax.jit(insert, donate_argnums=0)
+    return jax.jit(prefill, donate_argnums=1)
 
 
 @functools.lru_cache(maxsize=32)
 def decode_program(
-    config: LlamaConfig, precision: Precision, decoding: Decoding, stop_ids: tuple[int, ...]
-) -> Callable[..., tuple[Slots, Drawn]]:
-    """(params, slots, prompt lengths [B], keys uint32 [B, 2], live bool [B]) -> (slots, drawn).
+    config: LlamaConfig, precision: Precision, steps: int
+) -> Callable[[Params, Slots, PrefixArrays, jax.Array, jax.Array], tuple[Slots, Drawn]]:
+    """(params, slots, prefix, ended bool [B], patience int32 []) -> (slots, what each row drew).
 
-    Decodes until every live row has stopped, in one call: no token goes through the host. The slots
-    are donated, and come back so that their memory can be.
+    Draws up to `steps` tokens for each live row in one call, so that no token goes through the
+    host; returns early once `patience` rows have ended, and when none is left. Rows that the host
+    has `ended` draw no more.
     """
 
     def decode(
-        params: Params, slots: Slots, lengths: jax.Array, keys: jax.Array, live: jax.Array
+        params: Params, slots: Slots, prefix: PrefixArrays, ended: jax.Array, patience: jax.Array
     ) -> tuple[Slots, Drawn]:
         model = bind(config, params, "unrolled")
-        rows = lengths.shape[0]
-        capacity = slots.caches[0].keys.shape[2]
-        stops = jnp.array(stop_ids, jnp.int32)
-        Loop = tuple[jax.Array, Slots, Drawn, jax.Array]
+        slots = slots._replace(live=slots.live & ~ended)
+        rows = slots.live.shape[0]
+        capacity = sum(values.shape[2] for values in slots.caches[0].values)
+        started = slots.live.sum()
+        Loop = tuple[jax.Array, Slots, Drawn]
 
         def unfinished(loop: Loop) -> jax.Array:
-            step, _, _, live = loop
-            return live.any() & (step < decoding.max_new_tokens)
+            step, slots, _ = loop
+            left = slots.live.sum()
+            return (step < steps) & (left > 0) & (started - left < patience)
 
         def body(loop: Loop) -> Loop:
-            step, slots, drawn, live = loop
-            token, logprob = draw_tokens(slots.logits, keys, drawn.counts, decoding)
-            stops_now = live & jnp.isin(token, stops)
-            drawn = Drawn(
-                drawn.tokens.at[:, step].set(token),
-                drawn.counts + live,
-                drawn.logprobs + jnp.where(live, logprob, 0.0),
-                drawn.stopped | stops_now,
-            )
-            full = lengths + drawn.counts >= config.max_position_embeddings
-            positions = jnp.minimum(lengths + step, capacity - 1)
-            hidden, caches = model.hidden_states(
-                token[:, None],
-                positions[:, None],
-                decode_attention(positions, precision),
+            step, slots, new = loop
+            # Slots without a live row draw too, and nobody looks; at a place beyond the last one
+            # they write nothing, since a prompt may be under way there.
+            places = jnp.where(slots.live, slots.lengths, capacity)
+            hidden, caches = _run(
+                model,
+                slots.last[:, None],
+                (slots.offsets + places)[:, None],
+                decode_attention(places, slots.offsets, slots.live, precision),
                 slots.caches,
-                precision=precision,
+                prefix,
+                precision,
             )
-            slots = Slots(model.logits(hidden[:, 0], precision), caches)
-            return step + 1, slots, drawn, live & ~stops_now & ~full
+            logits = model.logits(hidden[:, 0], precision)
+            token, logprob = draw_tokens(logits, slots.seen, slots.drawn, slots.controls)
+            lengths, drawn = slots.lengths + slots.live, slots.drawn + slots.live
+            total = slots.offsets + lengths
+            live = slots.live & _goes_on(config, token, drawn, total, slots.controls)
+            new = Drawn(
+                new.tokens.at[:, step].set(token),
+                new.logprobs.at[:, step].set(logprob),
+                new.counts + slots.live,
+                live,
+            )
+            row = jnp.where(slots.live, jnp.arange(rows), rows)
+            seen = slots.seen.at[row, token].set(True, mode="drop")
+            slots = Slots(caches, slots.offsets, lengths, token, drawn, live, seen, slots.controls)
+            return step + 1, slots, new
 
-        start = Drawn(
-            jnp.zeros((rows, decoding.max_new_tokens), jnp.int32),
+        nothing = Drawn(
+            jnp.zeros((rows, steps), jnp.int32),
+            jnp.zeros((rows, steps), jnp.float32),
             jnp.zeros(rows, jnp.int32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros(rows, bool),
+            slots.live,
         )
-        begin = (jnp.int32(0), slots, start, live)
-        _, slots, drawn, _ = jax.lax.while_loop(unfinished, body, begin)
-        return slots, drawn
+        _, slots, new = jax.lax.while_loop(unfinished, body, (jnp.int32(0), slots, nothing))
+        return slots, new
 
     return jax.jit(decode, donate_argnums=1)
+
+
+def _run(
+    model: Llama,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Any,
+    caches: list[LayerCache],
+    prefix: PrefixArrays,
+    precision: Precision,
+) -> tuple[jax.Array, list[LayerCache]]:
+    """Hidden states of tokens [B, T] that follow the prefix, and the caches that hold them too."""
+    pairs = list(zip(caches, prefix.layers, strict=True))
+    hidden, pairs = model.hidden_states(tokens, positions, attend, pairs, precision=precision)
+    return hidden, [cache for cache, _ in pairs]
+
+
+def _goes_on(
+    config: LlamaConfig,
+    token: jax.Array,
+    drawn: jax.Array,
+    cached: jax.Array,
+    controls: Controls,
+) -> jax.Array:
+    """bool [B]: whether a row draws on that has drawn `drawn` tokens, the last being `token`.
+
+    `cached` tokens stand before the last one.
+    """
+    stopped = (token[:, None] == controls.stop_ids).any(axis=1)
+    full = cached + 1 >= config.max_position_embeddings
+    return ~stopped & ~full & (drawn < controls.max_new_tokens)

@@ -1,9 +1,11 @@
-"""Drawing one token per row from logits: greedy, temperature, top-k and top-p without sorting."""
+"""Drawing one token per row from logits: every row its own way, without sorting the vocabulary."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from humpback_jax.errors import HumpbackError
 
 Bounds = tuple[jax.Array, jax.Array]
 BLOCK = 256  # width of the second level of the cumulative sum
+STOP_IDS = 16  # ids that may end a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,23 +25,85 @@ class Decoding:
     Attributes:
       temperature: 0 means greedy. top_p: 1 switches nucleus sampling off. top_k: 0 means all.
       max_new_tokens: the end-of-turn token counts.
+      min_p: tokens less likely than this share of the likeliest are not drawn.
+      repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that the
+        prompt or the text so far contains (Keskar et al., 2019); 1 changes nothing.
+      stop_ids, stop_strings: end the text besides the model's own end of turn.
     """
 
     temperature: float = 0.7
     top_p: float = 0.9
     top_k: int = 0
     max_new_tokens: int = 512
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("stop_ids", "stop_strings"):  # as read from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         checks = {
             "temperature": self.temperature >= 0,
             "top_p": 0 < self.top_p <= 1,
             "top_k": self.top_k >= 0,
             "max_new_tokens": self.max_new_tokens >= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+            "stop_strings": all(self.stop_strings),
         }
         for name, fine in checks.items():
             if not fine:
                 raise HumpbackError(f"decoding: {name}={getattr(self, name)} is out of range.")
+
+
+class Controls(NamedTuple):
+    """`Decoding` of each row as arrays [B], and its random key.
+
+    keys: uint32 [B, 2], from `record_key`. stop_ids: int32 [B, STOP_IDS], filled up with -1.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    max_new_tokens: jax.Array
+    stop_ids: jax.Array
+    keys: jax.Array
+
+
+def controls_of(
+    decodings: Sequence[Decoding], keys: Sequence[np.ndarray], stop_ids: Sequence[int]
+) -> Controls:
+    """The arrays of rows that also stop at `stop_ids`.
+
+    Raises:
+      HumpbackError: a row would stop at more than 16 tokens.
+    """
+    stops = np.full((len(decodings), STOP_IDS), -1, np.int32)
+    for row, decoding in enumerate(decodings):
+        all_ids = sorted({*stop_ids, *decoding.stop_ids})
+        if len(all_ids) > STOP_IDS:
+            raise HumpbackError(
+                f"decoding: {len(all_ids)} stop tokens, the model's own included; at most "
+                f"{STOP_IDS} are possible. Use stop_strings for some."
+            )
+        stops[row, : len(all_ids)] = all_ids
+
+    def gather(name: str, dtype: str) -> jax.Array:
+        return jnp.array([getattr(decoding, name) for decoding in decodings], dtype)
+
+    return Controls(
+        temperature=gather("temperature", "float32"),
+        top_p=gather("top_p", "float32"),
+        top_k=gather("top_k", "int32"),
+        min_p=gather("min_p", "float32"),
+        repetition_penalty=gather("repetition_penalty", "float32"),
+        max_new_tokens=gather("max_new_tokens", "int32"),
+        stop_ids=jnp.asarray(stops),
+        keys=jnp.asarray(np.array(keys, np.uint32).reshape(-1, 2)),
+    )
 
 
 def record_key(seed: int, stage: str, record_id: str, draw: int) -> np.ndarray:
@@ -51,43 +116,79 @@ def record_key(seed: int, stage: str, record_id: str, draw: int) -> np.ndarray:
 
 
 def draw_tokens(
-    logits: jax.Array, keys: jax.Array, positions: jax.Array, decoding: Decoding
+    logits: jax.Array, seen: jax.Array, positions: jax.Array, controls: Controls
 ) -> tuple[jax.Array, jax.Array]:
     """Draws the next token of each row.
 
     Args:
-      logits: float32 [B, V]. keys: uint32 [B, 2], from `record_key`.
+      logits: float32 [B, V]. seen: bool [B, V], tokens that the row contains so far.
       positions: int32 [B], how many tokens the row has drawn so far.
 
     Returns:
       (token int32 [B], its log-probability float32 [B] under the model itself, that is at
-      temperature 1 and without truncation).
+      temperature 1, without penalty and truncation).
     """
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    if decoding.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        weights = truncated_probabilities(logits, decoding)
-        uniform = jax.vmap(_uniform)(keys, positions)
-        token = _inverse_cdf(weights, uniform)
-    return token, jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+    adjusted = jax.lax.cond(
+        (controls.repetition_penalty != 1).any(),
+        _penalised,
+        lambda x, *_: x,
+        logits,
+        seen,
+        controls,
+    )
+    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    token = jax.lax.cond(
+        (controls.temperature > 0).any(), _sampled, lambda greedy, *_: greedy,
+        greedy, adjusted, positions, controls,
+    )  # fmt: skip
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def truncated_probabilities(logits: jax.Array, decoding: Decoding) -> jax.Array:
-    """Unnormalised probabilities [B, V] after temperature, then top-k, then top-p (ties kept)."""
-    scaled = logits / decoding.temperature
+def _penalised(logits: jax.Array, seen: jax.Array, controls: Controls) -> jax.Array:
+    penalty = controls.repetition_penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _sampled(
+    greedy: jax.Array, logits: jax.Array, positions: jax.Array, controls: Controls
+) -> jax.Array:
+    weights = truncated_probabilities(logits, controls)
+    drawn = _inverse_cdf(weights, jax.vmap(_uniform)(controls.keys, positions))
+    return jnp.where(controls.temperature > 0, drawn, greedy)
+
+
+def truncated_probabilities(logits: jax.Array, controls: Controls) -> jax.Array:
+    """Unnormalised probabilities [B, V] after temperature, top-k, top-p, min-p (ties kept).
+
+    Each truncation is computed where some row asks for it, and leaves the rows that do not alone.
+    """
+    temperature = jnp.where(controls.temperature > 0, controls.temperature, 1.0)
+    scaled = logits / temperature[:, None]
     weights = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    if 0 < decoding.top_k < logits.shape[-1]:
-        wanted = jnp.full(logits.shape[:1], float(decoding.top_k))
-        weights = _keep_largest(weights, jnp.ones_like(weights), wanted)
-    if decoding.top_p < 1:
-        wanted = decoding.top_p * weights.sum(axis=-1)
-        weights = _keep_largest(weights, weights, wanted)
-    return weights
+    cut_k = (controls.top_k > 0) & (controls.top_k < logits.shape[-1])
+    weights = jax.lax.cond(
+        cut_k.any(),
+        lambda weights: _keep_largest(
+            weights, jnp.ones_like(weights), jnp.where(cut_k, controls.top_k, 0).astype("float32")
+        ),
+        lambda weights: weights,
+        weights,
+    )
+    cut_p = controls.top_p < 1
+    weights = jax.lax.cond(
+        cut_p.any(),
+        lambda weights: _keep_largest(
+            weights, weights, jnp.where(cut_p, controls.top_p * weights.sum(axis=-1), 0.0)
+        ),
+        lambda weights: weights,
+        weights,
+    )
+    return jnp.where(weights >= controls.min_p[:, None], weights, 0.0)
 
 
 def _keep_largest(weights: jax.Array, measure: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Keeps the fewest largest weights whose total measure reaches `wanted` [B].
+    """Keeps the fewest largest weights whose total measure reaches `wanted` [B]; 0 keeps all.
 
     Bisection on the bits of the threshold: non-negative floats order like their bit patterns, so 31
     halvings find the exact threshold, at a fraction of the cost of sorting the vocabulary.
@@ -102,7 +203,7 @@ def _keep_largest(weights: jax.Array, measure: jax.Array, wanted: jax.Array) -> 
 
     low = jnp.zeros(weights.shape[:1], jnp.int32)
     (threshold, _), _ = jax.lax.scan(halve, (low, bits.max(axis=-1)), None, length=31)
-    return jnp.where(bits >= threshold[:, None], weights, 0.0)
+    return jnp.where((bits >= threshold[:, None]) | (wanted <= 0)[:, None], weights, 0.0)
 
 
 def _uniform(key: jax.Array, position: jax.Array) -> jax.Array:

@@ -36,7 +36,11 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
             (s.id, template.backward_prompt(s.text)) for s in shards[index] if s.id in fitting
         ]
         texts = reader.generate(
-            prompts, decoding, seed=context.config.seed, stage="augment", draw=0
+            prompts,
+            decoding,
+            seed=context.config.seed,
+            stage="augment",
+            opening=template.backward_prompt,
         )
         written = dict(zip((name for name, _ in prompts), texts, strict=True))
         drawn = [written.get(s.id, Generation("", 0, 0.0, "no_room")) for s in shards[index]]

@@ -36,8 +36,11 @@ def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) 
 
     def make(_: int) -> list[Row]:
         writer = context.inference(backward)
-        prompts = [(e.id, writer.model.template.backward_prompt(e.response)) for e in examples]
-        drawn = writer.generate(prompts, decoding, seed=config.seed, stage="backward_meter")
+        backward_prompt = writer.model.template.backward_prompt
+        prompts = [(e.id, backward_prompt(e.response)) for e in examples]
+        drawn = writer.generate(
+            prompts, decoding, seed=config.seed, stage="backward_meter", opening=backward_prompt
+        )
         reader = Inference(context.model(judge), context.compute)
         measured = backward_meter(
             writer,

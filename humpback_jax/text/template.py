@@ -149,6 +149,10 @@ class Template:
             raise HumpbackError("A prompt must end with a user message.")
         return self._render(self._prepare(messages, tags), add_generation_prompt=True)
 
+    def question(self, instruction: str, tags: Tags = "none") -> str:
+        """A conversation of one user turn, up to where the assistant starts to write."""
+        return self.forward_prompt([_user(instruction)], tags)
+
     def backward(self, response: str, instruction: str) -> Rendered:
         """The pair turned round: the instruction supervised, given its response."""
         return self.forward([*self._backward_task(response), _assistant(instruction)])

@@ -153,7 +153,14 @@ def train(
     def validate(done: int) -> None:
         flush()
         params = join(state.frozen, state.trainable)
-        nll, counts = sequence_nll(_eval_spec(step_spec), params, validation)
+        nll, counts = sequence_nll(
+            config,
+            params,
+            validation,
+            step_spec.precision,
+            layout=step_spec.layout,
+            lora=step_spec.lora,
+        )
         row = {"step": done, "validation_nll": float(nll.sum() / counts.sum())}
         history.append(row)
         on_metrics(row)
@@ -207,10 +214,6 @@ def finished_params(state: TrainState, spec: TrainSpec) -> tuple[Params, Params 
         stack(merge_adapter(state.frozen, state.trainable, spec.lora)),
         stack(state.trainable),
     )
-
-
-def _eval_spec(spec: StepSpec) -> StepSpec:
-    return StepSpec(spec.config, spec.layout, spec.precision, 0, 1, spec.lora)
 
 
 def _micro_batches(batch: Batch, accumulation: int) -> Batch:

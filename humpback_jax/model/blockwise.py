@@ -1,0 +1,197 @@
+"""Attention without gradients: keys come in blocks, and only as many as some query can see.
+
+Softmax over blocks keeps the largest score, the sum of weights and the weighted values so far
+(Milakov and Gimelshein, 2018). A block of which a query sees nothing changes nothing of that
+query's state, to the last bit, so that its result does not depend on what its neighbours need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from humpback_jax.model.attention import MASKED
+from humpback_jax.model.linear import Precision
+from humpback_jax.model.llama import Attend, Cache
+
+BLOCK = 128  # keys of a packed text that meet its queries at one time
+CHUNK = 32  # queries of one packed text that meet the same keys
+GROUP = 8  # chunks that are computed together
+
+
+class Partial(NamedTuple):
+    """Attention over the keys met so far: float32, for queries [B, G, Q, K].
+
+    highest, total: [B, G, Q], the largest score and the sum of exp(score - highest).
+    context: [B, G, Q, K], values weighted by exp(score - highest).
+    """
+
+    highest: jax.Array
+    total: jax.Array
+    context: jax.Array
+
+    @classmethod
+    def empty(cls, queries: jax.Array) -> Partial:
+        zeros = jnp.zeros(queries.shape[:-1], jnp.float32)
+        return cls(zeros + MASKED, zeros, jnp.zeros(queries.shape, jnp.float32))
+
+    def meet(
+        self, queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
+    ) -> Partial:
+        """With one more block of keys.
+
+        Args:
+          queries: [B, G, Q, K], by `by_group`. keys: [B, G, K, S]. values: [B, G, S, K].
+          visible: bool [B, T, S]; Q is a multiple of T.
+        """
+        return self._join(
+            jnp.einsum("bgqk,bgks->bgqs", queries, keys, preferred_element_type="float32"),
+            visible,
+            lambda weights: jnp.einsum(
+                "bgqs,bgsk->bgqk", weights, values, preferred_element_type="float32"
+            ),
+            values.dtype,
+        )
+
+    def meet_shared(
+        self, queries: jax.Array, keys: jax.Array, values: jax.Array, counts: jax.Array
+    ) -> Partial:
+        """With the keys [G, K, P] that all rows share; row b sees the first `counts[b]`."""
+        batch, groups, places, width = queries.shape
+        rows = queries.transpose(1, 0, 2, 3).reshape(groups, batch * places, width)
+
+        def mix(weights: jax.Array) -> jax.Array:
+            rows = weights.transpose(1, 0, 2, 3).reshape(groups, batch * places, -1)
+            mixed = jnp.einsum("gqp,gpk->gqk", rows, values, preferred_element_type="float32")
+            return mixed.reshape(groups, batch, places, width).transpose(1, 0, 2, 3)
+
+        scores = jnp.einsum("gqk,gkp->gqp", rows, keys, preferred_element_type="float32")
+        scores = scores.reshape(groups, batch, places, -1).transpose(1, 0, 2, 3)
+        visible = (jnp.arange(keys.shape[-1]) < counts[:, None])[:, None]
+        return self._join(scores, visible, mix, values.dtype)
+
+    def _join(
+        self,
+        scores: jax.Array,
+        visible: jax.Array,
+        mix: Callable[[jax.Array], jax.Array],
+        dtype: jnp.dtype,
+    ) -> Partial:
+        batch, groups, places, count = scores.shape
+        width = self.context.shape[-1]
+        by_head = scores.reshape(batch, groups, -1, visible.shape[1], count)
+        by_head = jnp.where(visible[:, None, None], by_head * width**-0.5, MASKED)
+        scores = by_head.reshape(batch, groups, places, count)
+        highest = jnp.maximum(self.highest, scores.max(axis=-1))
+        weights = jnp.exp(scores - highest[..., None])
+        kept = jnp.exp(self.highest - highest)
+        return Partial(
+            highest,
+            self.total * kept + weights.sum(axis=-1),
+            self.context * kept[..., None] + mix(weights.astype(dtype)),
+        )
+
+    def finish(self, places: int) -> jax.Array:
+        """The attention's result as [B, T, H, K]: `places` is T."""
+        result = self.context / self.total[..., None]
+        batch, groups, _, width = result.shape
+        result = result.reshape(batch, groups, -1, places, width)
+        return result.transpose(0, 3, 1, 2, 4).reshape(batch, places, -1, width)
+
+
+def by_group(q: jax.Array, groups: int, dtype: jnp.dtype) -> jax.Array:
+    """Queries [B, T, H, K] -> [B, G, H/G * T, K]: one matrix for each key/value head."""
+    batch, places, heads, width = q.shape
+    q = q.reshape(batch, places, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    return q.reshape(batch, groups, -1, width).astype(dtype)
+
+
+class Shared(NamedTuple):
+    """One layer's keys [G, K, P] and values [G, P, K] of a text that all rows begin with."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def scoring_attention(
+    places: jax.Array,
+    branches: jax.Array,
+    starts: jax.Array,
+    lengths: jax.Array,
+    shared_counts: jax.Array,
+    precision: Precision,
+) -> Attend:
+    """Causal attention inside each of the texts that share one row, after the shared prefix.
+
+    A text begins at a multiple of `CHUNK`, and its keys are met in blocks from its own first token
+    on: where it stands in the row, and beside what, changes nothing. Each layer's cache is its
+    `Shared` prefix.
+
+    Args:
+      places: int32 [T], the order within a text, from 0 (a branch counts on from its trunk).
+      branches: int32 [T]: 0 is the text's trunk, which all its branches see; tokens of two
+        branches do not see each other.
+      starts, lengths, shared_counts: int32 [T / CHUNK], of the text in each chunk: its first
+        index, its number of tokens (0: none), and how many shared keys it sees.
+    """
+    chunks = len(starts)
+    together = math.gcd(GROUP, chunks)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        dtype = jnp.dtype(precision.compute)
+        groups = k.shape[2]
+        # Room behind the last text, so that no block is moved to fit.
+        room = ((0, BLOCK),)
+        keys = jnp.pad(k[0].transpose(1, 2, 0).astype(dtype), ((0, 0), (0, 0), *room))
+        values = jnp.pad(v[0].transpose(1, 0, 2).astype(dtype), ((0, 0), *room, (0, 0)))
+        key_places, key_branches = jnp.pad(places, room), jnp.pad(branches, room)
+        shared: Shared = cache
+
+        def cut(x: jax.Array, at: jax.Array, axis: int) -> jax.Array:
+            parts = [
+                jax.lax.dynamic_slice_in_dim(x, at[i], BLOCK, axis)[None] for i in range(together)
+            ]
+            return jnp.concatenate(parts)
+
+        def group(chunk: tuple[jax.Array, ...]) -> jax.Array:
+            index, q, my_places, my_branches, start, length, count = chunk
+            queries = by_group(q, groups, dtype)
+
+            def meet(number: jax.Array, partial: Partial) -> Partial:
+                at = start + number * BLOCK
+                inside = number * BLOCK + jnp.arange(BLOCK) < length[:, None]
+                branch = cut(key_branches, at, 0)[:, None, :]
+                visible = inside[:, None, :] & (
+                    (cut(key_places, at, 0)[:, None, :] <= my_places[:, :, None])
+                    & ((branch == 0) | (branch == my_branches[:, :, None]))
+                )
+                return partial.meet(queries, cut(keys, at, 2), cut(values, at, 1), visible)
+
+            partial = Partial.empty(queries)
+            if shared.keys.shape[-1]:
+                partial = partial.meet_shared(
+                    queries, shared.keys.astype(dtype), shared.values.astype(dtype), count
+                )
+            # A chunk sees no further than its own end. One without a text meets a block, too: its
+            # result must be a number, since its values are met, with weight 0, in the next layer.
+            seen = jnp.where(length > 0, (index + 1) * CHUNK - start, 1)
+            blocks = (seen.max() + BLOCK - 1) // BLOCK
+            return jax.lax.fori_loop(0, blocks, meet, partial).finish(CHUNK)
+
+        context = jax.lax.map(
+            group,
+            (
+                jnp.arange(chunks).reshape(-1, together),
+                q[0].reshape(-1, together, CHUNK, *q.shape[2:]),
+                places.reshape(-1, together, CHUNK),
+                branches.reshape(-1, together, CHUNK),
+                *(x.reshape(-1, together) for x in (starts, lengths, shared_counts)),
+            ),
+        )
+        return context.reshape(q.shape).astype(precision.activations), cache
+
+    return attend

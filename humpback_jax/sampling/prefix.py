@@ -1,0 +1,100 @@
+"""The tokens that all prompts of a job begin with: computed once, seen by every row."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from humpback_jax.model.attention import grouped_attention
+from humpback_jax.model.blockwise import Shared
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.linear import LoraSpec, Precision
+from humpback_jax.model.llama import Cache, Layout, Params, bind
+
+MULTIPLE = 64  # prefixes of like length share a program
+
+
+class PrefixArrays(NamedTuple):
+    """What programs know of the prefix.
+
+    Attributes:
+      layers: each layer's `Shared` keys and values: a list ("unrolled") or stacked ("scan").
+      seen: bool [V], which tokens it contains.
+    """
+
+    layers: Any
+    seen: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Tokens that texts may begin with, and their computed keys and values."""
+
+    tokens: tuple[int, ...]
+    arrays: PrefixArrays
+
+    def shared_by(self, tokens: np.ndarray) -> int:
+        """How many of its tokens a text does not compute again: all, with more to come, or none."""
+        count = len(self.tokens)
+        begins = len(tokens) > count and tuple(tokens[:count].tolist()) == self.tokens
+        return count if begins else 0
+
+
+def compute_prefix(
+    config: LlamaConfig,
+    params: Params,
+    tokens: Sequence[int],
+    precision: Precision,
+    layout: Layout = "unrolled",
+    lora: LoraSpec | None = None,
+) -> Prefix:
+    """The prefix of `tokens`, which may be none."""
+    seen = np.zeros(config.vocab_size, bool)
+    seen[list(tokens)] = True
+    if tokens:
+        padded = np.zeros((1, -(-len(tokens) // MULTIPLE) * MULTIPLE), np.int32)
+        padded[0, : len(tokens)] = tokens
+        layers = _program(config, precision, layout, lora)(params, padded)
+    else:
+        layers = _nothing(config, layout, precision)
+    return Prefix(tuple(tokens), PrefixArrays(layers, jnp.asarray(seen)))
+
+
+def _nothing(config: LlamaConfig, layout: Layout, precision: Precision) -> Any:
+    groups, width, depth = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+    leading = (depth,) if layout == "scan" else ()
+    empty = Shared(
+        jnp.zeros((*leading, groups, width, 0), precision.activations),
+        jnp.zeros((*leading, groups, 0, width), precision.activations),
+    )
+    return empty if layout == "scan" else [empty] * depth
+
+
+@functools.lru_cache(maxsize=32)
+def _program(
+    config: LlamaConfig, precision: Precision, layout: Layout, lora: LoraSpec | None
+) -> Callable[[Params, np.ndarray], Any]:
+    def run(params: Params, tokens: jax.Array) -> Any:
+        width = tokens.shape[1]
+        causal = jnp.tril(jnp.ones((1, width, width), bool))
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Cache) -> tuple[jax.Array, Cache]:
+            shared = Shared(k[0].transpose(1, 2, 0), v[0].transpose(1, 0, 2))
+            return grouped_attention(q, k, v, causal, precision), shared
+
+        _, layers = bind(config, params, layout, lora).hidden_states(
+            tokens,
+            jnp.minimum(jnp.arange(width), config.max_position_embeddings - 1)[None],
+            attend,
+            None if layout == "scan" else [None] * config.num_hidden_layers,
+            precision=precision,
+        )
+        return layers
+
+    return jax.jit(run)
