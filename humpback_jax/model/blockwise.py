@@ -20,7 +20,14 @@ from humpback_jax.model.llama import Attend, Cache
 
 BLOCK = 128  # keys of a packed text that meet its queries at one time
 CHUNK = 32  # queries of one packed text that meet the same keys
-GROUP = 8  # chunks that are computed together
+GROUP = 4  # chunks that are computed together
+
+
+class Shared(NamedTuple):
+    """One layer's keys [G, K, P] and values [G, P, K] of a text that all rows begin with."""
+
+    keys: jax.Array
+    values: jax.Array
 
 
 class Partial(NamedTuple):
@@ -57,10 +64,11 @@ class Partial(NamedTuple):
             values.dtype,
         )
 
-    def meet_shared(
-        self, queries: jax.Array, keys: jax.Array, values: jax.Array, counts: jax.Array
-    ) -> Partial:
-        """With the keys [G, K, P] that all rows share; row b sees the first `counts[b]`."""
+    def meet_shared(self, queries: jax.Array, shared: Shared, counts: jax.Array) -> Partial:
+        """With the keys that all rows share; row b sees the first `counts[b]`."""
+        if not shared.keys.shape[-1]:
+            return self
+        keys, values = (x.astype(queries.dtype) for x in shared)
         batch, groups, places, width = queries.shape
         rows = queries.transpose(1, 0, 2, 3).reshape(groups, batch * places, width)
 
@@ -108,13 +116,6 @@ def by_group(q: jax.Array, groups: int, dtype: jnp.dtype) -> jax.Array:
     batch, places, heads, width = q.shape
     q = q.reshape(batch, places, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     return q.reshape(batch, groups, -1, width).astype(dtype)
-
-
-class Shared(NamedTuple):
-    """One layer's keys [G, K, P] and values [G, P, K] of a text that all rows begin with."""
-
-    keys: jax.Array
-    values: jax.Array
 
 
 def scoring_attention(
@@ -171,11 +172,7 @@ def scoring_attention(
                 )
                 return partial.meet(queries, cut(keys, at, 2), cut(values, at, 1), visible)
 
-            partial = Partial.empty(queries)
-            if shared.keys.shape[-1]:
-                partial = partial.meet_shared(
-                    queries, shared.keys.astype(dtype), shared.values.astype(dtype), count
-                )
+            partial = Partial.empty(queries).meet_shared(queries, shared, count)
             # A chunk sees no further than its own end. One without a text meets a block, too: its
             # result must be a number, since its values are met, with weight 0, in the next layer.
             seen = jnp.where(length > 0, (index + 1) * CHUNK - start, 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from humpback_jax.model.blockwise import Partial, Shared, by_group
+from humpback_jax.model.blockwise import BLOCK, GROUP, Partial, by_group
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Attend, Cache
@@ -71,25 +71,58 @@ def chunk_attention(
     Args:
       slots: int32 [R], the slot of each chunk.
       shared_counts: int32 [R], how many of the shared keys stand before the prompt's own.
-      starts: int32 [R], the place in the slot where the chunk begins, a multiple of its width; the
-        width divides the size of every piece of the cache.
+      starts: int32 [R], the place in the slot where the chunk begins, a multiple of its width,
+        which divides `BLOCK`.
     """
+
+    together = math.gcd(GROUP, len(slots))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         own, shared = cache
-        width = q.shape[1]
         own = _write_chunks(own, k, v, slots, starts)
-        queries = by_group(q, k.shape[2], own.keys[0].dtype)
-        place = starts[:, None] + jnp.arange(width)
-        reached = starts.max() + width
+        width, groups, dtype = q.shape[1], k.shape[2], jnp.dtype(precision.compute)
 
-        def rows(piece: jax.Array) -> jax.Array:
-            return jnp.take(piece, slots, axis=0)
+        def group(chunk: tuple[jax.Array, ...]) -> jax.Array:
+            q, slots, counts, starts = chunk
+            queries = by_group(q, groups, dtype)
+            partial = Partial.empty(queries).meet_shared(queries, shared, counts)
+            place, begin = starts[:, None] + jnp.arange(width), 0
+            for keys, values in zip(*own, strict=True):
+                meet = functools.partial(_meet_block, queries, slots, keys, values, place, begin)
+                blocks = (starts.max() + width - begin + BLOCK - 1) // BLOCK
+                size = values.shape[2]
+                partial = jax.lax.fori_loop(0, jnp.clip(blocks, 0, size // BLOCK), meet, partial)
+                begin += size
+            return partial.finish(width)
 
-        partial = _meet_all(queries, own, shared, shared_counts, place, reached, rows)
-        return partial.finish(width).astype(precision.activations), (own, shared)
+        grouped = (x.reshape(-1, together, *x.shape[1:]) for x in (q, slots, shared_counts, starts))
+        context = jax.lax.map(group, tuple(grouped))
+        return context.reshape(q.shape).astype(precision.activations), (own, shared)
 
     return attend
+
+
+def _meet_block(
+    queries: jax.Array,
+    slots: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    place: jax.Array,
+    begin: int,
+    block: jax.Array,
+    partial: Partial,
+) -> Partial:
+    """Queries at `place` [B, T] meet a block of their slots' keys, in the piece from `begin` on."""
+
+    def cut(piece: jax.Array, axis: int) -> jax.Array:
+        rows = []
+        for index in range(len(slots)):
+            row = jax.lax.dynamic_slice_in_dim(piece, slots[index], 1, 0)
+            rows.append(jax.lax.dynamic_slice_in_dim(row, block * BLOCK, BLOCK, axis))
+        return jnp.concatenate(rows).astype(queries.dtype)
+
+    visible = begin + block * BLOCK + jnp.arange(BLOCK) <= place[:, :, None]
+    return partial.meet(queries, cut(keys, 3), cut(values, 2), visible)
 
 
 def decode_attention(
@@ -113,48 +146,25 @@ def decode_attention(
         queries = by_group(q, k.shape[2], own.keys[0].dtype)
         place = places[:, None] + jnp.arange(width)
         reached = jnp.where(live, places, 0).max() + width
-        partial = _meet_all(
-            queries, own, shared, shared_counts, place, reached, lambda piece: piece
-        )
+        partial = Partial.empty(queries).meet_shared(queries, shared, shared_counts)
+        begin = 0
+        for keys, values in zip(*own, strict=True):
+            visible = begin + jnp.arange(values.shape[2]) <= place[:, :, None]
+            meet = functools.partial(_meet_piece, queries, keys, values, visible)
+            if begin == 0:
+                partial = meet(partial)
+            else:
+                partial = jax.lax.cond(reached > begin, meet, lambda partial: partial, partial)
+            begin += values.shape[2]
         return partial.finish(width).astype(precision.activations), (own, shared)
 
     return attend
 
 
-def _meet_all(
-    queries: jax.Array,
-    own: LayerCache,
-    shared: Shared,
-    shared_counts: jax.Array,
-    place: jax.Array,
-    reached: jax.Array,
-    rows: Callable[[jax.Array], jax.Array],
-) -> Partial:
-    """Queries at `place` [B, T] meet the shared keys, then pieces that start before `reached`."""
-    partial = Partial.empty(queries)
-    if shared.keys.shape[-1]:
-        partial = partial.meet_shared(queries, *shared, shared_counts)
-    start = 0
-    for keys, values in zip(*own, strict=True):
-        visible = start + jnp.arange(values.shape[2]) <= place[:, :, None]
-        meet = functools.partial(_meet_piece, queries, rows, keys, values, visible)
-        if start == 0:
-            partial = meet(partial)
-        else:
-            partial = jax.lax.cond(reached > start, meet, lambda partial: partial, partial)
-        start += values.shape[2]
-    return partial
-
-
 def _meet_piece(
-    queries: jax.Array,
-    rows: Callable[[jax.Array], jax.Array],
-    keys: jax.Array,
-    values: jax.Array,
-    visible: jax.Array,
-    partial: Partial,
+    queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, partial: Partial
 ) -> Partial:
-    return partial.meet(queries, rows(keys), rows(values), visible)
+    return partial.meet(queries, keys, values, visible)
 
 
 def _write_chunks(
