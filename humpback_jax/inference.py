@@ -130,18 +130,23 @@ class Inference:
             yield index, _generation(tokenizer, done, stops)
 
     def _prefix(self, opening: Opening | None) -> Prefix:
-        """What a prompt begins with, by its template alone: never by the rows of a job."""
-        encode = self.model.tokenizer.encode
-        texts = [encode(opening(text)) for text in FILLERS] if opening else []
-        columns = itertools.takewhile(
-            lambda column: len(set(column)) == 1, zip(*texts, strict=False)
-        )
-        tokens = tuple(column[0] for column in columns)
+        return self.prefix(common_start(self.model.tokenizer, opening) if opening else ())
+
+    def prefix(self, tokens: Sequence[int]) -> Prefix:
+        """Tokens that texts may begin with, computed when first asked for."""
+        tokens = tuple(tokens)
         if tokens not in self._prefixes:
             self._prefixes[tokens] = compute_prefix(
                 self.model.config, self._params, tokens, self.precision
             )
         return self._prefixes[tokens]
+
+
+def common_start(tokenizer: Tokenizer, opening: Opening) -> tuple[int, ...]:
+    """The tokens that a prompt begins with by its template alone, never by the rows of a job."""
+    texts = [tokenizer.encode(opening(text)) for text in FILLERS]
+    columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
+    return tuple(column[0] for column in columns)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -245,6 +245,34 @@ def evaluate(arguments: argparse.Namespace) -> Result:
     return result
 
 
+def bench(arguments: argparse.Namespace) -> Result:
+    """Measures generation; prints a table and writes the results file."""
+    from humpback_jax.artifacts import write_json
+    from humpback_jax.bench.run import bench_sample
+
+    result = bench_sample(
+        arguments.model,
+        arguments.data,
+        arguments.rows,
+        arguments.shortest,
+        arguments.longest,
+        arguments.max_tokens,
+        arguments.precision,
+        arguments.batch_size,
+        [peer for given in arguments.vs for peer in given.split(",")],
+        arguments.rounds,
+        progress(),
+    )
+    for name, figures in {"ours": result["ours"], **result["peers"]}.items():
+        print(f"{name}: {figures['rows_per_s']:.2f} rows/s, {figures['tokens_per_s']:.0f} tokens/s")
+    for name, ratio in result["ratio"].items():
+        print(f"ours / {name}: {ratio:.2f}")
+    print(f"prefill: {result['matmul_share']:.0%} of the matmul rate measured in its process")
+    if arguments.out:
+        write_json(Path(arguments.out), result)
+    return result
+
+
 def export(arguments: argparse.Namespace) -> Result:
     """Weights, config and tokenizer as a folder that `transformers` loads."""
     from humpback_jax.text.template import baked_chat_template

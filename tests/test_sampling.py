@@ -32,7 +32,7 @@ from tiny_llama import (
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import (
     cache_bytes,
-    capacities,
+    capacity_for,
     chunk_attention,
     decode_attention,
     empty_cache,
@@ -163,7 +163,7 @@ def test_decoding_with_the_cache_equals_the_full_forward_pass(rope) -> None:
             hidden, caches = run(tokens, places[:, None], attend, caches)
             return caches, llama.logits(hidden[:, 0], FLOAT32)
 
-        caches = empty_cache(config, rows, capacities(WINDOW)[-1], "float32")
+        caches = empty_cache(config, rows, capacity_for(WINDOW), "float32")
         within = jnp.minimum(jnp.arange(width), lengths[:, None] - 1)
         attend = chunk_attention(jnp.arange(rows), none, none, FLOAT32)
         hidden, caches = run(texts[:, :width], within, attend, caches)
@@ -346,7 +346,7 @@ def test_the_cache_is_as_small_as_the_key_value_heads_allow(dtype) -> None:
 
 def test_no_vocabulary_is_sorted_and_no_cache_widened_in_the_decode_program() -> None:
     """A sort of 32 x 49,152 costs 36 times a threshold search, at every token."""
-    rows, capacity, vocab = 3, 768, 2053
+    rows, capacity, vocab = 3, 1024, 2053
     config = dataclasses.replace(model_of()[1], vocab_size=vocab)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), layout="unrolled"))
     slots = jax.eval_shape(lambda: empty_slots(config, FLOAT32, rows, capacity))

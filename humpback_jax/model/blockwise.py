@@ -24,7 +24,10 @@ GROUP = 4  # chunks that are computed together
 
 
 class Shared(NamedTuple):
-    """One layer's keys [G, K, P] and values [G, P, K] of a text that all rows begin with."""
+    """One layer's keys [G, K, P] and values [G, P, K] of a text that rows begin with.
+
+    P is a multiple of `BLOCK`, and rows see the first of them: see `Partial.meet_shared`.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -66,21 +69,26 @@ class Partial(NamedTuple):
 
     def meet_shared(self, queries: jax.Array, shared: Shared, counts: jax.Array) -> Partial:
         """With the keys that all rows share; row b sees the first `counts[b]`."""
-        if not shared.keys.shape[-1]:
-            return self
-        keys, values = (x.astype(queries.dtype) for x in shared)
         batch, groups, places, width = queries.shape
         rows = queries.transpose(1, 0, 2, 3).reshape(groups, batch * places, width)
 
-        def mix(weights: jax.Array) -> jax.Array:
-            rows = weights.transpose(1, 0, 2, 3).reshape(groups, batch * places, -1)
-            mixed = jnp.einsum("gqp,gpk->gqk", rows, values, preferred_element_type="float32")
-            return mixed.reshape(groups, batch, places, width).transpose(1, 0, 2, 3)
+        def meet(block: jax.Array, partial: Partial) -> Partial:
+            start = block * BLOCK
+            keys = jax.lax.dynamic_slice_in_dim(shared.keys, start, BLOCK, 2).astype(rows.dtype)
+            values = jax.lax.dynamic_slice_in_dim(shared.values, start, BLOCK, 1).astype(rows.dtype)
 
-        scores = jnp.einsum("gqk,gkp->gqp", rows, keys, preferred_element_type="float32")
-        scores = scores.reshape(groups, batch, places, -1).transpose(1, 0, 2, 3)
-        visible = (jnp.arange(keys.shape[-1]) < counts[:, None])[:, None]
-        return self._join(scores, visible, mix, values.dtype)
+            def mix(weights: jax.Array) -> jax.Array:
+                flat = weights.transpose(1, 0, 2, 3).reshape(groups, batch * places, BLOCK)
+                mixed = jnp.einsum("gqp,gpk->gqk", flat, values, preferred_element_type="float32")
+                return mixed.reshape(groups, batch, places, width).transpose(1, 0, 2, 3)
+
+            scores = jnp.einsum("gqk,gkp->gqp", rows, keys, preferred_element_type="float32")
+            scores = scores.reshape(groups, batch, places, BLOCK).transpose(1, 0, 2, 3)
+            visible = (start + jnp.arange(BLOCK) < counts[:, None])[:, None]
+            return partial._join(scores, visible, mix, values.dtype)
+
+        blocks = (counts.max() + BLOCK - 1) // BLOCK
+        return jax.lax.fori_loop(0, blocks, meet, self)
 
     def _join(
         self,

@@ -29,25 +29,25 @@ class LayerCache(NamedTuple):
     values: tuple[jax.Array, ...]
 
 
-PIECES = (128, 128, 256, 256, 256, 512, 512, 1024, 1024)  # then 2048 each
+def capacity_for(places: int) -> int:
+    """The number of places of slots that hold so many: a power of two."""
+    return max(BLOCK, 1 << (places - 1).bit_length())
 
 
-def capacities(window: int) -> list[int]:
-    """The numbers of places that a slot can have, ascending; the last one holds the window."""
-    sizes: list[int] = []
-    while not sizes or sizes[-1] < window:
-        piece = PIECES[len(sizes)] if len(sizes) < len(PIECES) else 2048
-        sizes.append((sizes[-1] if sizes else 0) + piece)
+def _piece_sizes(capacity: int) -> list[int]:
+    """128, 128, 256, 512, ...: each piece doubles what the ones before it hold."""
+    sizes = [BLOCK]
+    while sum(sizes) < capacity:
+        sizes.append(sum(sizes))
     return sizes
 
 
 def empty_cache(config: LlamaConfig, rows: int, capacity: int, dtype: str) -> list[LayerCache]:
-    """A cache without content for each layer; `capacity` is one of `capacities`."""
-    ends = [size for size in capacities(capacity) if size <= capacity]
+    """A cache without content for each layer; `capacity` is a result of `capacity_for`."""
+    sizes = _piece_sizes(capacity)
     groups, width = config.num_key_value_heads, config.head_dim
     caches = []
     for _ in range(config.num_hidden_layers):
-        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         keys = tuple(jnp.zeros((rows, groups, width, size), dtype) for size in sizes)
         values = tuple(jnp.zeros((rows, groups, size, width), dtype) for size in sizes)
         caches.append(LayerCache(keys, values))

@@ -12,13 +12,14 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.model.cache import capacities
+from humpback_jax.model.cache import capacity_for
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Params
@@ -156,6 +157,11 @@ class Engine:
         checked = (self._check(index, each, prefix) for index, each in enumerate(requests))
         yield from _Run(self, prefix).all(_by_length(checked))
 
+    def programs(self) -> int:
+        """How many programs have been compiled for engines of this model, precision and steps."""
+        programs: tuple[Any, ...] = (self._prefill, self._decode)
+        return sum(program._cache_size() for program in programs)
+
     def _check(self, index: int, request: Request, prefix: Prefix) -> _Row:
         length, window = len(request.prompt), self.config.max_position_embeddings
         if not 0 < length < window:
@@ -166,6 +172,7 @@ class Engine:
         return _Row(index, request, prefix.shared_by(request.prompt))
 
 
+CAPACITY = 1024  # places of a slot, where rows do not need more
 LOOKAHEAD = 512
 
 
@@ -233,9 +240,8 @@ class _Run:
         if needed > self.capacity:
             if any(self.rows):
                 return False
-            # At least twice as long, so that a job compiles few programs.
-            wanted = max(needed, min(2 * self.capacity, window))
-            self.capacity = next(size for size in capacities(window) if size >= wanted)
+            # Jobs of all kinds share the programs of one capacity while they can.
+            self.capacity = capacity_for(max(needed, min(CAPACITY, window)))
             self.slots = None
             self.slots = empty_slots(
                 self.engine.config, self.engine.precision, self.shape.slots, self.capacity

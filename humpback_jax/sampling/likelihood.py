@@ -19,7 +19,7 @@ from humpback_jax.model.llama import Layout, Llama, Params, bind
 from humpback_jax.sampling.prefix import Prefix, PrefixArrays, compute_prefix
 from humpback_jax.training.packing import TrainingExample, best_fit
 
-WIDTHS = (256, 2048)  # places of one program call: for little work, and for much
+WIDTHS = (256, 1024)  # places of one program call: for little work, and for much
 TARGETS = 256  # targets whose logits are computed at one time
 VOCABULARY = 8192  # tokens of the vocabulary whose logits exist at one time
 
@@ -158,7 +158,8 @@ def _packed(queries: Sequence[Query], shared: Sequence[int]) -> Iterator[tuple[i
         # Targets have as many places as tokens; a query with more takes the room of both.
         sizes.append(max(chunks * CHUNK, len(query.targets)))
     little, much = WIDTHS
-    width = little if sum(sizes) <= little else max(much, -(-max(sizes, default=0) // much) * much)
+    longest = max(sizes, default=1)
+    width = little if sum(sizes) <= little else max(much, 1 << (longest - 1).bit_length())
     for members in best_fit(sizes, width):
         yield width, members
 

@@ -17,7 +17,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Cache, Layout, Params, bind
 
-MULTIPLE = 64  # prefixes of like length share a program
+CAPACITY = 512  # places of prefixes, so that all that fit share their programs
 
 
 class PrefixArrays(NamedTuple):
@@ -57,8 +57,11 @@ def compute_prefix(
     """The prefix of `tokens`, which may be none."""
     seen = np.zeros(config.vocab_size, bool)
     seen[list(tokens)] = True
+    capacity = CAPACITY
+    while capacity < len(tokens):
+        capacity *= 2
     if tokens:
-        padded = np.zeros((1, -(-len(tokens) // MULTIPLE) * MULTIPLE), np.int32)
+        padded = np.zeros((1, capacity), np.int32)
         padded[0, : len(tokens)] = tokens
         layers = _program(config, precision, layout, lora)(params, padded)
     else:
@@ -70,8 +73,8 @@ def _nothing(config: LlamaConfig, layout: Layout, precision: Precision) -> Any:
     groups, width, depth = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
     leading = (depth,) if layout == "scan" else ()
     empty = Shared(
-        jnp.zeros((*leading, groups, width, 0), precision.activations),
-        jnp.zeros((*leading, groups, 0, width), precision.activations),
+        jnp.zeros((*leading, groups, width, CAPACITY), precision.activations),
+        jnp.zeros((*leading, groups, CAPACITY, width), precision.activations),
     )
     return empty if layout == "scan" else [empty] * depth
 
