@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> Any:
         config.curate.update({"also_limit": 16, "max_new_tokens": 128})
         config.curate.update({"select": "top_fraction", "fraction": 0.3})
         config.meters.curators = ("rubric_likelihood", "combined")
-        config.compute.update({"precision": "bfloat16", "batch_size": 16})
+        config.compute.update({"precision": "bfloat16", "batch_size": 32})
     if "tiny" in arguments(argument, ("tiny",), "configs/smollm2_demo.py"):
         apply_tiny(config)
     return config

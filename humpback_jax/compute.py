@@ -44,7 +44,8 @@ def choose_compute(precision: str, batch_size: int) -> Compute:
             f"compute.precision={precision!r} is unknown; choose auto, float32 or bfloat16."
         )
     kept = "float32" if on_cpu else precision
-    shape = Shape(slots=batch_size)
+    # One row alone has few pieces to compute at a time.
+    shape = Shape(slots=batch_size, chunks=16 if batch_size > 1 else 4)
     return Compute(Precision(precision, kept), "unrolled" if on_cpu else "scan", shape)
 
 

@@ -106,28 +106,37 @@ class Inference:
         opening: Opening | None = None,
     ) -> list[Generation]:
         """Draws one text for each (record id, prompt); keyed by (seed, stage, id, draw)."""
-        keyed = (
-            (record_id, text, record_key(seed, stage, record_id, draw))
+        requests = (
+            (record_id, text, record_key(seed, stage, record_id, draw), decoding)
             for record_id, text in prompts
         )
-        drawn = dict(self.stream(keyed, decoding, opening))
+        drawn = dict(self.stream(requests, opening))
         return [drawn[index] for index in range(len(prompts))]
 
     def stream(
         self,
-        prompts: Iterable[tuple[str, str, np.ndarray]],
-        decoding: Decoding,
+        prompts: Iterable[tuple[str, str, np.ndarray, Decoding]],
         opening: Opening | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """(place in `prompts`, text) as texts end, of (record id, prompt, key) read as needed."""
-        tokenizer, stops = self.model.tokenizer, decoding.stop_strings
-        cut = (lambda tokens: _first_stop(tokenizer, tokens, stops)) if stops else None
-        requests = (
-            Request(name, np.array(tokenizer.encode(text), np.int32), key, decoding, cut)
-            for name, text, key in prompts
-        )
-        for index, done in self.engine.stream(requests, self._prefix(opening)):
-            yield index, _generation(tokenizer, done, stops)
+        """(place in `prompts`, text) as texts end; prompts are read as slots become free.
+
+        Args:
+          prompts: (record id, prompt, key by `record_key`, how to draw) each.
+        """
+        tokenizer = self.model.tokenizer
+        stops: dict[int, tuple[str, ...]] = {}
+
+        def requests() -> Iterator[Request]:
+            for index, (name, text, key, decoding) in enumerate(prompts):
+                cut = None
+                if decoding.stop_strings:
+                    stops[index] = decoding.stop_strings
+                    cut = functools.partial(_first_stop, tokenizer, decoding.stop_strings)
+                tokens = np.array(tokenizer.encode(text), np.int32)
+                yield Request(name, tokens, key, decoding, cut)
+
+        for index, done in self.engine.stream(requests(), self._prefix(opening)):
+            yield index, _generation(tokenizer, done, stops.pop(index, ()))
 
     def _prefix(self, opening: Opening | None) -> Prefix:
         return self.prefix(common_start(self.model.tokenizer, opening) if opening else ())
@@ -156,7 +165,7 @@ def _prepare(params: Params, compute: str) -> Params:
     return jax.tree.map(lambda x: x.astype(compute) if x.ndim > 1 else x, apart)
 
 
-def _first_stop(tokenizer: Tokenizer, tokens: list[int], stops: Sequence[str]) -> int | None:
+def _first_stop(tokenizer: Tokenizer, stops: Sequence[str], tokens: list[int]) -> int | None:
     """The fewest tokens whose text contains one of `stops`, if all of them do."""
 
     def stopped(count: int) -> bool:

@@ -72,20 +72,27 @@ class _BadRow(Exception):
 def read_examples(
     path: Path, source: str, skip_bad: bool = False
 ) -> tuple[list[Example], ReadReport]:
-    """Reads training or evaluation rows from .jsonl, .json (a list), .parquet; also .gz and .zst.
+    """All of `stream_examples`, and what was found."""
+    report = ReadReport()
+    return list(stream_examples(path, source, report, skip_bad)), report
+
+
+def stream_examples(
+    path: Path, source: str, report: ReadReport, skip_bad: bool = False
+) -> Iterator[Example]:
+    """Training or evaluation rows from .jsonl, .json (a list), .parquet; also .gz and .zst.
 
     Texts lose the white space at their ends: an answer that began with some could have its first
     token merged with the newline before it, which belongs to the prompt.
 
     Args:
       source: given to every row; decides its tags.
+      report: filled in as rows are read.
       skip_bad: count unusable rows by reason instead of stopping at the first.
 
     Raises:
       HumpbackError: names file, row and field, and says what to do.
     """
-    report = ReadReport()
-    examples: list[Example] = []
     seen: collections.Counter[str] = collections.Counter()
     for place, row in _rows(path, report, skip_bad):
         try:
@@ -98,21 +105,21 @@ def read_examples(
         given = _given_id(row) or stable_id(json.dumps([content, text]))
         name = unique_name(given, seen)
         report.renamed += name != given
-        examples.append(Example(name, messages, source, text))
-    report.rows = len(examples)
-    if not examples:
+        report.rows += 1
+        yield Example(name, messages, source, text)
+    if not report.rows:
         raise HumpbackError(f"{path}: no usable row. Accepted forms: {FORMS}. {_counts(report)}")
-    return examples, report
 
 
-def read_prompts(path: Path, skip_bad: bool = False) -> tuple[list[Prompt], ReadReport]:
-    """Reads rows to be answered: a conversation, `prompt`, `instruction` (+ `input`), or `text`.
+def stream_prompts(path: Path, report: ReadReport, skip_bad: bool = False) -> Iterator[Prompt]:
+    """Rows to be answered: a conversation, `prompt`, `instruction` (+ `input`), or `text`.
+
+    Args:
+      report: filled in as rows are read.
 
     Raises:
       HumpbackError: names file, row and field.
     """
-    report = ReadReport()
-    prompts = []
     seen: collections.Counter[str] = collections.Counter()
     for place, row in _rows(path, report, skip_bad):
         try:
@@ -124,11 +131,10 @@ def read_prompts(path: Path, skip_bad: bool = False) -> tuple[list[Prompt], Read
         given = _given_id(row) or stable_id(json.dumps(messages))
         name = unique_name(given, seen)
         report.renamed += name != given
-        prompts.append(Prompt(name, messages, row))
-    report.rows = len(prompts)
-    if not prompts:
+        report.rows += 1
+        yield Prompt(name, messages, row)
+    if not report.rows:
         raise HumpbackError(f"{path}: no usable prompt. {_counts(report)}")
-    return prompts, report
 
 
 def single_prompt(text: str) -> Prompt:
@@ -150,15 +156,21 @@ def unique_name(name: str, seen: collections.Counter[str]) -> str:
     return numbered
 
 
+def check_form(path: Path, form: str | None) -> str:
+    """`form`, or else the one that the name says; raises HumpbackError where rows have no such."""
+    form = form or path.suffix.lstrip(".")
+    if form not in ("jsonl", "parquet"):
+        raise HumpbackError(f"{path}: rows are written as .jsonl or .parquet, not {form!r}.")
+    return form
+
+
 def write_rows(path: Path, rows: Iterable[Row], form: str | None = None) -> None:
     """Writes .jsonl or .parquet (zstd), by `form` or else by the name; replaces atomically.
 
     Raises:
       HumpbackError: an unknown form, or a place that cannot be written.
     """
-    form = form or path.suffix.lstrip(".")
-    if form not in ("jsonl", "parquet"):
-        raise HumpbackError(f"{path}: rows are written as .jsonl or .parquet, not {form!r}.")
+    form = check_form(path, form)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

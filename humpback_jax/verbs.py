@@ -14,6 +14,7 @@ from humpback_jax.compute import choose_compute, use_compilation_cache
 from humpback_jax.config import check_config, default_config, load_config, set_field
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import load_model, save_checkpoint
+from humpback_jax.progress import timed_lines
 
 Result = dict[str, Any]
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> Result:
         with config.unlocked():
             config.corpus.limit = arguments.limit
     workdir = Path(arguments.workdir)
-    say = progress()
+    say = timed_lines()
     if arguments.dry_run:
         return dry_run(config, say)
     summary = loop.run(config, workdir, fresh=arguments.fresh, say=say)
@@ -74,7 +75,7 @@ def train(arguments: argparse.Namespace) -> Result:
     for line in preview_lines(base.tokenizer, rows, sys.stdout.isatty()):
         print(line)
     resume = ResumeFolder(out / "resume" / stable_id(config.to_json(), str(len(examples))))
-    started, say, metrics = time.monotonic(), progress(), MetricsLog(out)
+    started, say, metrics = time.monotonic(), timed_lines(), MetricsLog(out)
 
     def report_row(row: Result) -> None:
         metrics.write("train", row)
@@ -113,95 +114,98 @@ def train(arguments: argparse.Namespace) -> Result:
 
 
 def sample(arguments: argparse.Namespace) -> Result:
-    """Generates for each prompt; the rows come out with output, finish reason, log-probability."""
+    """Answers each prompt; the rows come out with output, finish reason, log-probability."""
+    from humpback_jax.answer import Job, answer_file, answer_prompts
     from humpback_jax.inference import Inference
-    from humpback_jax.rows import read_prompts, single_prompt, write_rows
+    from humpback_jax.rows import ReadReport, check_form, single_prompt, stream_prompts, write_rows
     from humpback_jax.sampling.sampler import Decoding
 
     if (arguments.prompts is None) == (arguments.prompt is None):
         raise HumpbackError("sample needs either --prompts FILE or --prompt TEXT.")
-    if arguments.prompts:
-        prompts, report = read_prompts(Path(arguments.prompts), arguments.skip_bad)
-        bad_rows = report.bad
-    else:
-        prompts, bad_rows = [single_prompt(arguments.prompt)], {}
-    model = load_model(arguments.model)
-    tags: Any = model.tags if arguments.tags == "model" else arguments.tags
-    reader = Inference(model, choose_compute(arguments.precision, arguments.batch_size))
-    template = model.template
-    texts = []
-    for prompt in prompts:
-        if arguments.reverse:
-            texts.append((prompt.id, template.backward_prompt(prompt.messages[-1]["content"])))
-        else:
-            texts.append((prompt.id, template.forward_prompt(prompt.messages, tags)))
+    out = Path(arguments.out) if arguments.out else None
+    if out:
+        check_form(out, arguments.format)
     decoding = Decoding(
-        arguments.temperature, arguments.top_p, arguments.top_k, arguments.max_tokens
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        max_new_tokens=arguments.max_tokens,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        stop_ids=tuple(arguments.stop_id),
+        stop_strings=tuple(arguments.stop),
     )
     started = time.monotonic()
-    rows = []
-    for draw in range(arguments.n):
-        drawn = reader.generate(texts, decoding, seed=arguments.seed, stage="sample", draw=draw)
-        for prompt, done in zip(prompts, drawn, strict=True):
-            rows.append(
-                {
-                    **prompt.row,
-                    "output": done.text,
-                    "finish_reason": done.finish_reason,
-                    "logprob": round(done.logprob, 4),
-                    "tokens": done.tokens,
-                    "draw": draw,
-                }
-            )
-    if arguments.n > 1:
-        count = len(prompts)
-        rows = [rows[d * count + i] for i in range(count) for d in range(arguments.n)]
-    if arguments.out:
-        write_rows(Path(arguments.out), rows, arguments.format)
+    model = load_model(arguments.model)
+    job = Job(
+        decoding,
+        arguments.seed,
+        model.tags if arguments.tags == "model" else arguments.tags,
+        arguments.reverse,
+        arguments.n,
+        arguments.logprobs,
+        arguments.skip_bad,
+    )
+    one = arguments.prompt is not None and arguments.n == 1
+    slots = 1 if one else arguments.batch_size
+    reader = Inference(model, choose_compute(arguments.precision, slots))
+    report = ReadReport()
+    if arguments.prompts and out:
+        say = timed_lines()
+        count, report = answer_file(
+            reader, Path(arguments.prompts), out, arguments.format, job, say
+        )
     else:
-        for row in rows:
-            print(row["output"])
-    seconds = time.monotonic() - started
-    if bad_rows:
-        print(f"skipped rows: {bad_rows}", file=sys.stderr)
+        prompts = (
+            [single_prompt(arguments.prompt)]
+            if arguments.prompt is not None
+            else list(stream_prompts(Path(arguments.prompts), report, arguments.skip_bad))
+        )
+        rows = answer_prompts(reader, prompts, job)
+        count = len(rows)
+        if out:
+            write_rows(out, rows, arguments.format)
+        else:
+            for row in rows:
+                print(row["output"])
+    if report.bad:
+        print(f"skipped rows: {report.bad}", file=sys.stderr)
     return {
-        "rows": len(rows),
-        "bad_rows": bad_rows,
-        "seconds": round(seconds, 2),
+        "rows": count,
+        "bad_rows": report.bad,
+        "seconds": round(time.monotonic() - started, 2),
+        "occupancy": round(reader.engine.work.occupancy, 4),
         "out": arguments.out,
     }
 
 
 def score(arguments: argparse.Namespace) -> Result:
     """Rates each pair of a file."""
-    from humpback_jax.curators import PairText, Scored, check_curator, rate
+    from humpback_jax.curators import check_curator
     from humpback_jax.inference import Inference
-    from humpback_jax.rows import read_examples, write_rows
+    from humpback_jax.rate_file import rate_file
+    from humpback_jax.rows import check_form
     from humpback_jax.sampling.sampler import Decoding
 
     check_curator(arguments.curator, 1)
-    examples, report = read_examples(Path(arguments.data), "seed", arguments.skip_bad)
+    out = Path(arguments.out)
+    check_form(out, arguments.format)
     model = load_model(arguments.model)
     reader = Inference(model, choose_compute(arguments.precision, arguments.batch_size))
-    pairs = [PairText(e.id, e.instruction, e.response) for e in examples]
-    decoding = Decoding(0.7, 0.9, 0, arguments.max_tokens)
     started = time.monotonic()
-    ratings = rate(arguments.curator, reader, pairs, decoding, arguments.seed, Scored())
-    rows = [
-        {
-            "id": pair.id,
-            "instruction": pair.instruction,
-            "response": pair.response,
-            "curator": rating.curator,
-            "score": rating.value,
-            "detail": json.loads(rating.detail),
-        }
-        for pair, rating in zip(pairs, ratings, strict=True)
-    ]
-    write_rows(Path(arguments.out), rows, arguments.format)
-    rated = sum(row["score"] is not None for row in rows)
+    rated, report = rate_file(
+        reader,
+        Path(arguments.data),
+        out,
+        arguments.format,
+        arguments.curator,
+        Decoding(0.7, 0.9, 0, arguments.max_tokens),
+        arguments.seed,
+        arguments.skip_bad,
+        timed_lines(),
+    )
     return {
-        "rows": len(rows),
+        "rows": report.rows,
         "rated": rated,
         "bad_rows": report.bad,
         "seconds": round(time.monotonic() - started, 2),
@@ -261,7 +265,7 @@ def bench(arguments: argparse.Namespace) -> Result:
         arguments.batch_size,
         [peer for given in arguments.vs for peer in given.split(",")],
         arguments.rounds,
-        progress(),
+        timed_lines(),
     )
     for name, figures in {"ours": result["ours"], **result["peers"]}.items():
         print(f"{name}: {figures['rows_per_s']:.2f} rows/s, {figures['tokens_per_s']:.0f} tokens/s")
@@ -330,7 +334,7 @@ def verify(arguments: argparse.Namespace) -> Result:
     """Recomputes hashes and a slice; `ok` is False and the exit code 1 when anything differs."""
     from humpback_jax.verification import verify_run
 
-    result = verify_run(_run_folder(arguments), progress())
+    result = verify_run(_run_folder(arguments), timed_lines())
     print("everything agrees" if result["ok"] else "differs: " + "; ".join(result["differs"]))
     return result
 
@@ -343,16 +347,6 @@ def trace(arguments: argparse.Namespace) -> Result:
     if not arguments.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     return result
-
-
-def progress() -> Any:
-    """Prints progress lines with the time since the start, flushed at once."""
-    started = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - started:7.1f}s] {text}", flush=True)
-
-    return say
 
 
 def _config(arguments: argparse.Namespace) -> Any:

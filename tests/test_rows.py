@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.rows import read_examples, read_prompts, unique_name, write_rows
+from humpback_jax.rows import ReadReport, read_examples, stream_prompts, unique_name, write_rows
 
 GOOD = {"instruction": "Name a colour.", "output": "Blue."}
 
@@ -207,7 +207,7 @@ def test_prompts_keep_their_row_and_end_with_the_user(tmp_path):
         {"inputs": "Hi"},
         {"text": "Hi"},
     )
-    prompts, _ = read_prompts(path)
+    prompts = list(stream_prompts(path, ReadReport()))
     assert [p.messages[-1]["content"] for p in prompts] == ["Hi"] * 3 + [GOOD["instruction"]] + [
         "Hi"
     ] * 2
@@ -220,8 +220,9 @@ def test_prompts_keep_their_row_and_end_with_the_user(tmp_path):
 )
 def test_a_bad_prompt_is_named(row, tmp_path):
     path = jsonl(tmp_path, {"prompt": "Hi"}, row)
-    assert "line 2" in refused(path, read_prompts)
-    prompts, report = read_prompts(path, skip_bad=True)
+    assert "line 2" in refused(path, lambda path: list(stream_prompts(path, ReadReport())))
+    report = ReadReport()
+    prompts = list(stream_prompts(path, report, skip_bad=True))
     assert len(prompts) == 1 and sum(report.bad.values()) == 1
 
 

@@ -115,10 +115,12 @@ def _meet_block(
     """Queries at `place` [B, T] meet a block of their slots' keys, in the piece from `begin` on."""
 
     def cut(piece: jax.Array, axis: int) -> jax.Array:
+        shape = (1, *piece.shape[1:axis], BLOCK, *piece.shape[axis + 1 :])
         rows = []
         for index in range(len(slots)):
-            row = jax.lax.dynamic_slice_in_dim(piece, slots[index], 1, 0)
-            rows.append(jax.lax.dynamic_slice_in_dim(row, block * BLOCK, BLOCK, axis))
+            at: list[jax.Array | int] = [slots[index], 0, 0, 0]
+            at[axis] = block * BLOCK
+            rows.append(jax.lax.dynamic_slice(piece, at, shape, allow_negative_indices=False))
         return jnp.concatenate(rows).astype(queries.dtype)
 
     visible = begin + block * BLOCK + jnp.arange(BLOCK) <= place[:, :, None]

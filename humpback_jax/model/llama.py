@@ -243,10 +243,20 @@ class Llama(nnx.Module):
 
             x, caches = jax.lax.scan(body, x, (state, caches, keys))
         else:
+            # All layers are one function to trace, and differ in what it is called with.
+            graphdef, _ = nnx.split(self.layers[0])
+
+            @jax.jit
+            def layer(
+                state: Any, x: jax.Array, cache: Cache, key: jax.Array | None
+            ) -> tuple[jax.Array, Cache]:
+                return run(nnx.merge(graphdef, state), x, cache, key)
+
             updated = []
             for index, block in enumerate(self.layers):
                 cache = None if caches is None else caches[index]
-                x, cache = run(block, x, cache, None if keys is None else keys[index])
+                key = None if keys is None else keys[index]
+                x, cache = layer(nnx.state(block), x, cache, key)
                 updated.append(cache)
             caches = None if caches is None else updated
         return self.norm(x), caches

@@ -1,0 +1,162 @@
+"""A file of prompts to a file of answers, of any size: rows are read as the engine takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.inference import Generation, Inference
+from humpback_jax.progress import Progress, Say
+from humpback_jax.rows import Prompt, ReadReport, stream_prompts
+from humpback_jax.sampling.sampler import Decoding, record_key
+from humpback_jax.shards import Collector, Shards
+from humpback_jax.text.template import Tags
+
+SHARD_ROWS = 256
+DECODING_FIELDS = {field.name for field in dataclasses.fields(Decoding)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """How a file of prompts is answered.
+
+    Attributes:
+      decoding: for rows without a field `decoding`, whose entries replace some of it.
+      reverse: prompts are responses, for M_yx to write the instruction.
+      draws: answers to each prompt. logprobs: also write each drawn token's.
+    """
+
+    decoding: Decoding
+    seed: int = 0
+    tags: Tags = "none"
+    reverse: bool = False
+    draws: int = 1
+    logprobs: bool = False
+    skip_bad: bool = False
+
+
+def answer_file(
+    reader: Inference, path: Path, out: Path, form: str | None, job: Job, say: Say
+) -> tuple[int, ReadReport]:
+    """Answers every row of a file; returns (rows written, what was found in the file).
+
+    Finished shards survive a kill, and the same command goes on after them.
+
+    Raises:
+      HumpbackError: an unusable row (named, before anything is computed), or a prompt that leaves
+        no room in the model's window.
+    """
+    report = ReadReport()
+    fingerprint, total = _survey(path, job, report)
+    named = [reader.model.hash, fingerprint, reader.precision.compute]
+    shards = Shards(out, form, hashlib.sha256(json.dumps(named).encode()).hexdigest())
+    collector = Collector(SHARD_ROWS, shards.done)
+    finished = min(len(shards.done) * SHARD_ROWS, total) * job.draws
+    progress = Progress("sample", total * job.draws, say, finished)
+    for place, draw, prompt, done in _answers(reader, path, job, collector):
+        collector.add(place, (draw,), _row(prompt, draw, done, job))
+        for number, rows in collector.complete():
+            shards.write(number, rows)
+        progress.add(1, lambda seconds: _speed(reader, seconds))
+    for number, rows in collector.complete():
+        shards.write(number, rows)
+    shards.join()
+    return total * job.draws, report
+
+
+def answer_prompts(reader: Inference, prompts: list[Prompt], job: Job) -> list[dict[str, Any]]:
+    """Answers a few prompts; rows as `answer_file` writes them."""
+    wanted = [
+        (place, prompt, draw) for place, prompt in enumerate(prompts) for draw in range(job.draws)
+    ]
+    texts = ((p.id, *_request(reader, p, draw, job)) for _, p, draw in wanted)
+    found = dict(reader.stream(texts, _opening(reader, job)))
+    return [_row(prompt, draw, found[i], job) for i, (_, prompt, draw) in enumerate(wanted)]
+
+
+def _survey(path: Path, job: Job, report: ReadReport) -> tuple[str, int]:
+    """Reads all rows once, so that a bad one is found before anything is spent."""
+    digest, total = hashlib.sha256(repr(job).encode()), 0
+    for prompt in stream_prompts(path, report, job.skip_bad):
+        _decoding(prompt, job)
+        digest.update(json.dumps([prompt.id, prompt.row], default=str).encode())
+        total += 1
+    return digest.hexdigest(), total
+
+
+def _answers(
+    reader: Inference, path: Path, job: Job, collector: Collector
+) -> Iterator[tuple[int, int, Prompt, Generation]]:
+    under_way: dict[int, tuple[int, int, Prompt]] = {}
+
+    def requests() -> Iterator[tuple[str, str, np.ndarray, Decoding]]:
+        index = 0
+        for place, prompt in enumerate(stream_prompts(path, ReadReport(), job.skip_bad)):
+            if not collector.wants(place):
+                continue
+            collector.expect(place, job.draws)
+            for draw in range(job.draws):
+                under_way[index] = place, draw, prompt
+                index += 1
+                yield prompt.id, *_request(reader, prompt, draw, job)
+        collector.end()
+
+    for index, done in reader.stream(requests(), _opening(reader, job)):
+        yield *under_way.pop(index), done
+
+
+def _request(
+    reader: Inference, prompt: Prompt, draw: int, job: Job
+) -> tuple[str, np.ndarray, Decoding]:
+    template = reader.model.template
+    if job.reverse:
+        text = template.backward_prompt(prompt.messages[-1]["content"])
+    else:
+        text = template.forward_prompt(prompt.messages, job.tags)
+    return text, record_key(job.seed, "sample", prompt.id, draw), _decoding(prompt, job)
+
+
+def _opening(reader: Inference, job: Job) -> Any:
+    template = reader.model.template
+    return template.backward_prompt if job.reverse else template.question
+
+
+def _decoding(prompt: Prompt, job: Job) -> Decoding:
+    changes = prompt.row.get("decoding", {})
+    unknown = set(changes) - DECODING_FIELDS if isinstance(changes, dict) else changes
+    if unknown:
+        raise HumpbackError(
+            f"record {prompt.id}: field 'decoding' must hold some of "
+            f"{', '.join(sorted(DECODING_FIELDS))}; found {unknown}."
+        )
+    try:
+        return dataclasses.replace(job.decoding, **changes)
+    except (TypeError, HumpbackError) as error:
+        raise HumpbackError(f"record {prompt.id}, field 'decoding': {error}") from error
+
+
+def _row(prompt: Prompt, draw: int, done: Generation, job: Job) -> dict[str, Any]:
+    row = {
+        **prompt.row,
+        "output": done.text,
+        "finish_reason": done.finish_reason,
+        "logprob": round(done.logprob, 4),
+        "tokens": done.tokens,
+        "draw": draw,
+    }
+    if job.logprobs:
+        row["logprobs"] = [round(value, 4) for value in done.logprobs]
+    return row
+
+
+def _speed(reader: Inference, seconds: float) -> str:
+    work = reader.engine.work
+    tokens = work.prompt_tokens + work.shared_tokens + work.new_tokens
+    return f"{tokens / seconds:,.0f} tokens/s, slots {work.occupancy:.0%} full"

@@ -1,0 +1,79 @@
+"""A file of pairs to a file of ratings, of any size: shard by shard, kept over a restart."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.curators import PairText, Rating, Scored, rate
+from humpback_jax.inference import Inference
+from humpback_jax.progress import Progress, Say
+from humpback_jax.records import Example
+from humpback_jax.rows import ReadReport, stream_examples
+from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.shards import Shards
+
+SHARD_ROWS = 256
+
+
+def rate_file(
+    judge: Inference,
+    path: Path,
+    out: Path,
+    form: str | None,
+    curator: str,
+    decoding: Decoding,
+    seed: int,
+    skip_bad: bool,
+    say: Say,
+) -> tuple[int, ReadReport]:
+    """Rates every pair of a file; returns (pairs with a rating, what was found in the file).
+
+    Finished shards survive a kill. `combined` ranks all pairs among each other, so its file is one
+    shard, held in memory.
+
+    Raises:
+      HumpbackError: an unusable row (named, before anything is computed), or a pair longer than
+        the model's window.
+    """
+    report = ReadReport()
+    digest, total = hashlib.sha256(), 0
+    for example in stream_examples(path, "seed", report, skip_bad):
+        digest.update(repr(example).encode())
+        total += 1
+    named = [judge.model.hash, judge.precision.compute, curator, repr(decoding), seed]
+    named.append(digest.hexdigest())
+    shards = Shards(out, form, hashlib.sha256(json.dumps(named).encode()).hexdigest())
+    size = total if curator == "combined" else SHARD_ROWS
+    progress = Progress("score", total, say, min(len(shards.done) * size, total))
+    examples = stream_examples(path, "seed", ReadReport(), skip_bad)
+    for number, chunk in enumerate(_chunks(examples, size)):
+        if number in shards.done:
+            continue
+        pairs = [PairText(e.id, e.instruction, e.response) for e in chunk]
+        ratings = rate(curator, judge, pairs, decoding, seed, Scored())
+        shards.write(number, map(_row, pairs, ratings))
+        progress.add(len(pairs))
+    rated = sum(row["score"] is not None for row in shards.rows())
+    shards.join()
+    return rated, report
+
+
+def _chunks(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    while chunk := list(itertools.islice(examples, size)):
+        yield chunk
+
+
+def _row(pair: PairText, rating: Rating) -> dict[str, Any]:
+    return {
+        "id": pair.id,
+        "instruction": pair.instruction,
+        "response": pair.response,
+        "curator": rating.curator,
+        "score": rating.value,
+        "detail": json.loads(rating.detail),
+    }

@@ -1,0 +1,230 @@
+"""`humpback sample` on files: if these fail, a long job loses work, mixes up rows or grows."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from humpback_jax import answer, rate_file
+from humpback_jax.answer import Job, answer_file, answer_prompts
+from humpback_jax.cli import main
+from humpback_jax.compute import choose_compute
+from humpback_jax.errors import HumpbackError
+from humpback_jax.inference import Inference
+from humpback_jax.models import load_model
+from humpback_jax.rows import ReadReport, stream_prompts
+from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.shards import Collector
+
+JOB = Job(Decoding(0.9, 0.95, max_new_tokens=5), seed=3)
+
+
+@functools.cache
+def reader() -> Inference:
+    return Inference(load_model("tiny-random"), choose_compute("float32", 8))
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def prompts(count: int) -> list[dict]:
+    return [{"prompt": f"Say {'very ' * (i % 7)}{i}.", "kept": i} for i in range(count)]
+
+
+def run(path: Path, out: Path, job: Job = JOB) -> list[dict]:
+    answer_file(reader(), path, out, None, job, lambda line: None)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_rows_come_out_in_order_with_their_fields_whatever_ends_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(answer, "SHARD_ROWS", 4)
+    path = write(tmp_path / "in.jsonl", prompts(23))
+    rows = run(path, tmp_path / "out.jsonl")
+    assert [row["kept"] for row in rows] == list(range(23))
+    listed = list(stream_prompts(path, ReadReport()))
+    assert rows == answer_prompts(reader(), listed, JOB)
+    assert not (tmp_path / ".out.jsonl.shards").exists()
+
+
+def test_several_draws_of_a_prompt_stand_together_and_differ(tmp_path):
+    path = write(tmp_path / "in.jsonl", prompts(3))
+    job = Job(JOB.decoding, draws=3)
+    rows = run(path, tmp_path / "out.jsonl", job)
+    assert [(row["kept"], row["draw"]) for row in rows] == [
+        (i, d) for i in range(3) for d in range(3)
+    ]
+    assert all(len({row["output"] for row in rows[i : i + 3]}) > 1 for i in (0, 3, 6))
+    assert run(path, tmp_path / "one.jsonl") != rows[::3], "another seed"
+    assert rows[::3] == run(path, tmp_path / "one.jsonl", Job(JOB.decoding))
+
+
+def test_a_job_that_was_killed_goes_on_and_ends_with_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(answer, "SHARD_ROWS", 4)
+    path = write(tmp_path / "in.jsonl", prompts(30))
+    expected = run(path, tmp_path / "whole.jsonl")
+    written = answer.Shards.write
+
+    def killed(self, number, rows):
+        written(self, number, rows)
+        if len(self.done) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(answer.Shards, "write", killed)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, out)
+    assert not out.exists()
+    monkeypatch.setattr(answer.Shards, "write", written)
+    before = reader().engine.work.rows
+    assert run(path, out) == expected
+    assert reader().engine.work.rows - before == 30 - 3 * 4
+
+
+@pytest.mark.parametrize("change", ["input", "seed"])
+def test_shards_of_another_job_are_not_taken_over(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(answer, "SHARD_ROWS", 4)
+    path, out = write(tmp_path / "in.jsonl", prompts(9)), tmp_path / "out.jsonl"
+    joined = answer.Shards.join
+    monkeypatch.setattr(answer.Shards, "join", lambda self: None)
+    with pytest.raises(FileNotFoundError):
+        run(path, out)
+    monkeypatch.setattr(answer.Shards, "join", joined)
+    job = JOB
+    if change == "input":
+        write(path, [*prompts(8), {"prompt": "Something else."}])
+    else:
+        job = Job(JOB.decoding, seed=4)
+    assert run(path, out, job) == run(path, tmp_path / "fresh.jsonl", job)
+
+
+def test_a_row_s_own_decoding_counts_and_a_wrong_one_is_found_before_any_work(tmp_path):
+    rows = prompts(4)
+    rows[1]["decoding"] = {"max_new_tokens": 2, "temperature": 0}
+    found = run(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    assert found[1]["tokens"] <= 2 and max(row["tokens"] for row in found) > 2
+    for wrong in ({"temprature": 1}, {"top_p": 7}, "hot", {"top_k": "many"}):
+        rows[3]["decoding"] = wrong
+        rows[3]["id"] = "the-row"
+        before = reader().engine.work.rows
+        with pytest.raises(HumpbackError, match="the-row"):
+            run(write(tmp_path / "in.jsonl", rows), tmp_path / "other.jsonl")
+        assert reader().engine.work.rows == before
+
+
+def test_a_stop_text_ends_the_answer_and_is_left_out(tmp_path):
+    path = write(tmp_path / "in.jsonl", prompts(12))
+    job = Job(Decoding(0.9, 1.0, max_new_tokens=30))
+    free = run(path, tmp_path / "free.jsonl", job)
+    stop = free[0]["output"][3:5]
+    job = Job(Decoding(0.9, 1.0, max_new_tokens=30, stop_strings=(stop,)), logprobs=True)
+    for before, after in zip(free, run(path, tmp_path / "cut.jsonl", job), strict=True):
+        assert stop not in after["output"]
+        if stop in before["output"]:
+            assert after["output"] == before["output"].partition(stop)[0].strip()
+            assert after["finish_reason"] == "stop"
+            assert after["tokens"] == len(after["logprobs"])
+        else:
+            assert after["output"] == before["output"]
+        assert after["logprob"] == pytest.approx(sum(after["logprobs"]), abs=0.01)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_shards_are_handed_on_once_complete_and_in_order_inside(
+    count, size, draws, shuffle: random.Random
+):
+    """Rows arrive in any order within a window of announced places."""
+    skipped = {shard for shard in range(count // size + 1) if shuffle.random() < 0.3}
+    collector, waiting, found = Collector(size, skipped), [], {}
+    for place in range(count):
+        if collector.wants(place):
+            collector.expect(place, draws)
+            waiting += [(place, draw) for draw in range(draws)]
+        shuffle.shuffle(waiting)
+        while len(waiting) > 10:
+            place_, draw = waiting.pop()
+            collector.add(place_, (draw,), {"at": (place_, draw)})
+            found.update(collector.complete())
+    collector.end()
+    for place, draw in waiting:
+        collector.add(place, (draw,), {"at": (place, draw)})
+    found.update(collector.complete())
+    wanted = [p for p in range(count) if p // size not in skipped]
+    assert set(found) == {p // size for p in wanted}
+    rows = [row["at"] for shard in sorted(found) for row in found[shard]]
+    assert rows == [(place, draw) for place in wanted for draw in range(draws)]
+
+
+def test_parquet_in_and_out(tmp_path):
+    import pyarrow.parquet as pq
+
+    path = write(tmp_path / "in.jsonl", prompts(5))
+    arguments = ["sample", "--model=tiny-random", f"--prompts={path}", "--max-tokens=4"]
+    assert main([*arguments, f"--out={tmp_path / 'out.parquet'}"]) == 0
+    assert main([*arguments, f"--out={tmp_path / 'out.jsonl'}"]) == 0
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == [json.loads(x) for x in lines]
+
+
+MEASURE = """
+import resource, sys
+from humpback_jax.cli import main
+assert main(["sample", "--model=tiny-random", "--max-tokens=1", *sys.argv[1:]]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
+    peaks = []
+    for count in (1_000, 10_000):
+        path = write(tmp_path / f"{count}.jsonl", prompts(count))
+        arguments = [f"--prompts={path}", f"--out={tmp_path / 'out.jsonl'}"]
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout.splitlines()[-1]))
+        assert len((tmp_path / "out.jsonl").read_text().splitlines()) == count
+    assert peaks[1] < peaks[0] + 40_000, "kilobytes"
+
+
+@pytest.mark.parametrize("curator", ["pmi", "rubric_likelihood", "combined"])
+def test_ratings_are_kept_over_a_kill_and_do_not_depend_on_it(tmp_path, monkeypatch, curator):
+    monkeypatch.setattr(rate_file, "SHARD_ROWS", 4)
+    pairs = [{"instruction": f"Count to {i}.", "response": "1 " * (i + 1)} for i in range(11)]
+    path = write(tmp_path / "in.jsonl", pairs)
+
+    def run_to(name: str) -> list[dict]:
+        out = tmp_path / name
+        rate_file.rate_file(
+            reader(), path, out, None, curator, JOB.decoding, 0, False, lambda line: None
+        )
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    expected = run_to("whole.jsonl")
+    assert [row["response"] for row in expected] == [pair["response"].strip() for pair in pairs]
+    real, calls = rate_file.rate, []
+
+    def killed(*arguments):
+        calls.append(arguments[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(rate_file, "rate", killed)
+    if curator == "combined":
+        calls.append("")
+    with pytest.raises(KeyboardInterrupt):
+        run_to("out.jsonl")
+    assert run_to("out.jsonl") == expected
+    assert len(calls) == 3 if curator == "combined" else 4
