@@ -50,11 +50,11 @@ def answer_file(
     Finished shards survive a kill, and the same command goes on after them.
 
     Raises:
-      HumpbackError: an unusable row (named, before anything is computed), or a prompt that leaves
-        no room in the model's window.
+      HumpbackError: an unusable row, or a prompt that leaves no room in the model's window; named,
+        and before anything is computed.
     """
     report = ReadReport()
-    fingerprint, total = _survey(path, job, report)
+    fingerprint, total = _survey(reader, path, job, report)
     named = [reader.model.hash, fingerprint, reader.precision.compute]
     shards = Shards(out, form, hashlib.sha256(json.dumps(named).encode()).hexdigest())
     collector = Collector(SHARD_ROWS, shards.done)
@@ -81,14 +81,29 @@ def answer_prompts(reader: Inference, prompts: list[Prompt], job: Job) -> list[d
     return [_row(prompt, draw, found[i], job) for i, (_, prompt, draw) in enumerate(wanted)]
 
 
-def _survey(path: Path, job: Job, report: ReadReport) -> tuple[str, int]:
+def _survey(reader: Inference, path: Path, job: Job, report: ReadReport) -> tuple[str, int]:
     """Reads all rows once, so that a bad one is found before anything is spent."""
     digest, total = hashlib.sha256(repr(job).encode()), 0
-    for prompt in stream_prompts(path, report, job.skip_bad):
-        _decoding(prompt, job)
+    for prompt in _usable(reader, path, job, report):
         digest.update(json.dumps([prompt.id, prompt.row], default=str).encode())
         total += 1
     return digest.hexdigest(), total
+
+
+def _usable(reader: Inference, path: Path, job: Job, report: ReadReport) -> Iterator[Prompt]:
+    """The rows that can be answered; others are errors, or counted with `skip_bad`."""
+    for prompt in stream_prompts(path, report, job.skip_bad):
+        try:
+            text, _, _ = _request(reader, prompt, 0, job)
+            reader.check_room(prompt.id, text)
+        except HumpbackError:
+            if not job.skip_bad:
+                raise
+            reason = "cannot be answered"
+            report.bad[reason] = report.bad.get(reason, 0) + 1
+            report.rows -= 1
+            continue
+        yield prompt
 
 
 def _answers(
@@ -98,7 +113,7 @@ def _answers(
 
     def requests() -> Iterator[tuple[str, str, np.ndarray, Decoding]]:
         index = 0
-        for place, prompt in enumerate(stream_prompts(path, ReadReport(), job.skip_bad)):
+        for place, prompt in enumerate(_usable(reader, path, job, ReadReport())):
             if not collector.wants(place):
                 continue
             collector.expect(place, job.draws)

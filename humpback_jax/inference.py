@@ -138,6 +138,10 @@ class Inference:
         for index, done in self.engine.stream(requests(), self._prefix(opening)):
             yield index, _generation(tokenizer, done, stops.pop(index, ()))
 
+    def check_room(self, record_id: str, prompt: str) -> None:
+        """Raises HumpbackError where a prompt leaves no room in the model's window."""
+        self.engine.check(record_id, len(self.model.tokenizer.encode(prompt)))
+
     def _prefix(self, opening: Opening | None) -> Prefix:
         return self.prefix(common_start(self.model.tokenizer, opening) if opening else ())
 

@@ -121,6 +121,21 @@ def test_a_row_s_own_decoding_counts_and_a_wrong_one_is_found_before_any_work(tm
         assert reader().engine.work.rows == before
 
 
+def test_a_prompt_that_fills_the_window_is_found_before_any_work_or_skipped(tmp_path):
+    rows = [*prompts(5), {"id": "the-long-one", "prompt": "word " * 2000}]
+    path = write(tmp_path / "in.jsonl", rows)
+    before = reader().engine.work.rows
+    with pytest.raises(HumpbackError, match="the-long-one"):
+        run(path, tmp_path / "out.jsonl")
+    assert reader().engine.work.rows == before
+    job = Job(JOB.decoding, seed=3, skip_bad=True)
+    assert len(run(path, tmp_path / "out.jsonl", job)) == 5
+    count, report = answer_file(
+        reader(), path, tmp_path / "again.jsonl", None, job, lambda line: None
+    )
+    assert (count, report.rows, report.bad) == (5, 5, {"cannot be answered": 1})
+
+
 def test_a_stop_text_ends_the_answer_and_is_left_out(tmp_path):
     path = write(tmp_path / "in.jsonl", prompts(12))
     job = Job(Decoding(0.9, 1.0, max_new_tokens=30))

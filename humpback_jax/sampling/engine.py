@@ -154,7 +154,7 @@ class Engine:
             probabilities are not numbers.
         """
         prefix = prefix or compute_prefix(self.config, self._params, (), self.precision)
-        checked = (self._check(index, each, prefix) for index, each in enumerate(requests))
+        checked = (self._row(index, each, prefix) for index, each in enumerate(requests))
         yield from _Run(self, prefix).all(_by_length(checked))
 
     def programs(self) -> int:
@@ -162,13 +162,17 @@ class Engine:
         programs: tuple[Any, ...] = (self._prefill, self._decode)
         return sum(program._cache_size() for program in programs)
 
-    def _check(self, index: int, request: Request, prefix: Prefix) -> _Row:
-        length, window = len(request.prompt), self.config.max_position_embeddings
+    def check(self, name: str, length: int) -> None:
+        """Raises HumpbackError for a prompt length that the window has no room for."""
+        window = self.config.max_position_embeddings
         if not 0 < length < window:
             raise HumpbackError(
-                f"record {request.id}: the prompt has {length} tokens; the model's window of "
-                f"{window} must hold it and at least one new token. Shorten the record."
+                f"record {name}: the prompt has {length} tokens; the model's window of {window} "
+                "must hold it and at least one new token. Shorten the record."
             )
+
+    def _row(self, index: int, request: Request, prefix: Prefix) -> _Row:
+        self.check(request.id, len(request.prompt))
         return _Row(index, request, prefix.shared_by(request.prompt))
 
 
