@@ -44,8 +44,13 @@ def choose_compute(precision: str, batch_size: int) -> Compute:
             f"compute.precision={precision!r} is unknown; choose auto, float32 or bfloat16."
         )
     kept = "float32" if on_cpu else precision
-    # One row alone has few pieces to compute at a time.
-    shape = Shape(slots=batch_size, chunks=16 if batch_size > 1 else 4)
+    if on_cpu:
+        # One row alone has few pieces to compute at a time.
+        shape = Shape(slots=batch_size, chunks=16 if batch_size > 1 else 4)
+    else:
+        # A look by the host costs as much as a step.
+        refill = max(batch_size // 16, 1)
+        shape = Shape(slots=batch_size, chunks=8, chunk_tokens=128, refill=refill)
     return Compute(Precision(precision, kept), "unrolled" if on_cpu else "scan", shape)
 
 
