@@ -97,5 +97,6 @@ def test_the_core_needs_jax_and_its_kin_alone(folder) -> None:
 
 
 def test_nothing_in_the_package_imports_torch_even_inside_a_function() -> None:
-    for file in sorted(PACKAGE.rglob("*.py")):
+    peers = {PACKAGE / "bench" / "hf.py"}  # processes of their own, that measure other systems
+    for file in sorted(set(PACKAGE.rglob("*.py")) - peers):
         assert not {"torch", "tensorflow", "peft"} & imported_packages(file), file
