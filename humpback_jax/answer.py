@@ -13,10 +13,11 @@ import numpy as np
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Generation, Inference
+from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
 from humpback_jax.rows import Prompt, ReadReport, stream_prompts
 from humpback_jax.sampling.sampler import Decoding, record_key
-from humpback_jax.shards import Collector, Shards
+from humpback_jax.shards import Collector, Shards, shard_sizes
 from humpback_jax.text.template import Tags
 
 SHARD_ROWS = 256
@@ -47,26 +48,38 @@ def answer_file(
 ) -> tuple[int, ReadReport]:
     """Answers every row of a file; returns (rows written, what was found in the file).
 
-    Finished shards survive a kill, and the same command goes on after them.
+    Finished shards survive a kill, and the same command goes on after them. Where several
+    processes share the job, each computes the shards of its part.
 
     Raises:
       HumpbackError: an unusable row, or a prompt that leaves no room in the model's window; named,
         and before anything is computed.
     """
-    report = ReadReport()
+    report, share = ReadReport(), reader.share
     fingerprint, total = _survey(reader, path, job, report)
     named = [reader.model.hash, fingerprint, reader.precision.compute]
-    shards = Shards(out, form, hashlib.sha256(json.dumps(named).encode()).hexdigest())
-    collector = Collector(SHARD_ROWS, shards.done)
-    finished = min(len(shards.done) * SHARD_ROWS, total) * job.draws
-    progress = Progress("sample", total * job.draws, say, finished)
-    for place, draw, prompt, done in _answers(reader, path, job, collector):
-        collector.add(place, (draw,), _row(prompt, draw, done, job))
+    identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    shards = first_alone("shards", lambda: Shards(out, form, identity))
+    left = {
+        number: rows * job.draws
+        for number, rows in enumerate(shard_sizes(total, SHARD_ROWS))
+        if share.takes(number)
+    }
+    done = sum(rows for number, rows in left.items() if number in shards.done)
+    progress = Progress("sample", sum(left.values()), say, done)
+    wanted = left.keys() - shards.done
+    collector = Collector(SHARD_ROWS, wanted.__contains__)
+
+    def write() -> None:
         for number, rows in collector.complete():
-            shards.write(number, rows)
+            if share.leads:
+                shards.write(number, rows)
+
+    for place, draw, prompt, answer in _answers(reader, path, job, collector):
+        collector.add(place, (draw,), _row(prompt, draw, answer, job))
+        write()
         progress.add(1, lambda seconds: _speed(reader, seconds))
-    for number, rows in collector.complete():
-        shards.write(number, rows)
+    write()
     shards.join()
     return total * job.draws, report
 

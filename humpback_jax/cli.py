@@ -133,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--skip-bad", action="store_true")
     sample.add_argument("--batch-size", type=int, default=32, help="rows decoded together")
     sample.add_argument("--precision", default="auto")
+    sample.add_argument("--mesh", default="auto", help="auto, or e.g. data=2,tensor=4")
 
     score = verb("score", "rate a file of pairs")
     score.add_argument("--model", default="smollm2-135m-instruct")
@@ -145,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--skip-bad", action="store_true")
     score.add_argument("--batch-size", type=int, default=16)
     score.add_argument("--precision", default="auto")
+    score.add_argument("--mesh", default="auto", help="auto, or e.g. data=2,tensor=4")
 
     evaluate = verb("evaluate", "score a model on held-out data")
     evaluate.add_argument("--model", default="smollm2-135m-instruct")
@@ -156,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", help="folder for results.json")
     evaluate.add_argument("--skip-bad", action="store_true")
     evaluate.add_argument("--precision", default="auto")
+    evaluate.add_argument("--mesh", default="auto", help="auto, or e.g. data=2,tensor=4")
 
     bench = verb("bench", "measure speed: ours, and others' on the same work")
     bench.add_argument("what", choices=("sample",))

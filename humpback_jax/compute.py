@@ -9,6 +9,7 @@ from pathlib import Path
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Layout
+from humpback_jax.parallel.mesh import Share, our_share, parse_mesh
 from humpback_jax.sampling.engine import Shape
 
 
@@ -19,20 +20,26 @@ class Compute:
     train_layout: a scanned gradient loses a quarter of the speed on CPU and compiles in a
       fraction of the time on accelerators, so the platform decides.
     engine_shape: of generation.
+    share: the devices of scoring and generation, and our part of jobs that several hosts share.
     """
 
     precision: Precision
     train_layout: Layout
     engine_shape: Shape
+    share: Share = dataclasses.field(default_factory=Share)
 
 
-def choose_compute(precision: str, batch_size: int) -> Compute:
+def choose_compute(precision: str, batch_size: int, mesh: str = "auto") -> Compute:
     """Resolves "auto": bfloat16 products on accelerators, float32 on CPU.
 
     On CPU the activations stay float32 in any case: only the products gain from bfloat16 there.
 
     Args:
-      batch_size: rows decoded together.
+      batch_size: rows decoded together, by each copy of the model.
+      mesh: as `parse_mesh` reads it; see `our_share`.
+
+    Raises:
+      HumpbackError: an unknown precision, or a mesh that does not fit the devices.
     """
     import jax
 
@@ -51,7 +58,8 @@ def choose_compute(precision: str, batch_size: int) -> Compute:
         # A look by the host costs as much as a step.
         refill = max(batch_size // 16, 1)
         shape = Shape(slots=batch_size, chunks=8, chunk_tokens=128, refill=refill)
-    return Compute(Precision(precision, kept), "unrolled" if on_cpu else "scan", shape)
+    share = our_share(parse_mesh(mesh))
+    return Compute(Precision(precision, kept), "unrolled" if on_cpu else "scan", shape, share)
 
 
 def use_compilation_cache() -> None:

@@ -95,7 +95,8 @@ def default_config() -> ConfigDict:
             },
             "compute": {
                 "precision": "auto",  # auto | float32 | bfloat16
-                "batch_size": 16,  # rows decoded together
+                "batch_size": 16,  # rows decoded together, by each copy of the model
+                "mesh": "auto",  # devices of scoring and generation: auto, or data=2,tensor=4
             },
         },
         convert_dict=True,

@@ -6,14 +6,17 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from humpback_jax.compute import Compute
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import Params, unstack_layers
 from humpback_jax.models import LanguageModel
+from humpback_jax.parallel.rules import param_shardings, place
 from humpback_jax.sampling.engine import Completion, Engine, Request
 from humpback_jax.sampling.likelihood import log_probs, next_token, sequence_nll
 from humpback_jax.sampling.prefix import Prefix, compute_prefix
@@ -43,10 +46,16 @@ class Inference:
     """Holds a model on the device, in the form that decoding needs."""
 
     def __init__(self, model: LanguageModel, compute: Compute) -> None:
-        self.model, self.precision = model, compute.precision
-        self._params: Params = _prepare(model.params, compute.precision.compute)
+        self.model, self.precision, self.share = model, compute.precision, compute.share
+        self.mesh = compute.share.mesh
+        self._params = _prepare(model, compute.precision.compute, self.mesh)
         self.engine = Engine(
-            model.config, self._params, model.stop_ids, compute.precision, compute.engine_shape
+            model.config,
+            self._params,
+            model.stop_ids,
+            compute.precision,
+            compute.engine_shape,
+            self.mesh,
         )
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
 
@@ -62,8 +71,14 @@ class Inference:
         window = config.max_position_embeddings
         tokenized = tokenize_batch(self.model.tokenizer, rows, window, "error")
         examples = [TrainingExample(e.id, e.ids, e.mask) for e in tokenized.examples]
-        prefix = self._prefix(opening)
-        return sequence_nll(config, self._params, examples, self.precision, prefix=prefix)
+        return sequence_nll(
+            config,
+            self._params,
+            examples,
+            self.precision,
+            prefix=self._prefix(opening),
+            mesh=self.mesh,
+        )
 
     def next_token_log_probs(
         self,
@@ -92,6 +107,7 @@ class Inference:
             queries,
             self.precision,
             prefix=self._prefix(opening),
+            mesh=self.mesh,
         )
         return np.array(found, np.float64).reshape(len(prompts), len(ids))
 
@@ -150,7 +166,7 @@ class Inference:
         tokens = tuple(tokens)
         if tokens not in self._prefixes:
             self._prefixes[tokens] = compute_prefix(
-                self.model.config, self._params, tokens, self.precision
+                self.model.config, self._params, tokens, self.precision, mesh=self.mesh
             )
         return self._prefixes[tokens]
 
@@ -162,11 +178,21 @@ def common_start(tokenizer: Tokenizer, opening: Opening) -> tuple[int, ...]:
     return tuple(column[0] for column in columns)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _prepare(params: Params, compute: str) -> Params:
+def _prepare(model: LanguageModel, compute: str, mesh: Mesh | None) -> Params:
     """Layers apart; kernels in the products' format, norms and biases in their own."""
-    apart = unstack_layers(params)
-    return jax.tree.map(lambda x: x.astype(compute) if x.ndim > 1 else x, apart)
+    if mesh is None:
+        return _cast_apart(model.params, compute)
+    shardings = param_shardings(model.config, mesh, "unrolled")
+    return place(unstack_layers(model.params), shardings, lambda x: _cast(x, compute))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast_apart(params: Params, compute: str) -> Params:
+    return jax.tree.map(lambda x: _cast(x, compute), unstack_layers(params))
+
+
+def _cast(x: Any, compute: str) -> Any:
+    return x.astype(compute) if x.ndim > 1 else x
 
 
 def _first_stop(tokenizer: Tokenizer, stops: Sequence[str], tokens: list[int]) -> int | None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from humpback_jax.curators import PairText, Rating, Scored, rate
 from humpback_jax.inference import Inference
+from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
 from humpback_jax.records import Example
 from humpback_jax.rows import ReadReport, stream_examples
 from humpback_jax.sampling.sampler import Decoding
-from humpback_jax.shards import Shards
+from humpback_jax.shards import Shards, shard_sizes
 
 SHARD_ROWS = 256
 
@@ -47,17 +48,23 @@ def rate_file(
         total += 1
     named = [judge.model.hash, judge.precision.compute, curator, repr(decoding), seed]
     named.append(digest.hexdigest())
-    shards = Shards(out, form, hashlib.sha256(json.dumps(named).encode()).hexdigest())
+    identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    shards = first_alone("shards", lambda: Shards(out, form, identity))
     size = total if curator == "combined" else SHARD_ROWS
-    progress = Progress("score", total, say, min(len(shards.done) * size, total))
+    ours = {n: rows for n, rows in enumerate(shard_sizes(total, size)) if judge.share.takes(n)}
+    done = sum(rows for number, rows in ours.items() if number in shards.done)
+    progress = Progress("score", sum(ours.values()), say, done)
     examples = stream_examples(path, "seed", ReadReport(), skip_bad)
+    wanted = ours.keys() - shards.done
     for number, chunk in enumerate(_chunks(examples, size)):
-        if number in shards.done:
+        if number not in wanted:
             continue
         pairs = [PairText(e.id, e.instruction, e.response) for e in chunk]
         ratings = rate(curator, judge, pairs, decoding, seed, Scored())
-        shards.write(number, map(_row, pairs, ratings))
+        if judge.share.leads:
+            shards.write(number, map(_row, pairs, ratings))
         progress.add(len(pairs))
+    shards.wait()
     rated = sum(row["score"] is not None for row in shards.rows())
     shards.join()
     return rated, report

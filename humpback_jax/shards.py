@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from humpback_jax.artifacts import write_json
 from humpback_jax.errors import HumpbackError
+from humpback_jax.parallel.processes import wait_for_all
 from humpback_jax.rows import check_form, write_rows
 
 Row = dict[str, Any]
@@ -34,16 +37,27 @@ class Shards:
                 write_json(description, fingerprint)
         except OSError as error:
             raise HumpbackError(f"{out} cannot be written ({error.strerror or error}).") from error
-        self.done = {int(path.stem) for path in self.folder.glob("*.jsonl")}
+        self.done = self._found()
+
+    def _found(self) -> set[int]:
+        return {int(path.stem) for path in self.folder.glob("*.jsonl")}
 
     def write(self, number: int, rows: Iterable[Row]) -> None:
         write_rows(self.folder / f"{number:06d}.jsonl", rows)
         self.done.add(number)
 
+    def wait(self) -> None:
+        """Returns once every process of the job has written its shards."""
+        wait_for_all("all shards are written")
+        self.done = self._found()
+
     def join(self) -> None:
-        """Writes the output file, and deletes the shards."""
-        write_rows(self.out, self.rows(), self.form)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Writes the output file, once for all processes, and deletes the shards."""
+        self.wait()
+        if jax.process_index() == 0:
+            write_rows(self.out, self.rows(), self.form)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        wait_for_all("the output file is written")
 
     def rows(self) -> Iterator[Row]:
         """All rows written so far, in order."""
@@ -56,15 +70,16 @@ class Shards:
 class Collector:
     """Rows that arrive in any order, handed on shard by shard as soon as one is complete."""
 
-    def __init__(self, size: int, skipped: Iterable[int] = ()) -> None:
-        """`size`: rows of a shard. `skipped`: shards that are not wanted."""
-        self._size, self._skipped = size, set(skipped)
+    def __init__(self, size: int, wants: Callable[[int], bool] = lambda shard: True) -> None:
+        """`size`: rows of a shard. `wants`: says of a shard's number whether its rows will come."""
+        self._size, self._wants = size, wants
         self._missing: dict[int, int] = {}
         self._rows: dict[int, dict[tuple[int, ...], Row]] = {}
         self._ended = False
 
     def wants(self, place: int) -> bool:
-        return place // self._size not in self._skipped
+        """Whether the row at this place of the input is to be computed."""
+        return self._wants(place // self._size)
 
     def expect(self, place: int, count: int = 1) -> None:
         """Rows for this place of the input will come; places are announced in order."""
@@ -89,6 +104,11 @@ class Collector:
                 found = self._rows.pop(shard, {})
                 del self._missing[shard]
                 yield shard, [found[key] for key in sorted(found)]
+
+
+def shard_sizes(total: int, size: int) -> list[int]:
+    """Rows of each shard of `total` rows."""
+    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def _read(path: Path) -> Any:

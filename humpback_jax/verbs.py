@@ -20,9 +20,22 @@ Result = dict[str, Any]
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Common to all verbs that compute."""
-    if arguments.verb not in ("fetch", "trace", "report"):
-        use_compilation_cache()
+    """Common to all verbs that compute.
+
+    Raises:
+      HumpbackError: the processes of a job do not find each other, or the verb takes only one.
+    """
+    if arguments.verb in ("fetch", "trace", "report"):
+        return
+    from humpback_jax.parallel.processes import join_processes
+
+    use_compilation_cache()
+    in_many = arguments.verb == "score" or (arguments.verb == "sample" and arguments.out)
+    if join_processes() > 1 and not in_many:
+        raise HumpbackError(
+            f"{arguments.verb} runs in one process; score, and sample with --prompts and --out, "
+            "run in several."
+        )
 
 
 def run(arguments: argparse.Namespace) -> Result:
@@ -68,7 +81,7 @@ def train(arguments: argparse.Namespace) -> Result:
     section = config.backward if arguments.reverse else config.train
     if not arguments.config:
         _fit_to_file(section, len(examples), arguments.overrides)
-    compute = choose_compute(config.compute.precision, config.compute.batch_size)
+    compute = choose_compute(**config.compute)
     base = load_model(arguments.model, config.base.template, config.seed)
     direction: Direction = "backward" if arguments.reverse else "forward"
     rows = render(base.template, examples[: arguments.preview], direction)
@@ -148,7 +161,7 @@ def sample(arguments: argparse.Namespace) -> Result:
     )
     one = arguments.prompt is not None and arguments.n == 1
     slots = 1 if one else arguments.batch_size
-    reader = Inference(model, choose_compute(arguments.precision, slots))
+    reader = Inference(model, choose_compute(arguments.precision, slots, arguments.mesh))
     report = ReadReport()
     if arguments.prompts and out:
         say = timed_lines()
@@ -191,7 +204,8 @@ def score(arguments: argparse.Namespace) -> Result:
     out = Path(arguments.out)
     check_form(out, arguments.format)
     model = load_model(arguments.model)
-    reader = Inference(model, choose_compute(arguments.precision, arguments.batch_size))
+    compute = choose_compute(arguments.precision, arguments.batch_size, arguments.mesh)
+    reader = Inference(model, compute)
     started = time.monotonic()
     rated, report = rate_file(
         reader,
@@ -232,7 +246,7 @@ def evaluate(arguments: argparse.Namespace) -> Result:
         examples, _ = read_examples(Path(arguments.data), "seed", arguments.skip_bad)
     model = load_model(arguments.model)
     tags: Any = model.tags if arguments.tags == "model" else arguments.tags
-    reader = Inference(model, choose_compute(arguments.precision, 16))
+    reader = Inference(model, choose_compute(arguments.precision, 16, arguments.mesh))
     nll, tokens = response_nll(reader, examples, tags)
     estimate = token_mean(nll, tokens)
     results = {"nll": {"nll_per_token": estimate.record()}}

@@ -84,6 +84,8 @@ def chunk_attention(
 
         def group(chunk: tuple[jax.Array, ...]) -> jax.Array:
             q, slots, counts, starts = chunk
+            # Fused with the slices below, XLA's CPU backend may give two of them one name.
+            slots = jax.lax.optimization_barrier(slots)
             queries = by_group(q, groups, dtype)
             partial = Partial.empty(queries).meet_shared(queries, shared, counts)
             place, begin = starts[:, None] + jnp.arange(width), 0

@@ -271,6 +271,8 @@ class Llama(nnx.Module):
         self, hidden: jax.Array, first: jax.Array, count: int, precision: Precision
     ) -> jax.Array:
         """hidden [..., D] -> float32 [..., count]: the logits of the tokens from `first` on."""
+        if count == self.config.vocab_size:
+            return self.logits(hidden, precision)
         if self.config.tie_word_embeddings:
             table = self.embed.embedding[...]
             kernel = jax.lax.dynamic_slice_in_dim(table, first, count, 0).T

@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import capacity_for
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Params
+from humpback_jax.parallel.mesh import axis_size
 from humpback_jax.sampling.prefix import Prefix, compute_prefix
 from humpback_jax.sampling.programs import (
     Chunks,
@@ -37,7 +38,7 @@ from humpback_jax.sampling.sampler import Decoding, controls_of
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The static shapes of an engine's programs.
+    """The static shapes of an engine's programs, for each copy of the model.
 
     Attributes:
       slots: rows decoded together.
@@ -122,16 +123,22 @@ class Engine:
         stop_ids: Sequence[int],
         precision: Precision = Precision(),
         shape: Shape = Shape(),
+        mesh: Mesh | None = None,
     ) -> None:
-        """`params` are in layout "unrolled" and, for speed, in `precision.compute`."""
-        self.config, self.precision, self.shape = config, precision, shape
+        """`params` are in layout "unrolled" and, for speed, in `precision.compute`.
+
+        Args:
+          mesh: where `params` lie, if not on one device; each copy along data has its own slots.
+        """
+        self.config, self.precision, self.shape, self.mesh = config, precision, shape, mesh
+        self.copies = axis_size(mesh, "data")
         self.stop_ids = tuple(sorted(set(stop_ids)))
         if not self.stop_ids:
             raise HumpbackError("the model names no end-of-turn token, so text would never stop.")
         self.work = Work()
         self._params = params
-        self._prefill = prefill_program(config, precision)
-        self._decode = decode_program(config, precision, shape.steps)
+        self._prefill = prefill_program(config, precision, mesh)
+        self._decode = decode_program(config, precision, shape.steps, mesh)
 
     def generate(
         self, requests: Sequence[Request], prefix: Prefix | None = None
@@ -199,6 +206,23 @@ class _Row:
         return min(len(self.own) + self.request.decoding.max_new_tokens, window)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Tokens of a row's prompt, from its place `start` on, bound for its slot."""
+
+    row: _Row
+    slot: int
+    start: int
+    tokens: np.ndarray
+
+    @property
+    def final(self) -> bool:
+        return self.start + len(self.tokens) == len(self.row.own)
+
+
+_ANY, _NO_KEY = Decoding(0.0), np.zeros(2, np.uint32)  # of places without a piece
+
+
 def _by_length(rows: Iterable[_Row]) -> Iterator[_Row]:
     """Rows of like length together, window by window, up and down in turn."""
     for number, window in enumerate(_windows(rows)):
@@ -212,24 +236,30 @@ def _windows(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
 
 
 class _Run:
-    """One pass over a stream of rows: which row is in which slot, and what comes next."""
+    """One pass over a stream of rows: which row is in which slot, and what comes next.
+
+    Slots are numbered through all copies of the model; a copy's pieces wait in a queue of its own.
+    """
 
     def __init__(self, engine: Engine, prefix: Prefix) -> None:
         self.engine, self.shape, self.work = engine, engine.shape, engine.work
         self.prefix = prefix.arrays
         self.capacity = 0
         self.slots: Slots | None = None
-        self.rows: list[_Row | None] = [None] * self.shape.slots
-        self.pieces: collections.deque[tuple[int, int]] = collections.deque()
+        count = engine.copies * self.shape.slots
+        self.rows: list[_Row | None] = [None] * count
+        self.pieces: list[collections.deque[_Piece]] = [
+            collections.deque() for _ in range(engine.copies)
+        ]
         self.live = 0
-        self.ended = np.zeros(self.shape.slots, bool)  # by the host; the device does not know yet
+        self.ended = np.zeros(count, bool)  # by the host; the device does not know yet
 
     def all(self, rows: Iterator[_Row]) -> Iterator[tuple[int, Completion]]:
         waiting = next(rows, None)
         finished: list[tuple[int, Completion]] = []
         while waiting is not None or any(self.rows):
             while waiting is not None and None in self.rows and self._fits(waiting):
-                self._enter(self.rows.index(None), waiting)
+                self._enter(waiting)
                 waiting = next(rows, None)
             first = self._prefill(waiting is not None)
             drawn = self._decode(waiting is not None)
@@ -247,69 +277,76 @@ class _Run:
             # Jobs of all kinds share the programs of one capacity while they can.
             self.capacity = capacity_for(max(needed, min(CAPACITY, window)))
             self.slots = None
+            engine = self.engine
             self.slots = empty_slots(
-                self.engine.config, self.engine.precision, self.shape.slots, self.capacity
+                engine.config, engine.precision, len(self.rows), self.capacity, engine.mesh
             )
         return True
 
-    def _enter(self, slot: int, row: _Row) -> None:
+    def _enter(self, row: _Row) -> None:
+        """Takes the first free slot of the copy with the least work ahead."""
+        free = [slot for slot, other in enumerate(self.rows) if other is None]
+        slot = min(free, key=lambda slot: len(self.pieces[slot // self.shape.slots]))
         self.rows[slot] = row
-        starts = range(0, len(row.own), self.shape.chunk_tokens)
-        self.pieces.extend((slot, start) for start in starts)
+        width = self.shape.chunk_tokens
+        self.pieces[slot // self.shape.slots].extend(
+            _Piece(row, slot, start, row.own[start : start + width])
+            for start in range(0, len(row.own), width)
+        )
 
     def _prefill(self, more: bool) -> list[tuple[list[int], Drawn]]:
-        """Computes pieces of prompts: for each call, the slots whose rows began to draw.
+        """Computes pieces of prompts: for each call, the slots whose rows began to draw, or -1.
 
         Pieces that would not fill a call wait for the next rows, while others are drawing.
         """
         calls = []
-        while len(self.pieces) >= self.shape.chunks or (self.pieces and not (more and self.live)):
-            count = min(self.shape.chunks, len(self.pieces))
-            chunks, finals = self._chunks([self.pieces.popleft() for _ in range(count)])
+        while (longest := max(map(len, self.pieces))) and (
+            longest >= self.shape.chunks or not (more and self.live)
+        ):
+            pieces = [
+                queue.popleft() if queue else None
+                for queue in self.pieces
+                for _ in range(self.shape.chunks)
+            ]
             assert self.slots is not None
             self.slots, drawn = self.engine._prefill(
-                self.engine._params, self.slots, self.prefix, chunks
+                self.engine._params, self.slots, self.prefix, self._chunks(pieces)
             )
+            finals = [piece.slot if piece and piece.final else -1 for piece in pieces]
             began = [slot for slot in finals if slot >= 0]
             self.live += len(began)
             self.ended[began] = False
             calls.append((finals, drawn))
         return calls
 
-    def _chunks(self, pieces: list[tuple[int, int]]) -> tuple[Chunks, list[int]]:
-        """One call's arrays; and for each piece the slot whose prompt ends in it, or -1."""
-        count, width, used = self.shape.chunks, self.shape.chunk_tokens, len(pieces)
-        # A call that is not full computes its first piece again.
-        pieces = pieces + pieces[:1] * (count - used)
-        tokens, sizes = np.zeros((count, width), np.int32), np.zeros(count, np.int32)
-        final = np.zeros(count, bool)
-        rows = [self._row(slot) for slot, _ in pieces]
-        for place, (row, (_, start)) in enumerate(zip(rows, pieces, strict=True)):
-            piece = row.own[start : start + width]
-            tokens[place, : len(piece)], sizes[place] = piece, len(piece)
-            final[place] = start + width >= len(row.own)
-        finals = [pieces[place][0] if final[place] else -1 for place in range(used)]
+    def _chunks(self, pieces: list[_Piece | None]) -> Chunks:
+        """One call's arrays. Places without a piece write to a slot that does not exist."""
+        count, width = len(pieces), self.shape.chunk_tokens
+        tokens = np.zeros((count, width), np.int32)
+        numbers = np.zeros((5, count), np.int32)
+        counts, slots, offsets, starts, final = numbers
+        counts[:], slots[:] = 1, self.shape.slots
+        requests: list[Request | None] = []
+        for place, piece in enumerate(pieces):
+            requests.append(piece.row.request if piece else None)
+            if piece is not None:
+                size = counts[place] = len(piece.tokens)
+                tokens[place, :size] = piece.tokens
+                slots[place] = piece.slot % self.shape.slots
+                offsets[place], starts[place] = piece.row.shared, piece.start
+                final[place] = piece.final
         self.work.prefilled_places += count * width
-        chunks = Chunks(
-            jnp.asarray(tokens),
-            jnp.asarray(sizes),
-            jnp.array([slot for slot, _ in pieces], jnp.int32),
-            jnp.array([row.shared for row in rows], jnp.int32),
-            jnp.array([start for _, start in pieces], jnp.int32),
-            jnp.asarray(final),
-            controls_of(
-                [row.request.decoding for row in rows],
-                [row.request.key for row in rows],
-                self.engine.stop_ids,
-            ),
-        )
-        return chunks, finals
+        decodings = [request.decoding if request else _ANY for request in requests]
+        keys = [request.key if request else _NO_KEY for request in requests]
+        controls = controls_of(decodings, keys, self.engine.stop_ids)
+        # Arrays of the host: which devices they go to is the program's business.
+        return Chunks._make((tokens, counts, slots, offsets, starts, final.astype(bool), controls))
 
     def _decode(self, more: bool) -> Drawn:
-        patience = self.shape.refill if more else self.shape.slots
+        patience = self.shape.refill * self.engine.copies if more else len(self.rows)
         assert self.slots is not None
         self.slots, drawn = self.engine._decode(
-            self.engine._params, self.slots, self.prefix, jnp.array(self.ended), jnp.int32(patience)
+            self.engine._params, self.slots, self.prefix, self.ended.copy(), np.int32(patience)
         )
         self.ended[:] = False
         return drawn

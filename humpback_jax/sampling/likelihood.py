@@ -10,12 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.blockwise import CHUNK, scoring_attention
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Llama, Params, bind
+from humpback_jax.parallel.mesh import axis_size
+from humpback_jax.parallel.replicas import per_replica
 from humpback_jax.sampling.prefix import Prefix, PrefixArrays, compute_prefix
 from humpback_jax.training.packing import TrainingExample, best_fit
 
@@ -88,6 +91,7 @@ def log_probs(
     layout: Layout = "unrolled",
     lora: LoraSpec | None = None,
     prefix: Prefix | None = None,
+    mesh: Mesh | None = None,
 ) -> list[np.ndarray]:
     """Natural logarithms, float32 [m] for each query, over the whole vocabulary.
 
@@ -96,21 +100,25 @@ def log_probs(
     Args:
       params: in `layout`, as is `prefix`.
       prefix: texts that begin with its tokens do not compute them again.
+      mesh: where `params` and `prefix` lie, if not on one device.
 
     Raises:
       HumpbackError: a query has no token, or a result is not a number.
     """
-    prefix = prefix or compute_prefix(config, params, (), precision, layout, lora)
+    prefix = prefix or compute_prefix(config, params, (), precision, layout, lora, mesh)
     shared = [_shared(query, prefix) for query in queries]
-    program = _program(config, precision, layout, lora)
+    program = _program(config, precision, layout, lora, mesh)
     results = [np.zeros(len(query.targets), np.float32) for query in queries]
-    for width, members in _packed(queries, shared):
-        batch = _lay_out(queries, shared, members, width)
-        found = np.asarray(program(params, prefix.arrays, batch))
-        start = 0
-        for index in members:
-            end = start + len(queries[index].targets)
-            results[index], start = found[start:end], end
+    for width, packed in _packed(queries, shared, axis_size(mesh, "data")):
+        batches = [_lay_out(queries, shared, members, width) for members in packed]
+        asked = max(sum(len(queries[index].targets) for index in members) for members in packed)
+        together = _Batch._make(np.stack(arrays) for arrays in zip(*batches, strict=True))
+        found = np.asarray(program(params, prefix.arrays, together, np.int32(asked)))
+        for members, values in zip(packed, found, strict=True):
+            start = 0
+            for index in members:
+                end = start + len(queries[index].targets)
+                results[index], start = values[start:end], end
     for query, values in zip(queries, results, strict=True):
         if not np.isfinite(values).all():
             raise HumpbackError(
@@ -129,6 +137,7 @@ def sequence_nll(
     layout: Layout = "unrolled",
     lora: LoraSpec | None = None,
     prefix: Prefix | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood of each example's supervised tokens, given all before them.
 
@@ -137,7 +146,9 @@ def sequence_nll(
       `log_probs` for the arguments and errors.
     """
     queries = [supervised_tokens(example) for example in examples]
-    found = log_probs(config, params, queries, precision, layout=layout, lora=lora, prefix=prefix)
+    found = log_probs(
+        config, params, queries, precision, layout=layout, lora=lora, prefix=prefix, mesh=mesh
+    )
     nll = np.array([-values.astype(np.float64).sum() for values in found])
     return nll, np.array([len(values) for values in found], np.int64)
 
@@ -150,8 +161,10 @@ def _shared(query: Query, prefix: Prefix) -> int:
     return prefix.shared_by(trunk[: int(query.after.min(initial=len(trunk) - 1)) + 1])
 
 
-def _packed(queries: Sequence[Query], shared: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """(width, indices of the queries) of each program call."""
+def _packed(
+    queries: Sequence[Query], shared: Sequence[int], copies: int
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """(width, for each copy of the model the indices of its queries) of each program call."""
     sizes = []
     for query, count in zip(queries, shared, strict=True):
         chunks = -(-(len(query.tokens) - count) // CHUNK)
@@ -160,8 +173,10 @@ def _packed(queries: Sequence[Query], shared: Sequence[int]) -> Iterator[tuple[i
     little, much = WIDTHS
     longest = max(sizes, default=1)
     width = little if sum(sizes) <= little else max(much, 1 << (longest - 1).bit_length())
-    for members in best_fit(sizes, width):
-        yield width, members
+    rows = best_fit(sizes, width)
+    for start in range(0, len(rows), copies):
+        call = rows[start : start + copies]
+        yield width, call + [[]] * (copies - len(call))
 
 
 class _Batch(NamedTuple):
@@ -171,7 +186,7 @@ class _Batch(NamedTuple):
       tokens, positions, places, branches: [T]; a position counts the prefix, a place does not.
       starts, lengths, shared: [T / CHUNK], of the chunk's query: its first index, its number of
         tokens, and how many tokens of the prefix it follows.
-      after, targets: [T], as in `Query`, of which `asked` [] are in use.
+      after, targets: [T], as in `Query`.
     """
 
     tokens: jax.Array
@@ -183,7 +198,6 @@ class _Batch(NamedTuple):
     shared: jax.Array
     after: jax.Array
     targets: jax.Array
-    asked: jax.Array
 
 
 def _lay_out(
@@ -203,15 +217,27 @@ def _lay_out(
         wanted = slice(asked, asked + len(query.targets))
         after[wanted], targets[wanted] = query.after - skipped + start, query.targets
         start, asked = following, wanted.stop
-    arrays = (tokens, positions, places, branches, starts, lengths, counts, after, targets, asked)
-    return _Batch(*(jnp.asarray(array, jnp.int32) for array in arrays))
+    arrays = (tokens, positions, places, branches, starts, lengths, counts, after, targets)
+    return _Batch._make(arrays)
 
 
 @functools.lru_cache(maxsize=32)
 def _program(
-    config: LlamaConfig, precision: Precision, layout: Layout, lora: LoraSpec | None
-) -> Callable[[Params, PrefixArrays, _Batch], jax.Array]:
-    def run(params: Params, prefix: PrefixArrays, batch: _Batch) -> jax.Array:
+    config: LlamaConfig,
+    precision: Precision,
+    layout: Layout,
+    lora: LoraSpec | None,
+    mesh: Mesh | None,
+) -> Callable[[Params, PrefixArrays, _Batch, np.int32], jax.Array]:
+    """(params, prefix, one batch for each copy of the model, asked) -> float32 [copies, T].
+
+    `asked`: how many targets some copy has at most.
+    """
+    # Parts of the vocabulary that lie on other devices are not worth cutting further.
+    piece = VOCABULARY if axis_size(mesh, "tensor") == 1 else config.vocab_size
+
+    def run(params: Params, prefix: PrefixArrays, batches: _Batch, asked: jax.Array) -> jax.Array:
+        batch: _Batch = jax.tree.map(lambda x: x[0], batches)
         model = bind(config, params, layout, lora)
         attend = scoring_attention(
             batch.places, batch.branches, batch.starts, batch.lengths, batch.shared, precision
@@ -219,18 +245,23 @@ def _program(
         hidden, _ = model.hidden_states(
             batch.tokens[None], batch.positions[None], attend, prefix.layers, precision=precision
         )
-        return _target_log_probs(model, hidden[0], batch, precision)
+        return _target_log_probs(model, hidden[0], batch, asked, piece, precision)[None]
 
-    return jax.jit(run)
+    return jax.jit(per_replica(run, mesh, (False, False, True, False)))
 
 
 def _target_log_probs(
-    model: Llama, hidden: jax.Array, batch: _Batch, precision: Precision
+    model: Llama,
+    hidden: jax.Array,
+    batch: _Batch,
+    asked: jax.Array,
+    piece: int,
+    precision: Precision,
 ) -> jax.Array:
     """float32 [T]: log p of each target; logits exist for some targets and tokens at a time."""
     size, width = min(TARGETS, hidden.shape[0]), hidden.shape[0]
     vocab = model.config.vocab_size
-    piece = min(VOCABULARY, vocab)
+    piece = min(piece, vocab)
     pieces = -(-vocab // piece)
 
     def block(index: jax.Array, result: jax.Array) -> jax.Array:
@@ -258,5 +289,5 @@ def _target_log_probs(
         found = chosen - highest - jnp.log(total)
         return jax.lax.dynamic_update_slice_in_dim(result, found, start, 0)
 
-    blocks = (batch.asked + size - 1) // size
+    blocks = (asked + size - 1) // size
     return jax.lax.fori_loop(0, blocks, block, jnp.zeros(width, jnp.float32))

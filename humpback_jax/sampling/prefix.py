@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from humpback_jax.model.attention import grouped_attention
 from humpback_jax.model.blockwise import Shared
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Cache, Layout, Params, bind
+from humpback_jax.parallel.rules import everywhere, head_units, partition
 
 CAPACITY = 512  # places of prefixes, so that all that fit share their programs
 
@@ -53,8 +55,9 @@ def compute_prefix(
     precision: Precision,
     layout: Layout = "unrolled",
     lora: LoraSpec | None = None,
+    mesh: Mesh | None = None,
 ) -> Prefix:
-    """The prefix of `tokens`, which may be none."""
+    """The prefix of `tokens`, which may be none; on the mesh that holds `params`, if any."""
     seen = np.zeros(config.vocab_size, bool)
     seen[list(tokens)] = True
     capacity = CAPACITY
@@ -63,25 +66,44 @@ def compute_prefix(
     if tokens:
         padded = np.zeros((1, capacity), np.int32)
         padded[0, : len(tokens)] = tokens
-        layers = _program(config, precision, layout, lora)(params, padded)
+        layers = _program(config, precision, layout, lora, mesh)(params, padded)
     else:
-        layers = _nothing(config, layout, precision)
-    return Prefix(tuple(tokens), PrefixArrays(layers, jnp.asarray(seen)))
+        layers = _nothing(config, precision, layout, mesh)()
+    return Prefix(tuple(tokens), PrefixArrays(layers, everywhere(seen, mesh)))
 
 
-def _nothing(config: LlamaConfig, layout: Layout, precision: Precision) -> Any:
+@functools.lru_cache(maxsize=32)
+def _nothing(
+    config: LlamaConfig, precision: Precision, layout: Layout, mesh: Mesh | None
+) -> Callable[[], Any]:
     groups, width, depth = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
     leading = (depth,) if layout == "scan" else ()
-    empty = Shared(
-        jnp.zeros((*leading, groups, width, CAPACITY), precision.activations),
-        jnp.zeros((*leading, groups, CAPACITY, width), precision.activations),
-    )
-    return empty if layout == "scan" else [empty] * depth
+
+    def make() -> Any:
+        empty = Shared(
+            jnp.zeros((*leading, groups, width, CAPACITY), precision.activations),
+            jnp.zeros((*leading, groups, CAPACITY, width), precision.activations),
+        )
+        return empty if layout == "scan" else [empty] * depth
+
+    return jax.jit(make, out_shardings=_shardings(config, layout, mesh))
+
+
+def _shardings(config: LlamaConfig, layout: Layout, mesh: Mesh | None) -> NamedSharding | None:
+    if mesh is None:
+        return None
+    axes, shape = ("layers", "kv_heads"), (config.num_hidden_layers, config.num_key_value_heads)
+    start = 0 if layout == "scan" else 1
+    return NamedSharding(mesh, partition(axes[start:], shape[start:], mesh, head_units(config)))
 
 
 @functools.lru_cache(maxsize=32)
 def _program(
-    config: LlamaConfig, precision: Precision, layout: Layout, lora: LoraSpec | None
+    config: LlamaConfig,
+    precision: Precision,
+    layout: Layout,
+    lora: LoraSpec | None,
+    mesh: Mesh | None,
 ) -> Callable[[Params, np.ndarray], Any]:
     def run(params: Params, tokens: jax.Array) -> Any:
         width = tokens.shape[1]
@@ -100,4 +122,4 @@ def _program(
         )
         return layers
 
-    return jax.jit(run)
+    return jax.jit(run, out_shardings=_shardings(config, layout, mesh))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from humpback_jax.model.cache import (
     LayerCache,
@@ -18,6 +20,8 @@ from humpback_jax.model.cache import (
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Llama, Params, bind
+from humpback_jax.parallel.replicas import over_replicas, per_replica, whole
+from humpback_jax.parallel.rules import head_units, partition
 from humpback_jax.sampling.prefix import PrefixArrays
 from humpback_jax.sampling.sampler import STOP_IDS, Controls, draw_tokens
 
@@ -73,8 +77,38 @@ class Drawn(NamedTuple):
     live: jax.Array
 
 
-def empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: int) -> Slots:
-    """Free slots for `rows` rows of at most `capacity` tokens each after the shared prefix."""
+def empty_slots(
+    config: LlamaConfig, precision: Precision, rows: int, capacity: int, mesh: Mesh | None = None
+) -> Slots:
+    """Free slots for `rows` rows of at most `capacity` tokens each after the shared prefix.
+
+    Args:
+      mesh: `rows` are those of all copies along data, in order.
+    """
+    if mesh is None:
+        return _empty_slots(config, precision, rows, capacity)
+    return _empty_program(config, precision, rows, capacity, mesh)()
+
+
+@functools.lru_cache(maxsize=32)
+def _empty_program(
+    config: LlamaConfig, precision: Precision, rows: int, capacity: int, mesh: Mesh
+) -> Callable[[], Slots]:
+    make = functools.partial(_empty_slots, config, precision, rows, capacity)
+    return jax.jit(make, out_shardings=_slot_shardings(config, mesh))
+
+
+def _slot_shardings(config: LlamaConfig, mesh: Mesh | None) -> Any:
+    """Rows over data, the cache's key/value heads over tensor."""
+    if mesh is None:
+        return None
+    rows = NamedSharding(mesh, partition(("rows",), (0,), mesh))
+    heads = (0, config.num_key_value_heads)
+    caches = NamedSharding(mesh, partition(("rows", "kv_heads"), heads, mesh, head_units(config)))
+    return Slots(caches, rows, rows, rows, rows, rows, rows, rows)  # type: ignore[arg-type]
+
+
+def _empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: int) -> Slots:
     zeros = functools.partial(jnp.zeros, rows)
     return Slots(
         caches=empty_cache(config, rows, capacity, precision.activations),
@@ -99,9 +133,13 @@ def empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: 
 
 @functools.lru_cache(maxsize=32)
 def prefill_program(
-    config: LlamaConfig, precision: Precision
+    config: LlamaConfig, precision: Precision, mesh: Mesh | None = None
 ) -> Callable[[Params, Slots, PrefixArrays, Chunks], tuple[Slots, Drawn]]:
-    """(params, slots, prefix, chunks) -> (slots, the first token of each chunk that is final)."""
+    """(params, slots, prefix, chunks) -> (slots, the first token of each chunk that is final).
+
+    On a mesh, slots and chunks hold those of all copies along data; a chunk's slot counts from its
+    copy's first.
+    """
 
     def prefill(
         params: Params, slots: Slots, prefix: PrefixArrays, chunks: Chunks
@@ -127,13 +165,14 @@ def prefill_program(
 
         def draw(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-            logits = model.logits(ends, precision)
+            logits = whole(model.logits(ends, precision), mesh)
             return draw_tokens(logits, seen[chunks.slots], jnp.zeros_like(last), chunks.controls)
 
         def skip(_: jax.Array) -> tuple[jax.Array, jax.Array]:
             return jnp.zeros_like(last), jnp.zeros(last.shape, jnp.float32)
 
-        token, logprob = jax.lax.cond(chunks.final.any(), draw, skip, hidden)
+        begins_somewhere = over_replicas(chunks.final.sum(), mesh) > 0
+        token, logprob = jax.lax.cond(begins_somewhere, draw, skip, hidden)
         place = jnp.where(chunks.final, chunks.slots, slots.live.shape[0])
         one = jnp.ones_like(last)
         lengths = chunks.starts + chunks.counts
@@ -154,13 +193,13 @@ def prefill_program(
         )
         return slots, Drawn(token[:, None], logprob[:, None], one, live)
 
-    return jax.jit(prefill, donate_argnums=1)
+    return _compiled(config, prefill, mesh, (False, True, False, True))
 
 
 @functools.lru_cache(maxsize=32)
 def decode_program(
-    config: LlamaConfig, precision: Precision, steps: int
-) -> Callable[[Params, Slots, PrefixArrays, jax.Array, jax.Array], tuple[Slots, Drawn]]:
+    config: LlamaConfig, precision: Precision, steps: int, mesh: Mesh | None = None
+) -> Callable[[Params, Slots, PrefixArrays, np.ndarray, np.int32], tuple[Slots, Drawn]]:
     """(params, slots, prefix, ended bool [B], patience int32 []) -> (slots, what each row drew).
 
     Draws up to `steps` tokens for each live row in one call, so that no token goes through the
@@ -175,12 +214,12 @@ def decode_program(
         slots = slots._replace(live=slots.live & ~ended)
         rows = slots.live.shape[0]
         capacity = sum(values.shape[2] for values in slots.caches[0].values)
-        started = slots.live.sum()
+        started = over_replicas(slots.live.sum(), mesh)
         Loop = tuple[jax.Array, Slots, Drawn]
 
         def unfinished(loop: Loop) -> jax.Array:
             step, slots, _ = loop
-            left = slots.live.sum()
+            left = over_replicas(slots.live.sum(), mesh)
             return (step < steps) & (left > 0) & (started - left < patience)
 
         def body(loop: Loop) -> Loop:
@@ -197,7 +236,7 @@ def decode_program(
                 prefix,
                 precision,
             )
-            logits = model.logits(hidden[:, 0], precision)
+            logits = whole(model.logits(hidden[:, 0], precision), mesh)
             token, logprob = draw_tokens(logits, slots.seen, slots.drawn, slots.controls)
             lengths, drawn = slots.lengths + slots.live, slots.drawn + slots.live
             total = slots.offsets + lengths
@@ -222,7 +261,18 @@ def decode_program(
         _, slots, new = jax.lax.while_loop(unfinished, body, (jnp.int32(0), slots, nothing))
         return slots, new
 
-    return jax.jit(decode, donate_argnums=1)
+    return _compiled(config, decode, mesh, (False, True, False, True, False))
+
+
+def _compiled(
+    config: LlamaConfig, program: Callable[..., Any], mesh: Mesh | None, batched: tuple[bool, ...]
+) -> Callable[..., tuple[Slots, Drawn]]:
+    slots = _slot_shardings(config, mesh)
+    return jax.jit(
+        per_replica(program, mesh, batched),
+        donate_argnums=1,
+        out_shardings=slots and (slots, slots.live),
+    )
 
 
 def _run(

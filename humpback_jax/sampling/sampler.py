@@ -76,7 +76,7 @@ class Controls(NamedTuple):
 def controls_of(
     decodings: Sequence[Decoding], keys: Sequence[np.ndarray], stop_ids: Sequence[int]
 ) -> Controls:
-    """The arrays of rows that also stop at `stop_ids`.
+    """The arrays of rows that also stop at `stop_ids`, still on the host.
 
     Raises:
       HumpbackError: a row would stop at more than 16 tokens.
@@ -91,19 +91,18 @@ def controls_of(
             )
         stops[row, : len(all_ids)] = all_ids
 
-    def gather(name: str, dtype: str) -> jax.Array:
-        return jnp.array([getattr(decoding, name) for decoding in decodings], dtype)
+    def gather(name: str, dtype: str) -> np.ndarray:
+        return np.array([getattr(decoding, name) for decoding in decodings], dtype)
 
-    return Controls(
-        temperature=gather("temperature", "float32"),
-        top_p=gather("top_p", "float32"),
-        top_k=gather("top_k", "int32"),
-        min_p=gather("min_p", "float32"),
-        repetition_penalty=gather("repetition_penalty", "float32"),
-        max_new_tokens=gather("max_new_tokens", "int32"),
-        stop_ids=jnp.asarray(stops),
-        keys=jnp.asarray(np.array(keys, np.uint32).reshape(-1, 2)),
-    )
+    columns = [
+        gather("temperature", "float32"),
+        gather("top_p", "float32"),
+        gather("top_k", "int32"),
+        gather("min_p", "float32"),
+        gather("repetition_penalty", "float32"),
+        gather("max_new_tokens", "int32"),
+    ]
+    return Controls._make((*columns, stops, np.array(keys, np.uint32).reshape(-1, 2)))
 
 
 def record_key(seed: int, stage: str, record_id: str, draw: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, which axis goes where, several hosts."""

@@ -1,0 +1,136 @@
+"""Meshes of devices with the axes data, fsdp and tensor, and which part of them is ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from humpback_jax.errors import HumpbackError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis; `data` = 0 takes all that the others leave.
+
+    Attributes:
+      data: copies of the model, each with rows of its own.
+      fsdp: parts of each matrix along the model's width.
+      tensor: parts along the heads, the inner width of the MLP and the vocabulary.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def replica(self) -> int:
+        """Devices that hold one copy of the model."""
+        return self.fsdp * self.tensor
+
+
+def parse_mesh(text: str) -> MeshShape | None:
+    """ "auto" -> None; "data=2,tensor=4" -> MeshShape(2, 1, 4).
+
+    Raises:
+      HumpbackError: an unknown axis, or a size that is not a positive whole number.
+    """
+    if text == "auto":
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+            raise HumpbackError(
+                f"mesh {text!r} is not understood at {part!r}; write auto, or sizes of some of the "
+                f"axes {', '.join(AXES)}, e.g. data=2,tensor=4."
+            )
+        sizes[name] = int(size)
+    return MeshShape(**sizes)
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
+    """The mesh of all `devices`.
+
+    Raises:
+      HumpbackError: they do not divide into the shape.
+    """
+    data = shape.data or len(devices) // shape.replica
+    if data * shape.replica != len(devices):
+        raise HumpbackError(
+            f"the mesh data={shape.data or 'rest'}, fsdp={shape.fsdp}, tensor={shape.tensor} does "
+            f"not fit {len(devices)} devices; the product of its sizes must be their number."
+        )
+    sizes = (data, shape.fsdp, shape.tensor)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """This process's part in a job whose parts need nothing of each other.
+
+    Attributes:
+      mesh: the devices that work together; None for a single one.
+      number, count: this part's, of so many.
+      leads: whether this process writes the part's results; several may compute them together.
+    """
+
+    mesh: Mesh | None = None
+    number: int = 0
+    count: int = 1
+    leads: bool = True
+
+    def takes(self, shard: int) -> bool:
+        """Whether a shard of the job is ours: fixed beforehand, so that nobody waits."""
+        return shard % self.count == self.number
+
+
+def our_share(shape: MeshShape | None) -> Share:
+    """Splits all devices into parts that work alone: a host's devices, or as many hosts as one
+    copy of the model needs.
+
+    Args:
+      shape: None puts a copy of the model on every device of an accelerator, and one on a CPU.
+
+    Raises:
+      HumpbackError: the devices do not divide into the shape.
+    """
+    local, number = jax.local_devices(), jax.process_index()
+    if shape is None:
+        shape = MeshShape() if local[0].platform != "cpu" else MeshShape(data=1)
+        local = local if shape.data == 0 else local[:1]
+    elif shape.data:
+        wanted = shape.data * shape.replica
+        if wanted > jax.device_count():
+            raise HumpbackError(
+                f"the mesh takes {wanted} devices, here are {jax.device_count()}; choose smaller "
+                "sizes, or leave data= out to take all devices."
+            )
+        if jax.process_count() == 1:
+            local = local[:wanted]
+    if shape.replica <= len(local):
+        per_host = dataclasses.replace(shape, data=len(local) // shape.replica)
+        mesh = make_mesh(per_host, local) if len(local) > 1 else None
+        return Share(mesh, number, jax.process_count())
+    together, rest = divmod(shape.replica, len(local))
+    if rest or jax.process_count() % together:
+        raise HumpbackError(
+            f"one copy of the model takes {shape.replica} devices, which is not a whole number of "
+            f"hosts with {len(local)} each that divides all {jax.process_count()} of them."
+        )
+    ours, place = divmod(number, together)
+    hosts = range(ours * together, (ours + 1) * together)
+    devices = [device for device in jax.devices() if device.process_index in hosts]
+    mesh = make_mesh(dataclasses.replace(shape, data=1), devices)
+    return Share(mesh, ours, jax.process_count() // together, leads=place == 0)
+
+
+def axis_size(mesh: Mesh | None, axis: str) -> int:
+    """Devices along an axis; 1 without a mesh."""
+    return 1 if mesh is None else int(np.prod([mesh.shape[axis]]))

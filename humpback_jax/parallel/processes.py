@@ -1,0 +1,70 @@
+"""Several processes that do one job: how they find each other, and how they wait."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+from humpback_jax.errors import HumpbackError
+
+Made = TypeVar("Made")
+START_SECONDS = 300
+
+
+def join_processes() -> int:
+    """Connects this process to the others of its job; has to run before devices are used.
+
+    Three variables describe a job on any machines: `JAX_COORDINATOR_ADDRESS` (host:port of the
+    first process), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. Where jax can find these itself (Cloud
+    TPU slices, Slurm, Open MPI), `HUMPBACK_DISTRIBUTED=1` is enough.
+
+    Returns:
+      How many processes the job has; 1 where nothing says that it has more.
+
+    Raises:
+      HumpbackError: a variable is missing or no number, or not all processes came in time.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None and os.environ.get("HUMPBACK_DISTRIBUTED") != "1":
+        return 1
+    count, number = (_variable(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    if address is not None and (count is None or number is None):
+        raise HumpbackError(
+            "JAX_COORDINATOR_ADDRESS is set; JAX_NUM_PROCESSES and JAX_PROCESS_ID must be, too."
+        )
+    try:
+        jax.distributed.initialize(address, count, number, initialization_timeout=START_SECONDS)
+    except Exception as error:
+        raise HumpbackError(
+            f"process {number} of {count} did not reach the others within {START_SECONDS} s; is a "
+            f"process missing, and {address or 'the first host'} reachable? ({error})"
+        ) from error
+    return jax.process_count()
+
+
+def _variable(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is not None and not text.isdecimal():
+        raise HumpbackError(f"{name}={text!r} must be a whole number.")
+    return None if text is None else int(text)
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process of the job has called this with the same text."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def first_alone(what: str, make: Callable[[], Made]) -> Made:
+    """Process 0 makes something, and the others after it."""
+    if jax.process_index() > 0:
+        wait_for_all(what)
+        return make()
+    made = make()
+    wait_for_all(what)
+    return made

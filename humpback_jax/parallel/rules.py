@@ -1,0 +1,115 @@
+"""Which axis of which array lies on which axis of the mesh: one table, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.linear import LoraSpec
+from humpback_jax.model.llama import Layout, Params, abstract_model, flatten, unflatten
+
+# Logical axis -> mesh axis. A model's width goes to fsdp; everything that a layer computes in
+# parallel to tensor (Shoeybi et al., 2019).
+RULES: dict[str, str | None] = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "lora_rank": None,
+    "layers": None,
+    "rows": "data",
+}
+
+
+def partition(
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh,
+    units: dict[str, int] | None = None,
+) -> PartitionSpec:
+    """Where an array goes whose dimensions have these logical axes.
+
+    A dimension that does not divide evenly stays whole on every device.
+
+    Args:
+      units: what an axis is counted in, where that is not single elements: heads are never cut.
+
+    Raises:
+      HumpbackError: an axis is not in the table, or two go to the same axis of the mesh.
+    """
+    placed: list[str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise HumpbackError(f"logical axis {name!r} has no rule; add it to parallel/rules.py.")
+        axis = None if name is None else RULES[name]
+        count = size if name is None else (units or {}).get(name, size)
+        placed.append(axis if axis is not None and count % mesh.shape[axis] == 0 else None)
+    used = [axis for axis in placed if axis is not None]
+    if len(used) != len(set(used)):
+        raise HumpbackError(
+            f"two of the axes {tuple(axes)} go to the same axis of the mesh; see parallel/rules.py."
+        )
+    return PartitionSpec(*placed)
+
+
+def head_units(config: LlamaConfig) -> dict[str, int]:
+    """Query and key/value heads, which may only be cut between heads."""
+    return {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+
+
+def param_shardings(
+    config: LlamaConfig, mesh: Mesh, layout: Layout = "scan", lora: LoraSpec | None = None
+) -> Params:
+    """A NamedSharding for each parameter, in the form of `init_params`."""
+    _, state = abstract_model(config, layout, lora)
+    units = head_units(config)
+    return unflatten(
+        {
+            path: NamedSharding(
+                mesh, partition(leaf.get_metadata("out_sharding"), leaf.shape, mesh, units)
+            )
+            for path, leaf in nnx.to_flat_state(state)
+        }
+    )
+
+
+def place(params: Params, shardings: Params, convert: Callable[[np.ndarray], np.ndarray]) -> Params:
+    """Arrays of the host (or of one device) onto the mesh; no device ever holds a whole one.
+
+    Args:
+      convert: applied to each piece on the host, e.g. a cast.
+    """
+    placed = {}
+    where = flatten(shardings)
+    for path, leaf in flatten(params).items():
+
+        def piece(index: Any, leaf: Any = leaf) -> np.ndarray:
+            return convert(np.asarray(leaf[index]))
+
+        placed[path] = jax.make_array_from_callback(leaf.shape, where[path], piece)
+    return unflatten(placed)
+
+
+def everywhere(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """The whole array on every device."""
+    if mesh is None:
+        return jax.numpy.asarray(array)
+    where = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+
+def bytes_on_a_device(params: Params) -> int:
+    """Of placed parameters: what the fullest device holds."""
+    held: dict[Any, int] = {}
+    for leaf in jax.tree.leaves(params):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    return max(held.values())

@@ -1,0 +1,69 @@
+"""Answers and scores of one model on several meshes, as JSON: `python on_meshes.py MODEL MESH ...`.
+
+A program of its own, because a process has as many CPU devices as it started with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+DEVICES = 8
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from humpback_jax.compute import choose_compute, use_compilation_cache  # noqa: E402
+from humpback_jax.inference import Inference  # noqa: E402
+from humpback_jax.model.llama import init_params  # noqa: E402
+from humpback_jax.models import LanguageModel, load_model  # noqa: E402
+from humpback_jax.parallel.rules import bytes_on_a_device  # noqa: E402
+from humpback_jax.sampling.sampler import Decoding  # noqa: E402
+from humpback_jax.stages.sources import packaged_pairs  # noqa: E402
+
+
+def model_of(name: str) -> LanguageModel:
+    """A named model; "tiny" is one with 8 heads and 4 key/value heads, and decided opinions."""
+    if name != "tiny":
+        return load_model(name)
+    model = load_model("tiny-random")
+    config = dataclasses.replace(model.config, num_attention_heads=8, num_key_value_heads=4)
+    params = jax.tree.map(np.array, init_params(config, jax.random.key(1)))
+    params["embed"]["embedding"] *= 20
+    return dataclasses.replace(model, config=config, params=params)
+
+
+def results(model: LanguageModel, mesh: str, rows: int, new: int) -> dict[str, Any]:
+    reader = Inference(model, choose_compute("float32", 4, mesh))
+    prompts = [(e.id, e.instruction + "\n" * (i % 3)) for i, e in enumerate(packaged_pairs("train"))]
+    prompts = prompts[:rows]
+    template = model.template
+    opening = template.question
+    found: dict[str, Any] = {"bytes": bytes_on_a_device(reader._params)}
+    for name, decoding in (
+        ("greedy", Decoding(0.0, max_new_tokens=new)),
+        ("sampled", Decoding(0.9, 0.9, max_new_tokens=new)),
+    ):
+        drawn = reader.generate(
+            [(name, opening(text)) for name, text in prompts],
+            decoding,
+            seed=0,
+            stage="mesh",
+            opening=opening,
+        )
+        found[name] = [(each.text, each.tokens, each.logprob) for each in drawn]
+    scored = reader.next_token_log_probs(prompts, range(5), opening=lambda text: text)
+    return {**found, "scores": scored.tolist(), "programs": reader.engine.programs()}
+
+
+if __name__ == "__main__":
+    use_compilation_cache()
+    assert jax.device_count() == DEVICES
+    chosen = model_of(sys.argv[1])
+    count, tokens = int(sys.argv[2]), int(sys.argv[3])
+    found = {mesh: results(chosen, mesh, count, tokens) for mesh in sys.argv[4:]}
+    print(json.dumps(found))
