@@ -21,7 +21,7 @@ from humpback_jax.compute import choose_compute, use_compilation_cache  # noqa: 
 from humpback_jax.inference import Inference  # noqa: E402
 from humpback_jax.model.llama import init_params  # noqa: E402
 from humpback_jax.models import LanguageModel, load_model  # noqa: E402
-from humpback_jax.parallel.rules import bytes_on_a_device  # noqa: E402
+from humpback_jax.sampling.memory import tree_bytes  # noqa: E402
 from humpback_jax.sampling.sampler import Decoding  # noqa: E402
 from humpback_jax.stages.sources import packaged_pairs  # noqa: E402
 
@@ -39,11 +39,13 @@ def model_of(name: str) -> LanguageModel:
 
 def results(model: LanguageModel, mesh: str, rows: int, new: int) -> dict[str, Any]:
     reader = Inference(model, choose_compute("float32", 4, mesh))
-    prompts = [(e.id, e.instruction + "\n" * (i % 3)) for i, e in enumerate(packaged_pairs("train"))]
+    prompts = [
+        (e.id, e.instruction + "\n" * (i % 3)) for i, e in enumerate(packaged_pairs("train"))
+    ]
     prompts = prompts[:rows]
     template = model.template
     opening = template.question
-    found: dict[str, Any] = {"bytes": bytes_on_a_device(reader._params)}
+    found: dict[str, Any] = {"bytes": tree_bytes(reader._params)}
     for name, decoding in (
         ("greedy", Decoding(0.0, max_new_tokens=new)),
         ("sampled", Decoding(0.9, 0.9, max_new_tokens=new)),

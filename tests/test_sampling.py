@@ -352,7 +352,7 @@ def test_no_vocabulary_is_sorted_and_no_cache_widened_in_the_decode_program() ->
     slots = jax.eval_shape(lambda: empty_slots(config, FLOAT32, rows, capacity))
     prefix = jax.eval_shape(lambda: compute_prefix(config, params, (), FLOAT32).arrays)
     ended = jax.ShapeDtypeStruct((rows,), bool)
-    text = decode_program(config, FLOAT32, 4).lower(params, slots, prefix, ended, 1).as_text()
+    text = decode_program(config, FLOAT32, 4, 0).lower(params, slots, prefix, ended, 1).as_text()
     pieces = [keys.shape[-1] for keys in slots.caches[0].keys]
     assert str(vocab) in text and sum(pieces) == capacity
     assert not re.search(r"stablehlo\.sort|chlo\.top_k|TopK", text)
@@ -468,7 +468,7 @@ def test_rows_are_read_as_slots_become_free_and_handed_out_as_they_end() -> None
 
 def test_a_job_of_all_lengths_runs_in_few_programs() -> None:
     _, config, params = model_of()
-    prefill, decode = prefill_program(config, FLOAT32), decode_program(config, FLOAT32, 5)
+    prefill, decode = prefill_program(config, FLOAT32), decode_program(config, FLOAT32, 5, 0)
     before = prefill._cache_size() + decode._cache_size()
     engine = Engine(config, unstack_layers(params), [STOP], shape=small(5))
     engine.generate(requests_by_hash(30, GREEDY, WINDOW - 1))

@@ -104,12 +104,3 @@ def everywhere(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
         return jax.numpy.asarray(array)
     where = NamedSharding(mesh, PartitionSpec())
     return jax.make_array_from_callback(array.shape, where, array.__getitem__)
-
-
-def bytes_on_a_device(params: Params) -> int:
-    """Of placed parameters: what the fullest device holds."""
-    held: dict[Any, int] = {}
-    for leaf in jax.tree.leaves(params):
-        for shard in leaf.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    return max(held.values())

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,6 +25,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Params
 from humpback_jax.parallel.mesh import axis_size
+from humpback_jax.sampling.memory import device_bytes, rows_that_fit, tree_bytes
 from humpback_jax.sampling.prefix import Prefix, compute_prefix
 from humpback_jax.sampling.programs import (
     Chunks,
@@ -43,7 +45,8 @@ class Shape:
     Attributes:
       slots: rows decoded together.
       chunks, chunk_tokens: a prefill call computes so many pieces of prompts, of so many tokens.
-      steps: tokens drawn before the host looks. refill: rows that end before it looks earlier.
+      steps: of drawing before the host looks. refill: rows that end before it looks earlier.
+      drafts: tokens guessed in each step (`sampling/drafts.py`).
     """
 
     slots: int = 32
@@ -51,6 +54,7 @@ class Shape:
     chunk_tokens: int = 32
     steps: int = 16
     refill: int = 1
+    drafts: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +128,13 @@ class Engine:
         precision: Precision = Precision(),
         shape: Shape = Shape(),
         mesh: Mesh | None = None,
+        memory: int | None = None,
     ) -> None:
         """`params` are in layout "unrolled" and, for speed, in `precision.compute`.
 
         Args:
           mesh: where `params` lie, if not on one device; each copy along data has its own slots.
+          memory: bytes of one device that weights and slots may take; None for what it has.
         """
         self.config, self.precision, self.shape, self.mesh = config, precision, shape, mesh
         self.copies = axis_size(mesh, "data")
@@ -136,9 +142,10 @@ class Engine:
         if not self.stop_ids:
             raise HumpbackError("the model names no end-of-turn token, so text would never stop.")
         self.work = Work()
-        self._params = params
+        self.memory = memory
+        self._params = params if mesh else jax.tree.map(jnp.asarray, params)
         self._prefill = prefill_program(config, precision, mesh)
-        self._decode = decode_program(config, precision, shape.steps, mesh)
+        self._decode = decode_program(config, precision, shape.steps, shape.drafts, mesh)
 
     def generate(
         self, requests: Sequence[Request], prefix: Prefix | None = None
@@ -177,6 +184,25 @@ class Engine:
                 f"record {name}: the prompt has {length} tokens; the model's window of {window} "
                 "must hold it and at least one new token. Shorten the record."
             )
+
+    def slots_of(self, capacity: int) -> int:
+        """How many slots of so many places each copy of the model gets.
+
+        Raises:
+          HumpbackError: not even one fits into the memory.
+        """
+        shape = self.shape
+        device = jax.tree.leaves(self._params)[0].addressable_shards[0].device
+        return rows_that_fit(
+            self.config,
+            self.precision.activations,
+            capacity,
+            shape.slots,
+            self.memory or device_bytes(device),
+            tree_bytes(self._params),
+            shape.chunks * shape.chunk_tokens,
+            axis_size(self.mesh, "tensor"),
+        )
 
     def _row(self, index: int, request: Request, prefix: Prefix) -> _Row:
         self.check(request.id, len(request.prompt))
@@ -245,20 +271,20 @@ class _Run:
         self.engine, self.shape, self.work = engine, engine.shape, engine.work
         self.prefix = prefix.arrays
         self.capacity = 0
+        self.each = 0  # slots of one copy
         self.slots: Slots | None = None
-        count = engine.copies * self.shape.slots
-        self.rows: list[_Row | None] = [None] * count
+        self.rows: list[_Row | None] = []
         self.pieces: list[collections.deque[_Piece]] = [
             collections.deque() for _ in range(engine.copies)
         ]
         self.live = 0
-        self.ended = np.zeros(count, bool)  # by the host; the device does not know yet
+        self.ended = np.zeros(0, bool)  # by the host; the device does not know yet
 
     def all(self, rows: Iterator[_Row]) -> Iterator[tuple[int, Completion]]:
         waiting = next(rows, None)
         finished: list[tuple[int, Completion]] = []
         while waiting is not None or any(self.rows):
-            while waiting is not None and None in self.rows and self._fits(waiting):
+            while waiting is not None and self._fits(waiting):
                 self._enter(waiting)
                 waiting = next(rows, None)
             first = self._prefill(waiting is not None)
@@ -268,28 +294,31 @@ class _Run:
         yield from finished
 
     def _fits(self, row: _Row) -> bool:
-        """Whether the slots are long enough; they grow while no row is in them."""
+        """Whether a slot is free and long enough; slots grow while no row is in them."""
         window = self.engine.config.max_position_embeddings
         needed = row.places(window)
         if needed > self.capacity:
             if any(self.rows):
                 return False
             # Jobs of all kinds share the programs of one capacity while they can.
-            self.capacity = capacity_for(max(needed, min(CAPACITY, window)))
-            self.slots = None
-            engine = self.engine
-            self.slots = empty_slots(
-                engine.config, engine.precision, len(self.rows), self.capacity, engine.mesh
-            )
-        return True
+            self._allocate(capacity_for(max(needed, min(CAPACITY, window))))
+        return None in self.rows
+
+    def _allocate(self, capacity: int) -> None:
+        engine = self.engine
+        self.capacity, self.each = capacity, engine.slots_of(capacity)
+        count = engine.copies * self.each
+        self.rows, self.ended = [None] * count, np.zeros(count, bool)
+        self.slots = None  # the old ones go before the new ones come
+        self.slots = empty_slots(engine.config, engine.precision, count, capacity, engine.mesh)
 
     def _enter(self, row: _Row) -> None:
         """Takes the first free slot of the copy with the least work ahead."""
         free = [slot for slot, other in enumerate(self.rows) if other is None]
-        slot = min(free, key=lambda slot: len(self.pieces[slot // self.shape.slots]))
+        slot = min(free, key=lambda slot: len(self.pieces[slot // self.each]))
         self.rows[slot] = row
         width = self.shape.chunk_tokens
-        self.pieces[slot // self.shape.slots].extend(
+        self.pieces[slot // self.each].extend(
             _Piece(row, slot, start, row.own[start : start + width])
             for start in range(0, len(row.own), width)
         )
@@ -325,14 +354,14 @@ class _Run:
         tokens = np.zeros((count, width), np.int32)
         numbers = np.zeros((5, count), np.int32)
         counts, slots, offsets, starts, final = numbers
-        counts[:], slots[:] = 1, self.shape.slots
+        counts[:], slots[:] = 1, self.each
         requests: list[Request | None] = []
         for place, piece in enumerate(pieces):
             requests.append(piece.row.request if piece else None)
             if piece is not None:
                 size = counts[place] = len(piece.tokens)
                 tokens[place, :size] = piece.tokens
-                slots[place] = piece.slot % self.shape.slots
+                slots[place] = piece.slot % self.each
                 offsets[place], starts[place] = piece.row.shared, piece.start
                 final[place] = piece.final
         self.work.prefilled_places += count * width
@@ -363,8 +392,8 @@ class _Run:
         for slot, count in enumerate(new.counts):
             self._take(slot, new.tokens[slot, :count], new.logprobs[slot, :count])
         if more:
-            self.work.row_steps += int(new.counts.max()) * len(new.counts)
-            self.work.live_row_steps += int(new.counts.sum())
+            self.work.row_steps += int(new.steps.max()) * len(new.steps)
+            self.work.live_row_steps += int(new.steps.sum())
         finished = []
         for slot, row in enumerate(self.rows):
             if row is None or not row.tokens:

@@ -22,6 +22,7 @@ from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Llama, Params, bind
 from humpback_jax.parallel.replicas import over_replicas, per_replica, whole
 from humpback_jax.parallel.rules import head_units, partition
+from humpback_jax.sampling.drafts import accepted, look_up, with_drafts
 from humpback_jax.sampling.prefix import PrefixArrays
 from humpback_jax.sampling.sampler import STOP_IDS, Controls, draw_tokens
 
@@ -33,6 +34,7 @@ class Slots(NamedTuple):
       caches: of each layer, for the tokens after the shared prefix.
       offsets: int32 [B], tokens of the shared prefix that the row begins with: all or none.
       lengths: int32 [B], tokens in the cache. last: int32 [B], the token drawn after them.
+      text: int32 [B, S], the tokens in the cache.
       drawn: int32 [B], tokens drawn so far. live: bool [B], whether more will be.
       seen: bool [B, V], the tokens that the row contains.
       controls: how each row draws.
@@ -42,6 +44,7 @@ class Slots(NamedTuple):
     offsets: jax.Array
     lengths: jax.Array
     last: jax.Array
+    text: jax.Array
     drawn: jax.Array
     live: jax.Array
     seen: jax.Array
@@ -69,11 +72,17 @@ class Chunks(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens int32 [B, N] and their log p; of each row the first `counts` [B]; who goes on [B]."""
+    """Tokens drawn.
+
+    Attributes:
+      tokens, logprobs: int32 and float32 [B, N], of which each row has the first `counts` [B].
+      steps: int32 [B], in how many steps they were drawn. live: bool [B], who goes on.
+    """
 
     tokens: jax.Array
     logprobs: jax.Array
     counts: jax.Array
+    steps: jax.Array
     live: jax.Array
 
 
@@ -105,7 +114,7 @@ def _slot_shardings(config: LlamaConfig, mesh: Mesh | None) -> Any:
     rows = NamedSharding(mesh, partition(("rows",), (0,), mesh))
     heads = (0, config.num_key_value_heads)
     caches = NamedSharding(mesh, partition(("rows", "kv_heads"), heads, mesh, head_units(config)))
-    return Slots(caches, rows, rows, rows, rows, rows, rows, rows)  # type: ignore[arg-type]
+    return Slots(caches, *[rows] * 8)  # type: ignore[arg-type]
 
 
 def _empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: int) -> Slots:
@@ -115,6 +124,7 @@ def _empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity:
         offsets=zeros("int32"),
         lengths=zeros("int32"),
         last=zeros("int32"),
+        text=jnp.zeros((rows, capacity), jnp.int32),
         drawn=zeros("int32"),
         live=zeros(bool),
         seen=jnp.zeros((rows, config.vocab_size), bool),
@@ -158,8 +168,8 @@ def prefill_program(
         )
         # The rows that begin forget what the slot's last text contained.
         begins = jnp.where(chunks.starts == 0, chunks.slots, slots.live.shape[0])
-        before = prefix.seen & (chunks.offsets > 0)[:, None]
-        seen = slots.seen.at[begins].set(before, mode="drop")
+        shared = prefix.seen & (chunks.offsets > 0)[:, None]
+        seen = slots.seen.at[begins].set(shared, mode="drop")
         used = jnp.take_along_axis(chunks.tokens, within, axis=1)
         seen = seen.at[chunks.slots[:, None], used].set(True)
 
@@ -176,12 +186,16 @@ def prefill_program(
         place = jnp.where(chunks.final, chunks.slots, slots.live.shape[0])
         one = jnp.ones_like(last)
         lengths = chunks.starts + chunks.counts
-        live = _goes_on(config, token, one, chunks.offsets + lengths, chunks.controls)
+        before = (chunks.offsets + lengths)[:, None]
+        live = _goes_on(config, token[:, None], one[:, None], before, chunks.controls)[:, 0]
         slots = Slots(
             caches,
             slots.offsets.at[place].set(chunks.offsets, mode="drop"),
             slots.lengths.at[place].set(lengths, mode="drop"),
             slots.last.at[place].set(token, mode="drop"),
+            slots.text.at[chunks.slots[:, None], chunks.starts[:, None] + within].set(
+                used, mode="drop"
+            ),
             slots.drawn.at[place].set(one, mode="drop"),
             slots.live.at[place].set(live, mode="drop"),
             seen.at[place, token].set(True, mode="drop"),
@@ -191,21 +205,26 @@ def prefill_program(
                 chunks.controls,
             ),
         )
-        return slots, Drawn(token[:, None], logprob[:, None], one, live)
+        return slots, Drawn(token[:, None], logprob[:, None], one, one, live)
 
     return _compiled(config, prefill, mesh, (False, True, False, True))
 
 
 @functools.lru_cache(maxsize=32)
 def decode_program(
-    config: LlamaConfig, precision: Precision, steps: int, mesh: Mesh | None = None
+    config: LlamaConfig, precision: Precision, steps: int, drafts: int, mesh: Mesh | None = None
 ) -> Callable[[Params, Slots, PrefixArrays, np.ndarray, np.int32], tuple[Slots, Drawn]]:
     """(params, slots, prefix, ended bool [B], patience int32 []) -> (slots, what each row drew).
 
-    Draws up to `steps` tokens for each live row in one call, so that no token goes through the
+    Draws in up to `steps` steps for each live row in one call, so that no token goes through the
     host; returns early once `patience` rows have ended, and when none is left. Rows that the host
     has `ended` draw no more.
+
+    Args:
+      drafts: tokens guessed in each step, which draws one more than it guesses right.
     """
+    width = 1 + drafts
+    ahead = jnp.arange(width)
 
     def decode(
         params: Params, slots: Slots, prefix: PrefixArrays, ended: jax.Array, patience: jax.Array
@@ -227,41 +246,77 @@ def decode_program(
             # Slots without a live row draw too, and nobody looks; at a place beyond the last one
             # they write nothing, since a prompt may be under way there.
             places = jnp.where(slots.live, slots.lengths, capacity)
+            every = jnp.arange(rows)[:, None]
+            text = slots.text.at[every[:, 0], places].set(slots.last, mode="drop")
+            guessed = look_up(text, slots.lengths, drafts)
+            tokens = jnp.concatenate([slots.last[:, None], jnp.maximum(guessed, 0)], axis=1)
             hidden, caches = _run(
                 model,
-                slots.last[:, None],
-                (slots.offsets + places)[:, None],
+                tokens,
+                (slots.offsets + places)[:, None] + ahead,
                 decode_attention(places, slots.offsets, slots.live, precision),
                 slots.caches,
                 prefix,
                 precision,
             )
-            logits = whole(model.logits(hidden[:, 0], precision), mesh)
-            token, logprob = draw_tokens(logits, slots.seen, slots.drawn, slots.controls)
-            lengths, drawn = slots.lengths + slots.live, slots.drawn + slots.live
-            total = slots.offsets + lengths
-            live = slots.live & _goes_on(config, token, drawn, total, slots.controls)
+            logits = whole(model.logits(hidden, precision), mesh)
+            drawn = slots.drawn[:, None] + ahead
+            token, logprob = _draw_places(logits, with_drafts(slots.seen, guessed), drawn, slots)
+            cached = (slots.offsets + slots.lengths)[:, None] + 1 + ahead
+            goes_on = _goes_on(config, token, drawn + 1, cached, slots.controls)
+            count = jnp.where(slots.live, accepted(token, guessed, goes_on), 0)
+            taken = ahead < count[:, None]
+            last = jnp.maximum(count - 1, 0)[:, None]
+            live = slots.live & jnp.take_along_axis(goes_on, last, axis=1)[:, 0]
+            column = jnp.where(taken, new.counts[:, None] + ahead, new.tokens.shape[1])
             new = Drawn(
-                new.tokens.at[:, step].set(token),
-                new.logprobs.at[:, step].set(logprob),
-                new.counts + slots.live,
+                new.tokens.at[every, column].set(token, mode="drop"),
+                new.logprobs.at[every, column].set(logprob, mode="drop"),
+                new.counts + count,
+                new.steps + slots.live,
                 live,
             )
-            row = jnp.where(slots.live, jnp.arange(rows), rows)
-            seen = slots.seen.at[row, token].set(True, mode="drop")
-            slots = Slots(caches, slots.offsets, lengths, token, drawn, live, seen, slots.controls)
+            slots = Slots(
+                caches,
+                slots.offsets,
+                slots.lengths + count,
+                jnp.take_along_axis(token, last, axis=1)[:, 0],
+                text.at[every, jnp.where(taken[:, 1:], places[:, None] + ahead[1:], capacity)].set(
+                    tokens[:, 1:], mode="drop"
+                ),
+                slots.drawn + count,
+                live,
+                slots.seen.at[jnp.where(taken, every, rows), token].set(True, mode="drop"),
+                slots.controls,
+            )
             return step + 1, slots, new
 
+        zeros = jnp.zeros(rows, jnp.int32)
         nothing = Drawn(
-            jnp.zeros((rows, steps), jnp.int32),
-            jnp.zeros((rows, steps), jnp.float32),
-            jnp.zeros(rows, jnp.int32),
+            jnp.zeros((rows, steps * width), jnp.int32),
+            jnp.zeros((rows, steps * width), jnp.float32),
+            zeros,
+            zeros,
             slots.live,
         )
         _, slots, new = jax.lax.while_loop(unfinished, body, (jnp.int32(0), slots, nothing))
         return slots, new
 
     return _compiled(config, decode, mesh, (False, True, False, True, False))
+
+
+def _draw_places(
+    logits: jax.Array, seen: jax.Array, positions: jax.Array, slots: Slots
+) -> tuple[jax.Array, jax.Array]:
+    """`draw_tokens` for several places of each row: logits, seen [B, T, V], positions [B, T]."""
+    rows, width, vocab = logits.shape
+    token, logprob = draw_tokens(
+        logits.reshape(-1, vocab),
+        seen.reshape(-1, vocab),
+        positions.reshape(-1),
+        jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), slots.controls),
+    )
+    return token.reshape(rows, width), logprob.reshape(rows, width)
 
 
 def _compiled(
@@ -297,10 +352,10 @@ def _goes_on(
     cached: jax.Array,
     controls: Controls,
 ) -> jax.Array:
-    """bool [B]: whether a row draws on that has drawn `drawn` tokens, the last being `token`.
+    """bool [B, T]: whether a row draws on that has drawn `drawn` tokens, the last being `token`.
 
     `cached` tokens stand before the last one.
     """
-    stopped = (token[:, None] == controls.stop_ids).any(axis=1)
+    stopped = (token[:, :, None] == controls.stop_ids[:, None]).any(axis=2)
     full = cached + 1 >= config.max_position_embeddings
-    return ~stopped & ~full & (drawn < controls.max_new_tokens)
+    return ~stopped & ~full & (drawn < controls.max_new_tokens[:, None])

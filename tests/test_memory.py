@@ -1,0 +1,85 @@
+"""Memory is planned: if these fail, a long job dies of memory that could have been counted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_llama import from_torch, random_tokens, torch_llama
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.cache import cache_bytes
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.llama import unstack_layers
+from humpback_jax.sampling.engine import Engine, Request, Shape
+from humpback_jax.sampling.memory import GIB, device_bytes, rows_that_fit, tree_bytes
+from humpback_jax.sampling.sampler import Decoding, record_key
+
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+    max_position_embeddings=4096,
+)
+
+
+@given(st.floats(14, 200), st.integers(0, 9), st.sampled_from([1, 2, 8]))
+def test_planned_rows_take_more_than_the_budget(gib: float, power: int, tensor: int) -> None:
+    weights = 13 * GIB // tensor
+    budget = int(gib * GIB) // tensor
+    try:
+        rows = rows_that_fit(LLAMA_7B, "bfloat16", 2048, 2**power, budget, weights, 1024, tensor)
+    except HumpbackError:
+        one = cache_bytes(LLAMA_7B, 1, 2048, "bfloat16") // tensor
+        assert weights + one + 0.5 * GIB > budget
+        return
+    assert 1 <= rows <= 2**power
+    assert weights + cache_bytes(LLAMA_7B, rows, 2048, "bfloat16") // tensor <= budget
+
+
+def test_a_model_that_does_not_fit_dies_later_and_without_advice() -> None:
+    with pytest.raises(HumpbackError, match=r"10\.0 GiB.*13\.0 GiB.*--memory-gb.*--mesh"):
+        rows_that_fit(LLAMA_7B, "bfloat16", 2048, 8, 10 * GIB, 13 * GIB, 1024)
+
+
+def test_this_machine_is_said_to_have_no_memory_or_that_of_ten() -> None:
+    assert 0.1 * GIB < device_bytes(jax.devices()[0]) < 100_000 * GIB
+
+
+def test_a_small_budget_changes_the_text_or_is_not_kept() -> None:
+    _, config, params = from_engine()
+    requests = [
+        Request(str(i), random_tokens(9 + i), record_key(0, "m", str(i), 0), Decoding(0.0))
+        for i in range(6)
+    ]
+    requests = [
+        dataclasses.replace(request, decoding=Decoding(0.0, max_new_tokens=8))
+        for request in requests
+    ]
+    shape = Shape(8, chunks=2, chunk_tokens=16, steps=4)
+    wide = Engine(config, params, (5,), shape=shape)
+    one = cache_bytes(config, 1, 128, "float32")
+    narrow = Engine(config, params, (5,), shape=shape, memory=tree_bytes(params) + 4 * one)
+    assert wide.slots_of(128) == 8
+    assert 1 <= narrow.slots_of(128) < 8
+    for a, b in zip(wide.generate(requests), narrow.generate(requests), strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def from_engine():
+    model = torch_llama()
+    config, params = from_torch(model)
+    return model, config, jax.tree.map(jax.numpy.asarray, unstack_layers(params))
+
+
+def test_float32_and_bfloat16_rows_are_planned_alike() -> None:
+    sizes = [cache_bytes(LLAMA_7B, 3, 256, dtype) for dtype in ("float32", "bfloat16")]
+    assert sizes[0] == 2 * sizes[1] == 2 * (2 * 32 * 3 * 4096 * 256 * 2)
