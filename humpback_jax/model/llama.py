@@ -7,6 +7,7 @@ the queries attend, so `Llama.hidden_states` takes that as a function (`model/at
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -298,6 +299,12 @@ def abstract_model(
     """Graph definition and abstract state (shapes, dtypes, logical axes); allocates nothing."""
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), layout=layout, lora=lora))
     return nnx.split(model)
+
+
+def count_parameters(config: LlamaConfig) -> int:
+    """Of a model without adapters; a tied head counts once."""
+    _, state = abstract_model(config)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
 
 def bind(

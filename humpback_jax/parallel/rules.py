@@ -81,6 +81,20 @@ def param_shardings(
     )
 
 
+def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
+    """Shapes of the parameters as sampling holds them: layers apart, matrices in `dtype`."""
+    _, state = abstract_model(config, "unrolled")
+    where = flatten(param_shardings(config, mesh, "unrolled"))
+    return unflatten(
+        {
+            path: jax.ShapeDtypeStruct(
+                leaf.shape, dtype if len(leaf.shape) > 1 else "float32", sharding=where[path]
+            )
+            for path, leaf in nnx.to_flat_state(state)
+        }
+    )
+
+
 def place(params: Params, shardings: Params, convert: Callable[[np.ndarray], np.ndarray]) -> Params:
     """Arrays of the host (or of one device) onto the mesh; no device ever holds a whole one.
 

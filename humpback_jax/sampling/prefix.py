@@ -72,6 +72,16 @@ def compute_prefix(
     return Prefix(tuple(tokens), PrefixArrays(layers, everywhere(seen, mesh)))
 
 
+def abstract_prefix(config: LlamaConfig, precision: Precision, mesh: Mesh) -> PrefixArrays:
+    """The shapes of a prefix on a mesh, layers apart."""
+    where = _shardings(config, "unrolled", mesh)
+    layers = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.eval_shape(_nothing(config, precision, "unrolled", mesh)),
+    )
+    return PrefixArrays._make((layers, jax.ShapeDtypeStruct((config.vocab_size,), bool)))
+
+
 @functools.lru_cache(maxsize=32)
 def _nothing(
     config: LlamaConfig, precision: Precision, layout: Layout, mesh: Mesh | None

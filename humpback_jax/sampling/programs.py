@@ -24,7 +24,13 @@ from humpback_jax.parallel.replicas import over_replicas, per_replica, whole
 from humpback_jax.parallel.rules import head_units, partition
 from humpback_jax.sampling.drafts import accepted, look_up, with_drafts
 from humpback_jax.sampling.prefix import PrefixArrays
-from humpback_jax.sampling.sampler import STOP_IDS, Controls, draw_tokens
+from humpback_jax.sampling.sampler import (
+    STOP_IDS,
+    Controls,
+    Decoding,
+    controls_of,
+    draw_tokens,
+)
 
 
 class Slots(NamedTuple):
@@ -71,6 +77,15 @@ class Chunks(NamedTuple):
     controls: Controls
 
 
+def empty_chunks(count: int, width: int) -> Chunks:
+    """The arrays of a prefill call without content."""
+    numbers, flags = np.zeros(count, np.int32), np.zeros(count, bool)
+    keys = [np.zeros(2, np.uint32)] * count
+    controls = controls_of([Decoding(0.0)] * count, keys, ())
+    tokens = np.zeros((count, width), np.int32)
+    return Chunks._make((tokens, *[numbers] * 4, flags, controls))
+
+
 class Drawn(NamedTuple):
     """Tokens drawn.
 
@@ -97,6 +112,17 @@ def empty_slots(
     if mesh is None:
         return _empty_slots(config, precision, rows, capacity)
     return _empty_program(config, precision, rows, capacity, mesh)()
+
+
+def abstract_slots(
+    config: LlamaConfig, precision: Precision, rows: int, capacity: int, mesh: Mesh
+) -> Slots:
+    """The shapes of `empty_slots` on a mesh, and where they lie."""
+    shapes = jax.eval_shape(_empty_program(config, precision, rows, capacity, mesh))
+    where = jax.tree.broadcast(_slot_shardings(config, mesh), shapes)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
+    )
 
 
 @functools.lru_cache(maxsize=32)

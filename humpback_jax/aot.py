@@ -1,0 +1,157 @@
+"""What a config's programs need on a TPU slice, found by compiling them for it, on any machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.cache import capacity_for
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.linear import Precision
+from humpback_jax.model.llama import count_parameters
+from humpback_jax.parallel.mesh import MeshShape, axis_size, make_mesh
+from humpback_jax.parallel.rules import abstract_params
+from humpback_jax.parallel.topology import Chip
+from humpback_jax.sampling.engine import Shape
+from humpback_jax.sampling.memory import KEPT_FREE, rows_that_fit
+from humpback_jax.sampling.prefix import abstract_prefix
+from humpback_jax.sampling.programs import (
+    abstract_slots,
+    decode_program,
+    empty_chunks,
+    prefill_program,
+)
+
+PRECISION = Precision("bfloat16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """How generation is spread over a slice: `slots` rows, of `capacity` tokens, for each copy."""
+
+    mesh: Mesh
+    slots: int
+    capacity: int
+
+
+def plan_decode(
+    config: LlamaConfig,
+    devices: Sequence[Any],
+    chip: Chip,
+    shape: MeshShape | None,
+    rows: int,
+    tokens: int,
+    prefill_tokens: int,
+) -> DecodePlan:
+    """The fewest devices a copy, by powers of two, that hold the model and `rows` rows.
+
+    Args:
+      shape: taken as it is where given. tokens: of a row, prompt and answer together.
+
+    Raises:
+      HumpbackError: not even all devices hold the weights and one row.
+    """
+    capacity = capacity_for(tokens)
+    budget = int(chip.memory * (1 - KEPT_FREE))
+    choices = [shape] if shape else [MeshShape(tensor=2**n) for n in range(20)]
+    best: tuple[int, MeshShape] | None = None
+    reason: HumpbackError | None = None
+    for choice in choices:
+        if len(devices) % choice.replica:
+            break
+        weights = 2 * count_parameters(config) // choice.replica
+        try:
+            fitting = rows_that_fit(
+                config,
+                PRECISION.activations,
+                capacity,
+                rows,
+                budget,
+                weights,
+                prefill_tokens,
+                choice.tensor,
+            )
+        except HumpbackError as error:
+            reason = error
+            continue
+        if best is None or fitting > best[0]:
+            best = fitting, choice
+        if fitting == rows:
+            break
+    if best is None:
+        raise reason or HumpbackError(f"{shape} does not fit {len(devices)} devices.")
+    return DecodePlan(make_mesh(best[1], devices), best[0], capacity)
+
+
+def compile_decode(
+    config: LlamaConfig, plan: DecodePlan, engine: Shape, chip: Chip
+) -> dict[str, Any]:
+    """Compiles prefill and decode for the plan's devices; reports bytes of a device and times.
+
+    The decode step's time is estimated as the longer of reading weights and half-full caches once
+    at the published bandwidth, and of its products at the published rate: what XLA adds is unknown.
+    """
+    mesh = plan.mesh
+    copies = axis_size(mesh, "data")
+    params = abstract_params(config, mesh, PRECISION.compute)
+    slots = abstract_slots(config, PRECISION, copies * plan.slots, plan.capacity, mesh)
+    prefix = abstract_prefix(config, PRECISION, mesh)
+    ended = jax.ShapeDtypeStruct((copies * plan.slots,), bool)
+    programs: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "prefill": (
+            prefill_program(config, PRECISION, mesh),
+            (empty_chunks(copies * engine.chunks, engine.chunk_tokens),),
+        ),
+        "decode": (
+            decode_program(config, PRECISION, engine.steps, engine.drafts, mesh),
+            (ended, np.int32(1)),
+        ),
+    }
+    report: dict[str, Any] = {}
+    for name, (program, inputs) in programs.items():
+        started = time.monotonic()
+        compiled = program.lower(params, slots, prefix, *inputs).compile()
+        report[name] = {
+            **_bytes(compiled.memory_analysis(), params, slots, chip),
+            "compile_s": round(time.monotonic() - started, 1),
+        }
+    weights = report["decode"]["bytes_by_kind"]["parameters"]
+    cache = report["decode"]["bytes_by_kind"]["cache"]
+    flops = 2 * count_parameters(config) * plan.slots / (mesh.size // copies)
+    step = max((weights + cache / 2) / chip.bandwidth, flops / chip.flops)
+    report["decode"] |= {"est_step_s": step, "est_mfu": flops / chip.flops / step}
+    sizes = {axis: axis_size(mesh, axis) for axis in mesh.axis_names}
+    shared = {"mesh": sizes, "slots": plan.slots, "capacity": plan.capacity, "chips": mesh.size}
+    return {name: {**shared, **entry} for name, entry in report.items()}
+
+
+def _bytes(analysis: Any, params: Any, slots: Any, chip: Chip) -> dict[str, Any]:
+    """Of the fullest device; donated arguments are counted once."""
+    kinds = {"parameters": _held(params), "cache": _held(slots)}
+    arguments = analysis.argument_size_in_bytes
+    kinds["other_arguments"] = arguments - sum(kinds.values())
+    kinds["temporary"] = analysis.temp_size_in_bytes
+    kinds["results"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    kinds["code"] = analysis.generated_code_size_in_bytes
+    total = sum(kinds.values())
+    return {
+        "bytes_per_device": total,
+        "bytes_by_kind": kinds,
+        "hbm_bytes": chip.memory,
+        "fits": total <= chip.memory,
+    }
+
+
+def _held(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,55 @@
+"""TPU slices that need not be there: devices to compile for, and what their chips can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from humpback_jax.errors import HumpbackError
+
+GIB = 1024**3
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device: memory in bytes, its bandwidth in bytes/s, bfloat16 products in FLOP/s."""
+
+    memory: int
+    bandwidth: float
+    flops: float
+
+
+# Google's published figures (cloud.google.com/tpu/docs, pages of each version).
+CHIPS = {
+    "v4": Chip(32 * GIB, 1.228e12, 275e12),
+    "v5e": Chip(16 * GIB, 0.819e12, 197e12),
+    "v5p": Chip(95 * GIB, 2.765e12, 459e12),
+    "v6e": Chip(32 * GIB, 1.64e12, 918e12),
+}
+
+
+def tpu_slice(text: str) -> tuple[list[Any], Chip]:
+    """The devices of a slice, e.g. "v5p:2x2x1", for ahead-of-time compilation on any machine.
+
+    Raises:
+      HumpbackError: an unknown kind or shape, or TPU support is not installed.
+    """
+    kind, _, shape = text.partition(":")
+    if kind not in CHIPS or not shape:
+        raise HumpbackError(
+            f"--topology={text} is not known; write KIND:SHAPE with a kind of "
+            f"{', '.join(CHIPS)}, e.g. v5e:2x4 or v5p:2x2x1."
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about
+    from jax.experimental import topologies
+
+    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=text, **options)
+    except Exception as error:
+        raise HumpbackError(
+            f"--topology={text}: no such slice, or TPU support is not installed "
+            f"(pip install 'humpback_jax[tpu]'): {error}"
+        ) from error
+    return list(found.devices), CHIPS[kind]
