@@ -55,7 +55,7 @@ def answer_file(
     """
     report = ReadReport()
     fingerprint, total = _survey(reader, path, job, report)
-    named = [reader.model.hash, fingerprint, reader.precision.compute]
+    named = [reader.model.hash, fingerprint, reader.compute.sampling_formats]
     shards = Shards(out, form, hashlib.sha256(json.dumps(named).encode()).hexdigest())
     collector = Collector(SHARD_ROWS, shards.done)
     finished = min(len(shards.done) * SHARD_ROWS, total) * job.draws

@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--reverse", action="store_true", help="prompts are responses, for M_yx")
     sample.add_argument("--skip-bad", action="store_true")
     sample.add_argument("--batch-size", type=int, default=32, help="rows decoded together")
-    sample.add_argument("--precision", default="auto")
+    _add_formats(sample)
 
     score = verb("score", "rate a file of pairs")
     score.add_argument("--model", default="smollm2-135m-instruct")
@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--seed", type=int, default=0)
     score.add_argument("--skip-bad", action="store_true")
     score.add_argument("--batch-size", type=int, default=16)
-    score.add_argument("--precision", default="auto")
+    _add_formats(score)
 
     evaluate = verb("evaluate", "score a model on held-out data")
     evaluate.add_argument("--model", default="smollm2-135m-instruct")
@@ -155,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", help="folder for results.json")
     evaluate.add_argument("--skip-bad", action="store_true")
-    evaluate.add_argument("--precision", default="auto")
+    _add_formats(evaluate)
 
     bench = verb("bench", "measure speed: ours, and others' on the same work")
     bench.add_argument("what", choices=("sample",))
@@ -196,3 +196,9 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("id", help="a pair, candidate, segment or document id, or MODEL:STEP")
     trace.add_argument("--workdir", required=True)
     return parser
+
+
+def _add_formats(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--precision", default="auto", help="auto, float32 or bfloat16 products")
+    verb.add_argument("--weights", default="auto", help="int8: one byte a weight")
+    verb.add_argument("--kv", default="auto", help="int8: cached keys and values of one byte")

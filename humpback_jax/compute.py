@@ -19,20 +19,40 @@ class Compute:
     train_layout: a scanned gradient loses a quarter of the speed on CPU and compiles in a
       fraction of the time on accelerators, so the platform decides.
     engine_shape: of generation.
+    weights: dtype of kernels and embeddings in sampling and scoring; never in training.
     """
 
     precision: Precision
     train_layout: Layout
     engine_shape: Shape
+    weights: str = "float32"
+
+    @property
+    def scoring_formats(self) -> str:
+        """The number formats that log-likelihoods depend on, for keys."""
+        weights = ", int8 weights" if self.weights == "int8" else ""
+        return self.precision.compute + weights
+
+    @property
+    def sampling_formats(self) -> str:
+        """The number formats that drawn texts depend on, for keys."""
+        kv = f", {self.precision.kv} kv" if self.precision.kv else ""
+        return self.scoring_formats + kv
 
 
-def choose_compute(precision: str, batch_size: int) -> Compute:
+FORMATS = ("auto", "int8")  # of weights, and of cached keys and values
+
+
+def choose_compute(
+    precision: str, batch_size: int, weights: str = "auto", kv: str = "auto"
+) -> Compute:
     """Resolves "auto": bfloat16 products on accelerators, float32 on CPU.
 
     On CPU the activations stay float32 in any case: only the products gain from bfloat16 there.
 
     Args:
       batch_size: rows decoded together.
+      weights, kv: "int8", or "auto": weights as products, cached keys and values as activations.
     """
     import jax
 
@@ -43,6 +63,9 @@ def choose_compute(precision: str, batch_size: int) -> Compute:
         raise HumpbackError(
             f"compute.precision={precision!r} is unknown; choose auto, float32 or bfloat16."
         )
+    for name, value in (("weights", weights), ("kv", kv)):
+        if value not in FORMATS:
+            raise HumpbackError(f"compute.{name}={value!r} is unknown; choose auto or int8.")
     kept = "float32" if on_cpu else precision
     if on_cpu:
         # One row alone has few pieces to compute at a time.
@@ -51,7 +74,12 @@ def choose_compute(precision: str, batch_size: int) -> Compute:
         # A look by the host costs as much as a step.
         refill = max(batch_size // 16, 1)
         shape = Shape(slots=batch_size, chunks=8, chunk_tokens=128, refill=refill)
-    return Compute(Precision(precision, kept), "unrolled" if on_cpu else "scan", shape)
+    return Compute(
+        Precision(precision, kept, None if kv == "auto" else kv),
+        "unrolled" if on_cpu else "scan",
+        shape,
+        precision if weights == "auto" else weights,
+    )
 
 
 def use_compilation_cache() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 
 from humpback_jax.compute import Compute
 from humpback_jax.errors import HumpbackError
-from humpback_jax.model.llama import Params, unstack_layers
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.llama import Params, quantize_params, unstack_layers
 from humpback_jax.models import LanguageModel
 from humpback_jax.sampling.engine import Completion, Engine, Request
 from humpback_jax.sampling.likelihood import log_probs, next_token, sequence_nll
@@ -43,8 +44,8 @@ class Inference:
     """Holds a model on the device, in the form that decoding needs."""
 
     def __init__(self, model: LanguageModel, compute: Compute) -> None:
-        self.model, self.precision = model, compute.precision
-        self._params: Params = _prepare(model.params, compute.precision.compute)
+        self.model, self.compute, self.precision = model, compute, compute.precision
+        self._params: Params = _prepare(model.config, model.params, compute.weights)
         self.engine = Engine(
             model.config, self._params, model.stop_ids, compute.precision, compute.engine_shape
         )
@@ -162,11 +163,13 @@ def common_start(tokenizer: Tokenizer, opening: Opening) -> tuple[int, ...]:
     return tuple(column[0] for column in columns)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _prepare(params: Params, compute: str) -> Params:
-    """Layers apart; kernels in the products' format, norms and biases in their own."""
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _prepare(config: LlamaConfig, params: Params, weights: str) -> Params:
+    """Layers apart; kernels and embeddings in the format given, norms and biases in their own."""
     apart = unstack_layers(params)
-    return jax.tree.map(lambda x: x.astype(compute) if x.ndim > 1 else x, apart)
+    if weights == "int8":
+        return quantize_params(config, apart, "unrolled")
+    return jax.tree.map(lambda x: x.astype(weights) if x.ndim > 1 else x, apart)
 
 
 def _first_stop(tokenizer: Tokenizer, stops: Sequence[str], tokens: list[int]) -> int | None:

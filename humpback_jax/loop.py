@@ -90,7 +90,7 @@ def prepare(
         check_curator(curator, 1)
     folder = RunFolder(workdir, fresh=fresh, say=say)
     seed, heldout = seed_pairs(config)
-    compute = choose_compute(config.compute.precision, config.compute.batch_size)
+    compute = choose_compute(**config.compute)
     base = load_model(config.base.model, config.base.template, config.seed)
     write_json(workdir / "config.json", json.loads(config.to_json()))
     write_json(workdir / "environment.json", describe_environment())

@@ -45,7 +45,7 @@ def rate_file(
     for example in stream_examples(path, "seed", report, skip_bad):
         digest.update(repr(example).encode())
         total += 1
-    named = [judge.model.hash, judge.precision.compute, curator, repr(decoding), seed]
+    named = [judge.model.hash, judge.compute.sampling_formats, curator, repr(decoding), seed]
     named.append(digest.hexdigest())
     shards = Shards(out, form, hashlib.sha256(json.dumps(named).encode()).hexdigest())
     size = total if curator == "combined" else SHARD_ROWS

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from humpback_jax.compute import choose_compute, use_compilation_cache
+from humpback_jax.compute import Compute, choose_compute, use_compilation_cache
 from humpback_jax.config import check_config, default_config, load_config, set_field
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import load_model, save_checkpoint
@@ -68,7 +68,7 @@ def train(arguments: argparse.Namespace) -> Result:
     section = config.backward if arguments.reverse else config.train
     if not arguments.config:
         _fit_to_file(section, len(examples), arguments.overrides)
-    compute = choose_compute(config.compute.precision, config.compute.batch_size)
+    compute = choose_compute(**config.compute)
     base = load_model(arguments.model, config.base.template, config.seed)
     direction: Direction = "backward" if arguments.reverse else "forward"
     rows = render(base.template, examples[: arguments.preview], direction)
@@ -148,7 +148,7 @@ def sample(arguments: argparse.Namespace) -> Result:
     )
     one = arguments.prompt is not None and arguments.n == 1
     slots = 1 if one else arguments.batch_size
-    reader = Inference(model, choose_compute(arguments.precision, slots))
+    reader = Inference(model, _compute(arguments, slots))
     report = ReadReport()
     if arguments.prompts and out:
         say = timed_lines()
@@ -191,7 +191,7 @@ def score(arguments: argparse.Namespace) -> Result:
     out = Path(arguments.out)
     check_form(out, arguments.format)
     model = load_model(arguments.model)
-    reader = Inference(model, choose_compute(arguments.precision, arguments.batch_size))
+    reader = Inference(model, _compute(arguments, arguments.batch_size))
     started = time.monotonic()
     rated, report = rate_file(
         reader,
@@ -232,7 +232,7 @@ def evaluate(arguments: argparse.Namespace) -> Result:
         examples, _ = read_examples(Path(arguments.data), "seed", arguments.skip_bad)
     model = load_model(arguments.model)
     tags: Any = model.tags if arguments.tags == "model" else arguments.tags
-    reader = Inference(model, choose_compute(arguments.precision, 16))
+    reader = Inference(model, _compute(arguments, 16))
     nll, tokens = response_nll(reader, examples, tags)
     estimate = token_mean(nll, tokens)
     results = {"nll": {"nll_per_token": estimate.record()}}
@@ -358,6 +358,11 @@ def _config(arguments: argparse.Namespace) -> Any:
         set_field(config, key, values)
     check_config(config)
     return config
+
+
+def _compute(arguments: argparse.Namespace, rows: int) -> Compute:
+    """The number formats asked for, and engine shapes for so many rows decoded together."""
+    return choose_compute(arguments.precision, rows, arguments.weights, arguments.kv)
 
 
 def _fit_to_file(section: Any, count: int, overrides: dict[str, list[str]]) -> None:

@@ -77,7 +77,7 @@ def empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: 
     """Free slots for `rows` rows of at most `capacity` tokens each after the shared prefix."""
     zeros = functools.partial(jnp.zeros, rows)
     return Slots(
-        caches=empty_cache(config, rows, capacity, precision.activations),
+        caches=empty_cache(config, rows, capacity, precision.kv or precision.activations),
         offsets=zeros("int32"),
         lengths=zeros("int32"),
         last=zeros("int32"),
