@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", "score a model on held-out data")
     evaluate.add_argument("--model", default="smollm2-135m-instruct")
-    evaluate.add_argument("--suite", default="nll")
+    evaluate.add_argument("--suite", default="nll", help="nll, fidelity (to float32), or both")
     evaluate.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
     evaluate.add_argument(
         "--tags", choices=("none", "S_a", "S_w", "both", "model"), default="model"
@@ -201,4 +201,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_formats(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--precision", default="auto", help="auto, float32 or bfloat16 products")
     verb.add_argument("--weights", default="auto", help="int8: one byte a weight")
-    verb.add_argument("--kv", default="auto", help="int8: cached keys and values of one byte")
+    verb.add_argument(
+        "--kv",
+        default="auto",
+        help="int8: cached keys and values of one byte; counts where text is drawn",
+    )

@@ -16,7 +16,12 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, quantize_params, unstack_layers
 from humpback_jax.models import LanguageModel
 from humpback_jax.sampling.engine import Completion, Engine, Request
-from humpback_jax.sampling.likelihood import log_probs, next_token, sequence_nll
+from humpback_jax.sampling.likelihood import (
+    log_probs,
+    next_token,
+    sequence_nll,
+    supervised_tokens,
+)
 from humpback_jax.sampling.prefix import Prefix, compute_prefix
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.text.template import Rendered
@@ -65,6 +70,11 @@ class Inference:
         examples = [TrainingExample(e.id, e.ids, e.mask) for e in tokenized.examples]
         prefix = self._prefix(opening)
         return sequence_nll(config, self._params, examples, self.precision, prefix=prefix)
+
+    def token_log_probs(self, examples: Sequence[TrainingExample]) -> list[np.ndarray]:
+        """log p of each example's supervised tokens, given all before them: float32, in nats."""
+        queries = [supervised_tokens(example) for example in examples]
+        return log_probs(self.model.config, self._params, queries, self.precision)
 
     def next_token_log_probs(
         self,
