@@ -57,7 +57,7 @@ def answer_file(
     """
     report, share = ReadReport(), reader.share
     fingerprint, total = _survey(reader, path, job, report)
-    named = [reader.model.hash, fingerprint, reader.precision.compute]
+    named = [reader.model.hash, fingerprint, reader.compute.sampling_formats]
     identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
     shards = first_alone("shards", lambda: Shards(out, form, identity))
     left = {

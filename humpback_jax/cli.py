@@ -132,8 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--reverse", action="store_true", help="prompts are responses, for M_yx")
     sample.add_argument("--skip-bad", action="store_true")
     sample.add_argument("--batch-size", type=int, default=32, help="rows decoded together")
-    sample.add_argument("--precision", default="auto")
-    sample.add_argument("--mesh", default="auto", help="auto, or e.g. data=2,tensor=4")
+    _add_compute(sample)
 
     score = verb("score", "rate a file of pairs")
     score.add_argument("--model", default="smollm2-135m-instruct")
@@ -145,20 +144,18 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--seed", type=int, default=0)
     score.add_argument("--skip-bad", action="store_true")
     score.add_argument("--batch-size", type=int, default=16)
-    score.add_argument("--precision", default="auto")
-    score.add_argument("--mesh", default="auto", help="auto, or e.g. data=2,tensor=4")
+    _add_compute(score)
 
     evaluate = verb("evaluate", "score a model on held-out data")
     evaluate.add_argument("--model", default="smollm2-135m-instruct")
-    evaluate.add_argument("--suite", default="nll")
+    evaluate.add_argument("--suite", default="nll", help="nll, fidelity (to float32), or both")
     evaluate.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
     evaluate.add_argument(
         "--tags", choices=("none", "S_a", "S_w", "both", "model"), default="model"
     )
     evaluate.add_argument("--out", help="folder for results.json")
     evaluate.add_argument("--skip-bad", action="store_true")
-    evaluate.add_argument("--precision", default="auto")
-    evaluate.add_argument("--mesh", default="auto", help="auto, or e.g. data=2,tensor=4")
+    _add_compute(evaluate)
 
     bench = verb("bench", "measure speed: ours, and others' on the same work")
     bench.add_argument("what", choices=("sample",))
@@ -199,3 +196,13 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("id", help="a pair, candidate, segment or document id, or MODEL:STEP")
     trace.add_argument("--workdir", required=True)
     return parser
+
+
+def _add_compute(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--precision", default="auto", help="auto, float32 or bfloat16 products")
+    verb.add_argument("--weights", default="auto", help="int8: one byte a weight")
+    verb.add_argument(
+        "--kv",
+        default="auto",
+        help="int8: cached keys and values of one byte; counts where text is drawn",
+    )

@@ -11,6 +11,7 @@ from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Layout
 from humpback_jax.parallel.mesh import Share, our_share, parse_mesh
 from humpback_jax.sampling.engine import Shape
+from humpback_jax.sampling.memory import GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,26 +21,54 @@ class Compute:
     train_layout: a scanned gradient loses a quarter of the speed on CPU and compiles in a
       fraction of the time on accelerators, so the platform decides.
     engine_shape: of generation.
+    weights: dtype of kernels and embeddings in sampling and scoring; never in training.
     share: the devices of scoring and generation, and our part of jobs that several hosts share.
+    memory: bytes of each device for weights and rows; None for what it has.
     """
 
     precision: Precision
     train_layout: Layout
     engine_shape: Shape
+    weights: str = "float32"
     share: Share = dataclasses.field(default_factory=Share)
+    memory: int | None = None
+
+    @property
+    def scoring_formats(self) -> str:
+        """The number formats that log-likelihoods depend on, for keys."""
+        weights = ", int8 weights" if self.weights == "int8" else ""
+        return self.precision.compute + weights
+
+    @property
+    def sampling_formats(self) -> str:
+        """The number formats that drawn texts depend on, for keys."""
+        kv = f", {self.precision.kv} kv" if self.precision.kv else ""
+        return self.scoring_formats + kv
 
 
-def choose_compute(precision: str, batch_size: int, mesh: str = "auto") -> Compute:
+FORMATS = ("auto", "int8")  # of weights, and of cached keys and values
+
+
+def choose_compute(
+    precision: str,
+    batch_size: int,
+    weights: str = "auto",
+    kv: str = "auto",
+    mesh: str = "auto",
+    memory_gb: float = 0.0,
+) -> Compute:
     """Resolves "auto": bfloat16 products on accelerators, float32 on CPU.
 
     On CPU the activations stay float32 in any case: only the products gain from bfloat16 there.
 
     Args:
-      batch_size: rows decoded together, by each copy of the model.
+      batch_size: rows decoded together, by each copy of the model, if its memory holds them.
+      weights, kv: "int8", or "auto": weights as products, cached keys and values as activations.
       mesh: as `parse_mesh` reads it; see `our_share`.
+      memory_gb: GiB of each device for weights and rows; 0 for what it has.
 
     Raises:
-      HumpbackError: an unknown precision, or a mesh that does not fit the devices.
+      HumpbackError: an unknown format, or a mesh that does not fit the devices.
     """
     import jax
 
@@ -50,6 +79,9 @@ def choose_compute(precision: str, batch_size: int, mesh: str = "auto") -> Compu
         raise HumpbackError(
             f"compute.precision={precision!r} is unknown; choose auto, float32 or bfloat16."
         )
+    for name, value in (("weights", weights), ("kv", kv)):
+        if value not in FORMATS:
+            raise HumpbackError(f"compute.{name}={value!r} is unknown; choose auto or int8.")
     kept = "float32" if on_cpu else precision
     if on_cpu:
         # One row alone has few pieces to compute at a time.
@@ -58,8 +90,14 @@ def choose_compute(precision: str, batch_size: int, mesh: str = "auto") -> Compu
         # A look by the host costs as much as a step.
         refill = max(batch_size // 16, 1)
         shape = Shape(slots=batch_size, chunks=8, chunk_tokens=128, refill=refill)
-    share = our_share(parse_mesh(mesh))
-    return Compute(Precision(precision, kept), "unrolled" if on_cpu else "scan", shape, share)
+    return Compute(
+        Precision(precision, kept, None if kv == "auto" else kv),
+        "unrolled" if on_cpu else "scan",
+        shape,
+        precision if weights == "auto" else weights,
+        our_share(parse_mesh(mesh)),
+        int(memory_gb * GIB) or None,
+    )
 
 
 def use_compilation_cache() -> None:

@@ -97,6 +97,9 @@ def default_config() -> ConfigDict:
                 "precision": "auto",  # auto | float32 | bfloat16
                 "batch_size": 16,  # rows decoded together, by each copy of the model
                 "mesh": "auto",  # devices of scoring and generation: auto, or data=2,tensor=4
+                "memory_gb": 0.0,  # GiB of each device for weights and rows; 0: what it has
+                "weights": "auto",  # auto | int8, of sampling and scoring
+                "kv": "auto",  # auto | int8, the cache of sampling
             },
         },
         convert_dict=True,
@@ -246,6 +249,7 @@ def _leaves(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 @functools.cache
 def _choices() -> dict[str, tuple[str, ...]]:
     """Known values by dotted key, or by the name of the field wherever it stands."""
+    from humpback_jax.compute import FORMATS
     from humpback_jax.curators import CURATORS
     from humpback_jax.text.template import TAG_TEXT
     from humpback_jax.training.optimizer import SCHEDULES
@@ -259,6 +263,8 @@ def _choices() -> dict[str, tuple[str, ...]]:
         "meters.action": ("stop", "warn"),
         "evaluate.tags": tuple(TAG_TEXT),
         "compute.precision": ("auto", "float32", "bfloat16"),
+        "compute.weights": FORMATS,
+        "compute.kv": FORMATS,
         "on_long": ("error", "drop", "truncate"),
         "schedule": SCHEDULES,
     }

@@ -14,11 +14,17 @@ from jax.sharding import Mesh
 
 from humpback_jax.compute import Compute
 from humpback_jax.errors import HumpbackError
-from humpback_jax.model.llama import Params, unstack_layers
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.llama import Params, quantize_params, unstack_layers
 from humpback_jax.models import LanguageModel
 from humpback_jax.parallel.rules import param_shardings, place
 from humpback_jax.sampling.engine import Completion, Engine, Request
-from humpback_jax.sampling.likelihood import log_probs, next_token, sequence_nll
+from humpback_jax.sampling.likelihood import (
+    log_probs,
+    next_token,
+    sequence_nll,
+    supervised_tokens,
+)
 from humpback_jax.sampling.prefix import Prefix, compute_prefix
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.text.template import Rendered
@@ -46,9 +52,9 @@ class Inference:
     """Holds a model on the device, in the form that decoding needs."""
 
     def __init__(self, model: LanguageModel, compute: Compute) -> None:
-        self.model, self.precision, self.share = model, compute.precision, compute.share
-        self.mesh = compute.share.mesh
-        self._params = _prepare(model, compute.precision.compute, self.mesh)
+        self.model, self.compute, self.precision = model, compute, compute.precision
+        self.share, self.mesh = compute.share, compute.share.mesh
+        self._params = _prepare(model, compute.weights, self.mesh)
         self.engine = Engine(
             model.config,
             self._params,
@@ -56,6 +62,7 @@ class Inference:
             compute.precision,
             compute.engine_shape,
             self.mesh,
+            compute.memory,
         )
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
 
@@ -79,6 +86,11 @@ class Inference:
             prefix=self._prefix(opening),
             mesh=self.mesh,
         )
+
+    def token_log_probs(self, examples: Sequence[TrainingExample]) -> list[np.ndarray]:
+        """log p of each example's supervised tokens, given all before them: float32, in nats."""
+        queries = [supervised_tokens(example) for example in examples]
+        return log_probs(self.model.config, self._params, queries, self.precision, mesh=self.mesh)
 
     def next_token_log_probs(
         self,
@@ -178,21 +190,30 @@ def common_start(tokenizer: Tokenizer, opening: Opening) -> tuple[int, ...]:
     return tuple(column[0] for column in columns)
 
 
-def _prepare(model: LanguageModel, compute: str, mesh: Mesh | None) -> Params:
-    """Layers apart; kernels in the products' format, norms and biases in their own."""
+def _prepare(model: LanguageModel, weights: str, mesh: Mesh | None) -> Params:
+    """Layers apart; kernels and embeddings in the format given, norms and biases in their own."""
     if mesh is None:
-        return _cast_apart(model.params, compute)
+        return _in_format(model.config, model.params, weights)
     shardings = param_shardings(model.config, mesh, "unrolled")
-    return place(unstack_layers(model.params), shardings, lambda x: _cast(x, compute))
+    cast = functools.partial(_cast, weights=weights)
+    placed = place(unstack_layers(model.params), shardings, cast)
+    if weights != "int8":
+        return placed
+    where = param_shardings(model.config, mesh, "unrolled", quantize=True)
+    quantized = jax.jit(quantize_params, static_argnums=(0, 2), out_shardings=where)
+    return quantized(model.config, placed, "unrolled")
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cast_apart(params: Params, compute: str) -> Params:
-    return jax.tree.map(lambda x: _cast(x, compute), unstack_layers(params))
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _in_format(config: LlamaConfig, params: Params, weights: str) -> Params:
+    apart = unstack_layers(params)
+    if weights == "int8":
+        return quantize_params(config, apart, "unrolled")
+    return jax.tree.map(functools.partial(_cast, weights=weights), apart)
 
 
-def _cast(x: Any, compute: str) -> Any:
-    return x.astype(compute) if x.ndim > 1 else x
+def _cast(x: Any, weights: str) -> Any:
+    return x.astype(weights) if x.ndim > 1 and weights != "int8" else x
 
 
 def _first_stop(tokenizer: Tokenizer, stops: Sequence[str], tokens: list[int]) -> int | None:

@@ -46,7 +46,7 @@ def rate_file(
     for example in stream_examples(path, "seed", report, skip_bad):
         digest.update(repr(example).encode())
         total += 1
-    named = [judge.model.hash, judge.precision.compute, curator, repr(decoding), seed]
+    named = [judge.model.hash, judge.compute.sampling_formats, curator, repr(decoding), seed]
     named.append(digest.hexdigest())
     identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
     shards = first_alone("shards", lambda: Shards(out, form, identity))

@@ -7,14 +7,20 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from humpback_jax.compute import choose_compute, use_compilation_cache
+from humpback_jax.compute import Compute, choose_compute, use_compilation_cache
 from humpback_jax.config import check_config, default_config, load_config, set_field
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import load_model, save_checkpoint
 from humpback_jax.progress import timed_lines
+
+if TYPE_CHECKING:
+    from humpback_jax.evaluation.statistics import Estimate
+    from humpback_jax.inference import Inference
+    from humpback_jax.records import Example
 
 Result = dict[str, Any]
 
@@ -161,7 +167,7 @@ def sample(arguments: argparse.Namespace) -> Result:
     )
     one = arguments.prompt is not None and arguments.n == 1
     slots = 1 if one else arguments.batch_size
-    reader = Inference(model, choose_compute(arguments.precision, slots, arguments.mesh))
+    reader = Inference(model, _compute(arguments, slots))
     report = ReadReport()
     if arguments.prompts and out:
         say = timed_lines()
@@ -204,8 +210,7 @@ def score(arguments: argparse.Namespace) -> Result:
     out = Path(arguments.out)
     check_form(out, arguments.format)
     model = load_model(arguments.model)
-    compute = choose_compute(arguments.precision, arguments.batch_size, arguments.mesh)
-    reader = Inference(model, compute)
+    reader = Inference(model, _compute(arguments, arguments.batch_size))
     started = time.monotonic()
     rated, report = rate_file(
         reader,
@@ -228,39 +233,64 @@ def score(arguments: argparse.Namespace) -> Result:
 
 
 def evaluate(arguments: argparse.Namespace) -> Result:
-    """Held-out figures of one model; so far the suite `nll`."""
+    """Held-out figures of one model: see `SUITES`."""
     from humpback_jax.artifacts import write_json
-    from humpback_jax.evaluation.nll import response_nll
-    from humpback_jax.evaluation.statistics import token_mean
     from humpback_jax.inference import Inference
     from humpback_jax.rows import read_examples
     from humpback_jax.stages.sources import packaged_pairs
 
     suites = [name for name in arguments.suite.split(",") if name]
-    unknown = sorted(set(suites) - {"nll"})
+    unknown = sorted(set(suites) - set(SUITES))
     if unknown or not suites:
-        raise HumpbackError(f"--suite={arguments.suite}: {unknown} is unknown; known: nll.")
+        raise HumpbackError(
+            f"--suite={arguments.suite}: {unknown} is unknown; known: {', '.join(SUITES)}."
+        )
     if arguments.data == "builtin":
         examples = packaged_pairs("heldout")
     else:
         examples, _ = read_examples(Path(arguments.data), "seed", arguments.skip_bad)
     model = load_model(arguments.model)
     tags: Any = model.tags if arguments.tags == "model" else arguments.tags
-    reader = Inference(model, choose_compute(arguments.precision, 16, arguments.mesh))
-    nll, tokens = response_nll(reader, examples, tags)
-    estimate = token_mean(nll, tokens)
-    results = {"nll": {"nll_per_token": estimate.record()}}
-    print(
-        f"{'suite':<8}{'metric':<16}{'value':>10}{'stderr':>10}{'n':>7}\n"
-        f"{'nll':<8}{'nll_per_token':<16}{estimate.value:>10.4f}"
-        f"{estimate.stderr:>10.4f}{estimate.n:>7}"
-    )
-    result: Result = {"results": results, "model": arguments.model, "tags": tags}
+    reader = Inference(model, _compute(arguments, 16))
+    found = {suite: SUITES[suite](reader, examples, tags) for suite in suites}
+    print(f"{'suite':<10}{'metric':<16}{'value':>10}{'stderr':>10}{'n':>7}")
+    for suite, metrics in found.items():
+        for metric, e in metrics.items():
+            print(f"{suite:<10}{metric:<16}{e.value:>10.5f}{e.stderr:>10.5f}{e.n:>7}")
+    result: Result = {
+        "results": {
+            suite: {metric: estimate.record() for metric, estimate in metrics.items()}
+            for suite, metrics in found.items()
+        },
+        "model": arguments.model,
+        "tags": tags,
+        "formats": reader.compute.sampling_formats,
+    }
     if arguments.out:
         folder = Path(arguments.out)
         _writable_folder(folder)
         write_json(folder / "results.json", result)
     return result
+
+
+def _nll(reader: Inference, examples: Sequence[Example], tags: Any) -> dict[str, Estimate]:
+    """NLL of the responses, in nats a token."""
+    from humpback_jax.evaluation.nll import response_nll
+    from humpback_jax.evaluation.statistics import token_mean
+
+    return {"nll_per_token": token_mean(*response_nll(reader, examples, tags))}
+
+
+def _fidelity(reader: Inference, examples: Sequence[Example], tags: Any) -> dict[str, Estimate]:
+    """How far the number formats asked for move what the model writes."""
+    from humpback_jax.evaluation.fidelity import fidelity
+    from humpback_jax.inference import Inference
+
+    exact = Inference(reader.model, choose_compute("float32", 16))
+    return fidelity(reader, exact, examples, tags)
+
+
+SUITES = {"nll": _nll, "fidelity": _fidelity}
 
 
 def bench(arguments: argparse.Namespace) -> Result:
@@ -372,6 +402,18 @@ def _config(arguments: argparse.Namespace) -> Any:
         set_field(config, key, values)
     check_config(config)
     return config
+
+
+def _compute(arguments: argparse.Namespace, rows: int) -> Compute:
+    """The number formats asked for, and engine shapes for so many rows decoded together."""
+    return choose_compute(
+        arguments.precision,
+        rows,
+        arguments.weights,
+        arguments.kv,
+        arguments.mesh,
+        arguments.memory_gb,
+    )
 
 
 def _fit_to_file(section: Any, count: int, overrides: dict[str, list[str]]) -> None:

@@ -81,8 +81,7 @@ class _Verifier:
     def slice(self) -> None:
         """Makes the first rows again, where the models and rows that this takes are sound."""
         try:
-            compute = self.run.config.compute
-            self._compute = choose_compute(**compute)
+            self._compute = choose_compute(**self.run.config.compute)
         except (HumpbackError, AttributeError, TypeError) as error:
             self._note("config.json", [f"cannot be used ({error})"])
             return

@@ -148,6 +148,8 @@ def test_a_mistyped_override_is_refused_with_its_key(key, value, message):
         ("train.on_long", "cut", "known: error, drop, truncate"),
         ("backward.schedule", "linaer", "did you mean 'linear'"),
         ("compute.precision", "float16", "known: auto, float32, bfloat16"),
+        ("compute.weights", "int4", "known: auto, int8"),
+        ("compute.kv", "int4", "known: auto, int8"),
         ("base.template", "chatml", "known: auto, chat, plain"),
         ("rounds", "-1", "must be at least 0"),
         ("augment.temperature", "-0.1", "must be at least 0"),

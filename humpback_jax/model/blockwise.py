@@ -50,22 +50,40 @@ class Partial(NamedTuple):
         return cls(zeros + MASKED, zeros, jnp.zeros(queries.shape, jnp.float32))
 
     def meet(
-        self, queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
+        self,
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        visible: jax.Array,
+        key_scales: jax.Array | None = None,
+        value_scales: jax.Array | None = None,
     ) -> Partial:
         """With one more block of keys.
 
         Args:
           queries: [B, G, Q, K], by `by_group`. keys: [B, G, K, S]. values: [B, G, S, K].
           visible: bool [B, T, S]; Q is a multiple of T.
+          key_scales, value_scales: [B, G, S], of int8 keys and values. They multiply the scores
+            and the weights, which are smaller than keys and values.
         """
-        return self._join(
-            jnp.einsum("bgqk,bgks->bgqs", queries, keys, preferred_element_type="float32"),
-            visible,
-            lambda weights: jnp.einsum(
-                "bgqs,bgsk->bgqk", weights, values, preferred_element_type="float32"
-            ),
-            values.dtype,
+        dtype = queries.dtype
+
+        def mix(weights: jax.Array) -> jax.Array:
+            if value_scales is not None:
+                weights = weights * value_scales[:, :, None]
+            return jnp.einsum(
+                "bgqs,bgsk->bgqk",
+                weights.astype(dtype),
+                values.astype(dtype),
+                preferred_element_type="float32",
+            )
+
+        scores = jnp.einsum(
+            "bgqk,bgks->bgqs", queries, keys.astype(dtype), preferred_element_type="float32"
         )
+        if key_scales is not None:
+            scores = scores * key_scales[:, :, None]
+        return self._join(scores, visible, mix)
 
     def meet_shared(self, queries: jax.Array, shared: Shared, counts: jax.Array) -> Partial:
         """With the keys that all rows share; row b sees the first `counts[b]`."""
@@ -78,24 +96,21 @@ class Partial(NamedTuple):
             values = jax.lax.dynamic_slice_in_dim(shared.values, start, BLOCK, 1).astype(rows.dtype)
 
             def mix(weights: jax.Array) -> jax.Array:
-                flat = weights.transpose(1, 0, 2, 3).reshape(groups, batch * places, BLOCK)
+                flat = weights.astype(rows.dtype).transpose(1, 0, 2, 3)
+                flat = flat.reshape(groups, batch * places, BLOCK)
                 mixed = jnp.einsum("gqp,gpk->gqk", flat, values, preferred_element_type="float32")
                 return mixed.reshape(groups, batch, places, width).transpose(1, 0, 2, 3)
 
             scores = jnp.einsum("gqk,gkp->gqp", rows, keys, preferred_element_type="float32")
             scores = scores.reshape(groups, batch, places, BLOCK).transpose(1, 0, 2, 3)
             visible = (start + jnp.arange(BLOCK) < counts[:, None])[:, None]
-            return partial._join(scores, visible, mix, values.dtype)
+            return partial._join(scores, visible, mix)
 
         blocks = (counts.max() + BLOCK - 1) // BLOCK
         return jax.lax.fori_loop(0, blocks, meet, self)
 
     def _join(
-        self,
-        scores: jax.Array,
-        visible: jax.Array,
-        mix: Callable[[jax.Array], jax.Array],
-        dtype: jnp.dtype,
+        self, scores: jax.Array, visible: jax.Array, mix: Callable[[jax.Array], jax.Array]
     ) -> Partial:
         batch, groups, places, count = scores.shape
         width = self.context.shape[-1]
@@ -108,7 +123,7 @@ class Partial(NamedTuple):
         return Partial(
             highest,
             self.total * kept + weights.sum(axis=-1),
-            self.context * kept[..., None] + mix(weights.astype(dtype)),
+            self.context * kept[..., None] + mix(weights),
         )
 
     def finish(self, places: int) -> jax.Array:

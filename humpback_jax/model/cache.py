@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from humpback_jax.model.blockwise import BLOCK, GROUP, Partial, by_group
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Attend, Cache
+from humpback_jax.model.quantize import quantize
 
 
 class LayerCache(NamedTuple):
@@ -23,10 +25,17 @@ class LayerCache(NamedTuple):
 
     keys: each [B, G, K, S_i], so that scores are plain matrix products.
     values: each [B, G, S_i, K].
+    key_scales, value_scales: each float32 [B, G, S_i] where keys and values are int8, else None.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
+    key_scales: tuple[jax.Array | None, ...]
+    value_scales: tuple[jax.Array | None, ...]
+
+
+# One piece of each field of `LayerCache`.
+Piece = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 
 def capacity_for(places: int) -> int:
@@ -46,18 +55,23 @@ def empty_cache(config: LlamaConfig, rows: int, capacity: int, dtype: str) -> li
     """A cache without content for each layer; `capacity` is a result of `capacity_for`."""
     sizes = _piece_sizes(capacity)
     groups, width = config.num_key_value_heads, config.head_dim
+
+    def scales() -> tuple[jax.Array | None, ...]:
+        return tuple(jnp.zeros((rows, groups, size)) if dtype == "int8" else None for size in sizes)
+
     caches = []
     for _ in range(config.num_hidden_layers):
         keys = tuple(jnp.zeros((rows, groups, width, size), dtype) for size in sizes)
         values = tuple(jnp.zeros((rows, groups, size, width), dtype) for size in sizes)
-        caches.append(LayerCache(keys, values))
+        caches.append(LayerCache(keys, values, scales(), scales()))
     return caches
 
 
 def cache_bytes(config: LlamaConfig, rows: int, capacity: int, dtype: str) -> int:
-    """Size of the whole cache: 2 * layers * rows * G * S * K elements."""
-    width = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * rows * width * capacity * jnp.dtype(dtype).itemsize
+    """Size of the whole cache: 2 * layers * rows * G * S vectors of K elements, and a scale."""
+    vectors = 2 * config.num_hidden_layers * rows * config.num_key_value_heads * capacity
+    scale = 4 if dtype == "int8" else 0
+    return vectors * (config.head_dim * jnp.dtype(dtype).itemsize + scale)
 
 
 def chunk_attention(
@@ -89,10 +103,10 @@ def chunk_attention(
             queries = by_group(q, groups, dtype)
             partial = Partial.empty(queries).meet_shared(queries, shared, counts)
             place, begin = starts[:, None] + jnp.arange(width), 0
-            for keys, values in zip(*own, strict=True):
-                meet = functools.partial(_meet_block, queries, slots, keys, values, place, begin)
+            for piece in zip(*own, strict=True):
+                meet = functools.partial(_meet_block, queries, slots, piece, place, begin)
                 blocks = (starts.max() + width - begin + BLOCK - 1) // BLOCK
-                size = values.shape[2]
+                size = piece[1].shape[2]
                 partial = jax.lax.fori_loop(0, jnp.clip(blocks, 0, size // BLOCK), meet, partial)
                 begin += size
             return partial.finish(width)
@@ -107,8 +121,7 @@ def chunk_attention(
 def _meet_block(
     queries: jax.Array,
     slots: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    piece: Piece,
     place: jax.Array,
     begin: int,
     block: jax.Array,
@@ -116,17 +129,19 @@ def _meet_block(
 ) -> Partial:
     """Queries at `place` [B, T] meet a block of their slots' keys, in the piece from `begin` on."""
 
-    def cut(piece: jax.Array, axis: int) -> jax.Array:
-        shape = (1, *piece.shape[1:axis], BLOCK, *piece.shape[axis + 1 :])
+    def cut(array: jax.Array, axis: int) -> jax.Array:
+        shape = (1, *array.shape[1:axis], BLOCK, *array.shape[axis + 1 :])
         rows = []
         for index in range(len(slots)):
-            at: list[jax.Array | int] = [slots[index], 0, 0, 0]
+            at: list[jax.Array | int] = [slots[index], *[0] * (array.ndim - 1)]
             at[axis] = block * BLOCK
-            rows.append(jax.lax.dynamic_slice(piece, at, shape, allow_negative_indices=False))
-        return jnp.concatenate(rows).astype(queries.dtype)
+            rows.append(jax.lax.dynamic_slice(array, at, shape, allow_negative_indices=False))
+        return jnp.concatenate(rows)
 
+    keys, values, *scales = piece
     visible = begin + block * BLOCK + jnp.arange(BLOCK) <= place[:, :, None]
-    return partial.meet(queries, cut(keys, 3), cut(values, 2), visible)
+    cut_scales = (None if scale is None else cut(scale, 2) for scale in scales)
+    return partial.meet(queries, cut(keys, 3), cut(values, 2), visible, *cut_scales)
 
 
 def decode_attention(
@@ -147,56 +162,83 @@ def decode_attention(
         own, shared = cache
         width = q.shape[1]
         own = _write_tokens(own, k, v, places)
-        queries = by_group(q, k.shape[2], own.keys[0].dtype)
+        queries = by_group(q, k.shape[2], k.dtype)
         place = places[:, None] + jnp.arange(width)
         reached = jnp.where(live, places, 0).max() + width
         partial = Partial.empty(queries).meet_shared(queries, shared, shared_counts)
         begin = 0
-        for keys, values in zip(*own, strict=True):
-            visible = begin + jnp.arange(values.shape[2]) <= place[:, :, None]
-            meet = functools.partial(_meet_piece, queries, keys, values, visible)
+        for piece in zip(*own, strict=True):
+            size = piece[1].shape[2]
+            visible = begin + jnp.arange(size) <= place[:, :, None]
+            meet = functools.partial(_meet_piece, queries, piece, visible)
             if begin == 0:
                 partial = meet(partial)
             else:
                 partial = jax.lax.cond(reached > begin, meet, lambda partial: partial, partial)
-            begin += values.shape[2]
+            begin += size
         return partial.finish(width).astype(precision.activations), (own, shared)
 
     return attend
 
 
-def _meet_piece(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, partial: Partial
-) -> Partial:
-    return partial.meet(queries, keys, values, visible)
+def _meet_piece(queries: jax.Array, piece: Piece, visible: jax.Array, partial: Partial) -> Partial:
+    keys, values, *scales = piece
+    return partial.meet(queries, keys, values, visible, *scales)
 
 
 def _write_chunks(
     cache: LayerCache, k: jax.Array, v: jax.Array, slots: jax.Array, starts: jax.Array
 ) -> LayerCache:
     """Writes k, v [R, C, G, K] at each chunk's slot and start."""
-    keys, values, begin = [], [], 0
-    for old_keys, old_values in zip(*cache, strict=True):
-        size = old_values.shape[2]
+    rows = cache.keys[0].shape[0]
+
+    def where(begin: int, size: int) -> tuple[jax.Array, jax.Array]:
         inside = (starts >= begin) & (starts < begin + size)
         # A chunk of another piece is sent to a slot that does not exist, which drops it.
-        slot = jnp.where(inside, slots, old_keys.shape[0])[:, None]
-        place = (starts - begin)[:, None] + jnp.arange(k.shape[1])
-        keys.append(old_keys.at[slot, :, :, place].set(k.astype(old_keys.dtype), mode="drop"))
-        values.append(old_values.at[slot, :, place].set(v.astype(old_values.dtype), mode="drop"))
-        begin += size
-    return LayerCache(tuple(keys), tuple(values))
+        slot = jnp.where(inside, slots, rows)[:, None]
+        return slot, (starts - begin)[:, None] + jnp.arange(k.shape[1])
+
+    return _write(cache, k, v, where)
 
 
 def _write_tokens(cache: LayerCache, k: jax.Array, v: jax.Array, places: jax.Array) -> LayerCache:
     """Writes k, v [B, T, G, K] at each slot's places from `places` [B] on."""
-    keys, values, begin = [], [], 0
     slot = jnp.arange(k.shape[0])[:, None]
-    for old_keys, old_values in zip(*cache, strict=True):
+
+    def where(begin: int, size: int) -> tuple[jax.Array, jax.Array]:
         place = (places - begin)[:, None] + jnp.arange(k.shape[1])
         # Negative indices would count from the end.
-        place = jnp.where(place < 0, old_values.shape[2], place)
-        keys.append(old_keys.at[slot, :, :, place].set(k.astype(old_keys.dtype), mode="drop"))
-        values.append(old_values.at[slot, :, place].set(v.astype(old_values.dtype), mode="drop"))
-        begin += old_values.shape[2]
-    return LayerCache(tuple(keys), tuple(values))
+        return slot, jnp.where(place < 0, size, place)
+
+    return _write(cache, k, v, where)
+
+
+def _write(
+    cache: LayerCache,
+    k: jax.Array,
+    v: jax.Array,
+    where: Callable[[int, int], tuple[jax.Array, jax.Array]],
+) -> LayerCache:
+    """Writes k, v [R, C, G, K] into each piece, at `where(its begin, its size)`: (slots, places).
+
+    Slots and places, [R, C] when broadcast, that the piece does not have are not written.
+    """
+    (k, k_scale), (v, v_scale) = (_stored(x, cache.keys[0].dtype) for x in (k, v))
+    pieces, begin = [], 0
+    for keys, values, key_scales, value_scales in zip(*cache, strict=True):
+        size = values.shape[2]
+        slot, place = where(begin, size)
+        keys = keys.at[slot, :, :, place].set(k, mode="drop")
+        values = values.at[slot, :, place].set(v, mode="drop")
+        scales = (
+            None if old is None else old.at[slot, :, place].set(new, mode="drop")
+            for old, new in ((key_scales, k_scale), (value_scales, v_scale))
+        )
+        pieces.append((keys, values, *scales))
+        begin += size
+    return LayerCache(*zip(*pieces, strict=True))
+
+
+def _stored(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """Keys or values [R, C, G, K] as the cache keeps them, and their scales [R, C, G] if int8."""
+    return quantize(x, -1) if dtype == jnp.int8 else (x.astype(dtype), None)

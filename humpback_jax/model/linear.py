@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from humpback_jax.model.quantize import quantize
+
 Axes = tuple[str | None, ...]
 
 
@@ -20,10 +22,12 @@ class Precision:
       compute: dtype of the matrix products' inputs. Every product accumulates in, and returns,
         float32: with bfloat16 inputs this is the fast form on TPU, GPU and AVX-512-BF16 CPUs.
       activations: dtype of what is kept between the products.
+      kv: dtype of the keys and values that decoding keeps: "int8"; None for that of activations.
     """
 
     compute: str = "float32"
     activations: str = "float32"
+    kv: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +88,24 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 
+def quantized(weights: nnx.Param, axis: int) -> tuple[nnx.Param, nnx.Param]:
+    """int8 weights and float32 scales for each of them along `axis`, with their logical axes."""
+    values, scale = quantize(weights[...], axis)
+    axes = weights.get_metadata("out_sharding")
+    kept = list(axes)
+    del kept[axis]
+    return (
+        nnx.Param(values, out_sharding=axes, eager_sharding=False),
+        nnx.Param(scale, out_sharding=tuple(kept), eager_sharding=False),
+    )
+
+
 class Linear(nnx.Module):
-    """y = x W (+ b) (+ the adapter's term). Kernel [d_in, d_out], declared with logical axes."""
+    """y = x W (+ b) (+ the adapter's term). Kernel [d_in, d_out], declared with logical axes.
+
+    A quantised kernel is int8 and has a scale [d_out], which multiplies the float32 product: the
+    products read one byte a weight, and no wider copy of it need exist.
+    """
 
     def __init__(
         self,
@@ -106,6 +126,7 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(
                 jnp.zeros((d_out,), dtype), out_sharding=axes[1:], eager_sharding=False
             )
+        self.scale: nnx.Param | None = nnx.data(None)
         self.use_bias = use_bias
         self.lora = lora
         if lora is not None:
@@ -120,11 +141,17 @@ class Linear(nnx.Module):
                 up, out_sharding=("lora_rank", axes[1]), eager_sharding=False
             )
 
+    def quantize(self) -> None:
+        """Makes the kernel int8, a scale for each output; biases and adapters stay as they are."""
+        self.kernel, self.scale = quantized(self.kernel, -2)
+
     def __call__(
         self, x: jax.Array, precision: Precision, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """x: [..., d_in] -> float32 [..., d_out]."""
         y = matmul(x, self.kernel[...], precision.compute)
+        if self.scale is not None:
+            y = y * self.scale[...]
         if self.use_bias:
             y = y + self.bias[...].astype(jnp.float32)
         if self.lora is not None:

@@ -17,7 +17,7 @@ from flax import nnx
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.linear import Linear, LoraSpec, Precision, dropout, matmul
+from humpback_jax.model.linear import Linear, LoraSpec, Precision, dropout, matmul, quantized
 from humpback_jax.model.rope import apply_rope, rope_tables
 
 Params = dict[str, Any]
@@ -262,11 +262,18 @@ class Llama(nnx.Module):
             caches = None if caches is None else updated
         return self.norm(x), caches
 
+    def quantize(self) -> None:
+        """Makes all kernels and the embeddings int8, which `quantize_params` is for."""
+        for _, module in list(nnx.iter_modules(self)):
+            if isinstance(module, Linear | Embedding):
+                module.quantize()
+
     def logits(self, hidden: jax.Array, precision: Precision) -> jax.Array:
         """hidden [..., D] -> float32 [..., V]."""
-        if self.config.tie_word_embeddings:
-            return matmul(hidden, self.embed.embedding[...].T, precision.compute)
-        return self.lm_head(hidden, precision)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden, precision)
+        logits = matmul(hidden, self.embed.embedding[...].T, precision.compute)
+        return logits if self.embed.scale is None else logits * self.embed.scale[...]
 
     def some_logits(
         self, hidden: jax.Array, first: jax.Array, count: int, precision: Precision
@@ -274,31 +281,56 @@ class Llama(nnx.Module):
         """hidden [..., D] -> float32 [..., count]: the logits of the tokens from `first` on."""
         if count == self.config.vocab_size:
             return self.logits(hidden, precision)
+        head: Embedding | Linear
         if self.config.tie_word_embeddings:
-            table = self.embed.embedding[...]
-            kernel = jax.lax.dynamic_slice_in_dim(table, first, count, 0).T
+            head = self.embed
+            kernel = jax.lax.dynamic_slice_in_dim(head.embedding[...], first, count, 0).T
         else:
-            kernel = jax.lax.dynamic_slice_in_dim(self.lm_head.kernel[...], first, count, 1)
-        return matmul(hidden, kernel, precision.compute)
+            head = self.lm_head
+            kernel = jax.lax.dynamic_slice_in_dim(head.kernel[...], first, count, 1)
+        logits = matmul(hidden, kernel, precision.compute)
+        if head.scale is None:
+            return logits
+        return logits * jax.lax.dynamic_slice_in_dim(head.scale[...], first, count)
 
 
 class Embedding(nnx.Module):
-    """Token embeddings [V, D]; also the output projection where the model ties them."""
+    """Token embeddings [V, D]; also the output projection where the model ties them.
+
+    A quantised table is int8 and has a scale [V].
+    """
 
     def __init__(self, table: jax.Array) -> None:
         self.embedding = nnx.Param(table, out_sharding=("vocab", "embed"), eager_sharding=False)
+        self.scale: nnx.Param | None = nnx.data(None)
+
+    def quantize(self) -> None:
+        """Makes the table int8, a scale for each token."""
+        self.embedding, self.scale = quantized(self.embedding, -1)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding[...], tokens, axis=0)
+        rows = jnp.take(self.embedding[...], tokens, axis=0)
+        if self.scale is None:
+            return rows
+        return rows * jnp.take(self.scale[...], tokens)[..., None]
 
 
 @functools.lru_cache(maxsize=32)
 def abstract_model(
-    config: LlamaConfig, layout: Layout = "scan", lora: LoraSpec | None = None
+    config: LlamaConfig,
+    layout: Layout = "scan",
+    lora: LoraSpec | None = None,
+    quantize: bool = False,
 ) -> tuple[Any, Any]:
     """Graph definition and abstract state (shapes, dtypes, logical axes); allocates nothing."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), layout=layout, lora=lora))
-    return nnx.split(model)
+
+    def build() -> Llama:
+        model = Llama(config, rngs=nnx.Rngs(0), layout=layout, lora=lora)
+        if quantize:
+            model.quantize()
+        return model
+
+    return nnx.split(nnx.eval_shape(build))
 
 
 def count_parameters(config: LlamaConfig) -> int:
@@ -312,12 +344,15 @@ def bind(
 ) -> Llama:
     """The module that holds `params` (a nested dict of arrays, dtypes as given).
 
+    Args:
+      params: of the model, or of the model quantised (`quantize_params`).
+
     Raises:
       HumpbackError: `params` is not the tree of this model.
     """
-    graphdef, state = abstract_model(config, layout, lora)
-    flat = dict(nnx.to_flat_state(state))
     given = flatten(params)
+    graphdef, state = abstract_model(config, layout, lora, ("embed", "scale") in given)
+    flat = dict(nnx.to_flat_state(state))
     _check_tree({path: leaf.shape for path, leaf in flat.items()}, given)
     leaves = {path: variable.replace(given[path]) for path, variable in flat.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
@@ -337,6 +372,18 @@ def _check_tree(shapes: dict[tuple[Any, ...], tuple[int, ...]], given: dict[Any,
 
 def _names(paths: set[tuple[Any, ...]]) -> str:
     return ", ".join(sorted(".".join(map(str, path)) for path in paths)) or "none"
+
+
+def quantize_params(
+    config: LlamaConfig, params: Params, layout: Layout = "scan", lora: LoraSpec | None = None
+) -> Params:
+    """Kernels and embeddings in int8, with their scales; all else, adapters too, as it is.
+
+    For sampling and scoring alone: nothing can be trained, merged or exported afterwards.
+    """
+    model = bind(config, params, layout, lora)
+    model.quantize()
+    return nnx.to_pure_dict(nnx.state(model))
 
 
 def init_params(

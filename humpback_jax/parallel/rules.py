@@ -66,10 +66,14 @@ def head_units(config: LlamaConfig) -> dict[str, int]:
 
 
 def param_shardings(
-    config: LlamaConfig, mesh: Mesh, layout: Layout = "scan", lora: LoraSpec | None = None
+    config: LlamaConfig,
+    mesh: Mesh,
+    layout: Layout = "scan",
+    lora: LoraSpec | None = None,
+    quantize: bool = False,
 ) -> Params:
-    """A NamedSharding for each parameter, in the form of `init_params`."""
-    _, state = abstract_model(config, layout, lora)
+    """A NamedSharding for each parameter, in the form of `init_params` or `quantize_params`."""
+    _, state = abstract_model(config, layout, lora, quantize)
     units = head_units(config)
     return unflatten(
         {

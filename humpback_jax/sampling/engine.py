@@ -195,7 +195,7 @@ class Engine:
         device = jax.tree.leaves(self._params)[0].addressable_shards[0].device
         return rows_that_fit(
             self.config,
-            self.precision.activations,
+            self.precision.kv or self.precision.activations,
             capacity,
             shape.slots,
             self.memory or device_bytes(device),

@@ -146,7 +146,7 @@ def _slot_shardings(config: LlamaConfig, mesh: Mesh | None) -> Any:
 def _empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: int) -> Slots:
     zeros = functools.partial(jnp.zeros, rows)
     return Slots(
-        caches=empty_cache(config, rows, capacity, precision.activations),
+        caches=empty_cache(config, rows, capacity, precision.kv or precision.activations),
         offsets=zeros("int32"),
         lengths=zeros("int32"),
         last=zeros("int32"),

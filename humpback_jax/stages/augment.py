@@ -23,7 +23,7 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
     segments = [Segment(**row) for row in context.folder.read(corpus)]
     decoding = Decoding(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
     fields = {**effective_fields(section), "seed": context.config.seed}
-    fields["precision"] = context.compute.precision.compute
+    fields["precision"] = context.compute.sampling_formats
     stage = Stage("augment", VERSION, json.loads(json.dumps(fields)))
     size = section.shard_rows
     shards = [segments[i : i + size] for i in range(0, len(segments), size)]

@@ -49,9 +49,10 @@ def score_stage(
     pairs = sorted(pairs, key=lambda pair: pair.id)[:limit] if limit else pairs
     decoding = rubric_decoding(section)
     fields: Row = {"curator": curator, "limit": limit, "gate": _gate_fields(config)}
-    fields["precision"] = context.compute.precision.compute
+    fields["precision"] = context.compute.scoring_formats
     if curator == "rubric":
         fields |= {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
+        fields["precision"] = context.compute.sampling_formats
     # Ranks are over all pairs, so `combined` cannot be cut into shards.
     size = len(pairs) if curator == "combined" else section.shard_rows
     shards = [pairs[i : i + size] for i in range(0, len(pairs), size)]

@@ -21,7 +21,8 @@ VERSION = 1
 def evaluate_stage(context: Context, name: str, model: Artifact) -> Artifact:
     """NLL of each held-out example under each set of tags: one row an (example, tags)."""
     config = context.config
-    fields = {"tags": list(config.evaluate.tags), **_subject(context, context.heldout)}
+    fields = {"tags": list(config.evaluate.tags), **_subject(context.heldout)}
+    fields["precision"] = context.compute.scoring_formats
     stage = Stage("evaluate", VERSION, fields)
 
     def make(_: int) -> list[Row]:
@@ -44,7 +45,8 @@ def answers_stage(context: Context, name: str, model: Artifact, tags: Any) -> Ar
     chosen = sorted(context.heldout, key=lambda e: stable_id("answers", e.id))
     chosen = chosen[: config.evaluate.answers]
     decoding = Decoding(0.0, 1.0, 0, config.evaluate.answer_tokens)
-    fields = {"tags": tags, "tokens": decoding.max_new_tokens, **_subject(context, chosen)}
+    fields = {"tags": tags, "tokens": decoding.max_new_tokens, **_subject(chosen)}
+    fields["precision"] = context.compute.sampling_formats
     stage = Stage("answers", VERSION, fields)
 
     def make(_: int) -> list[Row]:
@@ -69,10 +71,9 @@ def answers_stage(context: Context, name: str, model: Artifact, tags: Any) -> Ar
     return context.folder.rows(f"answers/{name}", "answers", stage, [model], 1, make)
 
 
-def _subject(context: Context, examples: Sequence[Example]) -> Row:
-    """What is read, and in which precision: for the key."""
-    content = rows_hash(dataclasses.asdict(example) for example in examples)
-    return {"data": content, "precision": context.compute.precision.compute}
+def _subject(examples: Sequence[Example]) -> Row:
+    """What is read: for the key."""
+    return {"data": rows_hash(dataclasses.asdict(example) for example in examples)}
 
 
 def results_table(evaluations: dict[str, list[Row]], default_tags: dict[str, str]) -> Row:

@@ -31,7 +31,7 @@ def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) 
     section = config.augment
     decoding = Decoding(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
     fields: Row = {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
-    fields |= _subject(context, examples)
+    fields |= {"examples": _content(examples), "precision": context.compute.sampling_formats}
     stage = Stage("backward_meter", VERSION, fields)
 
     def make(_: int) -> list[Row]:
@@ -90,9 +90,11 @@ def curation_meter_stage(context: Context, name: str, judge: Artifact) -> Artifa
     examples = _examples(context)
     decoding = rubric_decoding(config.curate)
     curators = list(dict.fromkeys([config.curate.curator, *config.meters.curators]))
-    fields: Row = {"curators": curators, **_subject(context, examples)}
+    fields: Row = {"curators": curators, "examples": _content(examples)}
+    fields["precision"] = context.compute.scoring_formats
     if "rubric" in curators:
         fields |= {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
+        fields["precision"] = context.compute.sampling_formats
     stage = Stage("curation_meter", VERSION, json.loads(json.dumps(fields)))
 
     def make(_: int) -> list[Row]:
@@ -142,10 +144,9 @@ def _examples(context: Context) -> list[Example]:
     return order[: context.config.meters.pairs]
 
 
-def _subject(context: Context, examples: list[Example]) -> Row:
-    """What a meter measures on, and how: for its key."""
-    content = rows_hash(dataclasses.asdict(example) for example in examples)
-    return {"examples": content, "precision": context.compute.precision.compute}
+def _content(examples: list[Example]) -> str:
+    """What a meter measures on: for its key."""
+    return rows_hash(dataclasses.asdict(example) for example in examples)
 
 
 def _judge(context: Context, broken: dict[str, bool], meaning: str) -> None:
