@@ -15,7 +15,13 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import Params, unstack_layers
 from humpback_jax.models import LanguageModel
 from humpback_jax.sampling.engine import Completion, Engine, Request
-from humpback_jax.sampling.likelihood import log_probs, next_token, sequence_nll
+from humpback_jax.sampling.likelihood import (
+    Query,
+    log_probs,
+    next_token,
+    supervised_tokens,
+    total_nll,
+)
 from humpback_jax.sampling.prefix import Prefix, compute_prefix
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.text.template import Rendered
@@ -58,12 +64,10 @@ class Inference:
         Raises:
           HumpbackError: a text is longer than the model's window.
         """
-        config = self.model.config
-        window = config.max_position_embeddings
+        window = self.model.config.max_position_embeddings
         tokenized = tokenize_batch(self.model.tokenizer, rows, window, "error")
         examples = [TrainingExample(e.id, e.ids, e.mask) for e in tokenized.examples]
-        prefix = self._prefix(opening)
-        return sequence_nll(config, self._params, examples, self.precision, prefix=prefix)
+        return total_nll(self.log_probs([supervised_tokens(e) for e in examples], opening))
 
     def next_token_log_probs(
         self,
@@ -86,14 +90,15 @@ class Inference:
                     f"holds {window}. Shorten the record."
                 )
             queries.append(next_token(f"record {record_id}", tokens, ids))
-        found = log_probs(
-            self.model.config,
-            self._params,
-            queries,
-            self.precision,
-            prefix=self._prefix(opening),
-        )
+        found = self.log_probs(queries, opening)
         return np.array(found, np.float64).reshape(len(prompts), len(ids))
+
+    def log_probs(
+        self, queries: Sequence[Query], opening: Opening | None = None
+    ) -> list[np.ndarray]:
+        """See `sampling.likelihood.log_probs`; what precedes the opening's text is shared."""
+        prefix = self._prefix(opening)
+        return log_probs(self.model.config, self._params, queries, self.precision, prefix=prefix)
 
     def generate(
         self,
