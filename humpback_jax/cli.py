@@ -216,7 +216,7 @@ def _bench_verbs(bench: argparse.ArgumentParser) -> None:
 
     score = kind("score", "what each curator costs on real pairs")
     score.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
-    score.add_argument("--rows", type=int, default=32)
+    score.add_argument("--rows", type=int, default=64)
     score.add_argument("--max-tokens", type=int, default=256, help="of the reasoned rubric")
     score.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    score.add_argument("--batch-size", type=int, default=16)
+    score.add_argument("--batch-size", type=int, default=32)
