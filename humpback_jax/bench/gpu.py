@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", default="llama_1b,llama_7b", help="of the roofline")
     parser.add_argument("--batches", default="32,128,256", help="rows decoded together")
     parser.add_argument("--model", default="random:llama_1b", help="of the other measurements")
-    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=256, help="of segments; half as many pairs")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=570, help="for everything together")
     parser.add_argument("--out", default="benchmarks", help="folder of gpu_DEVICE.json")
@@ -63,13 +63,11 @@ def parts(arguments: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         for shape in arguments.shapes.split(",")
     }
     bench = [*python, "humpback_jax", "bench"]
-    common = [f"--model={arguments.model}", f"--rows={arguments.rows}", "--precision=bfloat16"]
-    common += [f"--batch-size={arguments.batch_size}", "--json"]
-    # Random models read bytes.
-    lengths = ["--shortest=200", "--longest=1500"]
+    common = [f"--model={arguments.model}", f"--batch-size={arguments.batch_size}"]
+    common += ["--precision=bfloat16", "--json"]
     peers = ["--vs=hf"] if _torch_sees_the_gpu() else []
-    commands["sample"] = [*bench, "sample", *common, *lengths, *peers]
-    commands["score"] = [*bench, "score", *common]
+    commands["sample"] = [*bench, "sample", *common, f"--rows={arguments.rows}", *peers]
+    commands["score"] = [*bench, "score", *common, f"--rows={-(-arguments.rows // 2)}"]
     return commands
 
 

@@ -12,7 +12,7 @@ from humpback_jax.corpus.documents import read_documents
 from humpback_jax.corpus.segments import segments
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import common_start
-from humpback_jax.models import LanguageModel
+from humpback_jax.models import LanguageModel, is_random
 
 CHARS_PER_TOKEN = 4  # of English text, about
 SHORT, LONG = (20, 80), (300, 500)  # tokens of the segments of the cases of these names
@@ -105,9 +105,11 @@ def texts(model: LanguageModel, data: str, count: int, shortest: int, longest: i
       HumpbackError: the data hold fewer such segments.
     """
 
+    chars = longest * (1 if is_random(model.name) else CHARS_PER_TOKEN)  # random models read bytes
+
     def fitting() -> Iterator[str]:
         for document in read_documents([data]):
-            for segment, _ in segments(document, CHARS_PER_TOKEN * longest):
+            for segment, _ in segments(document, chars):
                 if shortest <= len(model.tokenizer.encode(segment.text)) <= longest:
                     yield segment.text
 
