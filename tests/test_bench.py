@@ -135,6 +135,19 @@ def test_every_case_is_measured_and_the_best_precision_of_each_system_counts(
     assert short["max"] < long["min"]
 
 
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_llama_cpp_writes_what_we_write_but_where_its_rounding_decides(tmp_path) -> None:
+    """It multiplies in eight bits; texts of mixed-up sequences would hardly ever agree."""
+    pytest.importorskip("llama_cpp")
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "sample", "--rows=12", "--max-tokens=6", "--batch-size=4"]
+    assert main([*arguments, "--vs=llamacpp", f"--out={out}"]) == 0
+    peer = json.loads(out.read_text())["peers"]["llamacpp"]
+    assert peer["precision"] == "Q4_1"
+    assert peer["same_text"] >= 0.5
+
+
 def test_the_cases_differ_in_length_and_batch_alone() -> None:
     cases = {case.name: case for case in choose_cases("all", 64, 60, 500, 32)}
     assert [case.slots for case in cases.values()] == [32, 1, 32, 32]
