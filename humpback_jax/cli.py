@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -85,8 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     def verb(name: str, help_text: str, config: bool = False) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         sub.set_defaults(function=name.replace("import", "import_model"))
-        sub.add_argument("--json", action="store_true", help="print the result as a last line")
-        sub.add_argument("--debug", action="store_true", help="show tracebacks")
+        _common_flags(sub)
         if config:
             sub.add_argument(
                 "--config",
@@ -157,19 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--skip-bad", action="store_true")
     _add_compute(evaluate)
 
-    bench = verb("bench", "measure speed: ours, and others' on the same work")
-    bench.add_argument("what", choices=("sample",))
-    bench.add_argument("--model", default="smollm2-135m-instruct")
-    bench.add_argument("--data", default="pydoc_topics", help="documents to take segments from")
-    bench.add_argument("--rows", type=int, default=64)
-    bench.add_argument("--shortest", type=int, default=60, help="tokens of a segment, at least")
-    bench.add_argument("--longest", type=int, default=500, help="tokens of a segment, at most")
-    bench.add_argument("--max-tokens", type=int, default=64)
-    bench.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    bench.add_argument("--batch-size", type=int, default=32)
-    bench.add_argument("--vs", action="append", default=[], help="hf: transformers")
-    bench.add_argument("--rounds", type=int, default=1)
-    bench.add_argument("--out", help="where to write the results as JSON")
+    _bench_verbs(verb("bench", "measure speed: ours, and others' on the same work"))
 
     export = verb("export", "write a model for other programs")
     export.add_argument("--model", required=True)
@@ -206,3 +194,41 @@ def _add_compute(verb: argparse.ArgumentParser) -> None:
         default="auto",
         help="int8: cached keys and values of one byte; counts where text is drawn",
     )
+    verb.add_argument("--mesh", default="auto", help="auto, or e.g. data=2,tensor=4")
+    verb.add_argument("--memory-gb", type=float, default=0.0, help="of each device; 0: what it has")
+
+
+def _common_flags(parser: argparse.ArgumentParser, default: Any = False) -> None:
+    flag = functools.partial(parser.add_argument, action="store_true", default=default)
+    flag("--json", help="print the result as a last line")
+    flag("--debug", help="show tracebacks")
+
+
+def _bench_verbs(bench: argparse.ArgumentParser) -> None:
+    kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+
+    def kind(name: str, help_text: str) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        _common_flags(sub, argparse.SUPPRESS)  # the verb itself has a default
+        sub.add_argument("--model", default="smollm2-135m-instruct")
+        sub.add_argument("--rounds", type=int, default=1, help="measurements; the best one counts")
+        sub.add_argument("--out", help="where to write the results as JSON")
+        return sub
+
+    sample = kind("sample", "greedy instructions for real segments")
+    sample.add_argument("--data", default="pydoc_topics", help="documents to take segments from")
+    sample.add_argument("--case", default="mixed", help="mixed, single (row), short, long, or all")
+    sample.add_argument("--rows", type=int, default=64)
+    sample.add_argument("--shortest", type=int, default=60, help="tokens of a segment, at least")
+    sample.add_argument("--longest", type=int, default=500, help="tokens of a segment, at most")
+    sample.add_argument("--max-tokens", type=int, default=64)
+    sample.add_argument("--precision", choices=("float32", "bfloat16", "best"), default="float32")
+    sample.add_argument("--batch-size", type=int, default=32)
+    sample.add_argument("--vs", action="append", default=[], help="hf (transformers), llamacpp")
+
+    score = kind("score", "what each curator costs on real pairs")
+    score.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
+    score.add_argument("--rows", type=int, default=64)
+    score.add_argument("--max-tokens", type=int, default=256, help="of the reasoned rubric")
+    score.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    score.add_argument("--batch-size", type=int, default=32)

@@ -20,10 +20,11 @@ from humpback_jax.models import LanguageModel
 from humpback_jax.parallel.rules import param_shardings, place
 from humpback_jax.sampling.engine import Completion, Engine, Request
 from humpback_jax.sampling.likelihood import (
+    Query,
     log_probs,
     next_token,
-    sequence_nll,
     supervised_tokens,
+    total_nll,
 )
 from humpback_jax.sampling.prefix import Prefix, compute_prefix
 from humpback_jax.sampling.sampler import Decoding, record_key
@@ -74,23 +75,14 @@ class Inference:
         Raises:
           HumpbackError: a text is longer than the model's window.
         """
-        config = self.model.config
-        window = config.max_position_embeddings
+        window = self.model.config.max_position_embeddings
         tokenized = tokenize_batch(self.model.tokenizer, rows, window, "error")
         examples = [TrainingExample(e.id, e.ids, e.mask) for e in tokenized.examples]
-        return sequence_nll(
-            config,
-            self._params,
-            examples,
-            self.precision,
-            prefix=self._prefix(opening),
-            mesh=self.mesh,
-        )
+        return total_nll(self.log_probs([supervised_tokens(e) for e in examples], opening))
 
     def token_log_probs(self, examples: Sequence[TrainingExample]) -> list[np.ndarray]:
         """log p of each example's supervised tokens, given all before them: float32, in nats."""
-        queries = [supervised_tokens(example) for example in examples]
-        return log_probs(self.model.config, self._params, queries, self.precision, mesh=self.mesh)
+        return self.log_probs([supervised_tokens(example) for example in examples])
 
     def next_token_log_probs(
         self,
@@ -113,15 +105,22 @@ class Inference:
                     f"holds {window}. Shorten the record."
                 )
             queries.append(next_token(f"record {record_id}", tokens, ids))
-        found = log_probs(
+        found = self.log_probs(queries, opening)
+        return np.array(found, np.float64).reshape(len(prompts), len(ids))
+
+    def log_probs(
+        self, queries: Sequence[Query], opening: Opening | None = None
+    ) -> list[np.ndarray]:
+        """See `sampling.likelihood.log_probs`; what precedes the opening's text is shared."""
+        prefix = self._prefix(opening)
+        return log_probs(
             self.model.config,
             self._params,
             queries,
             self.precision,
-            prefix=self._prefix(opening),
+            prefix=prefix,
             mesh=self.mesh,
         )
-        return np.array(found, np.float64).reshape(len(prompts), len(ids))
 
     def generate(
         self,

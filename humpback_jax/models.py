@@ -13,6 +13,7 @@ from humpback_jax.checkpoint import load_params, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, init_params
+from humpback_jax.model.shapes import SHAPES
 from humpback_jax.text.template import Tags, Template, require_same_template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 from humpback_jax.weights.hashing import params_hash
@@ -48,17 +49,18 @@ class LanguageModel:
 
 
 def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageModel:
-    """Loads a model by name (`weights.named.resolve`), or "tiny-random" for rehearsals.
+    """Loads a model by name (`weights.named.resolve`), or one of random weights.
 
     Args:
+      name: also "tiny-random", for rehearsals, or "random:SHAPE" (`model/shapes.py`), to measure.
       template: "auto" (the model's own chat template, else plain), "chat" or "plain". A checkpoint
         of ours brings its own; asking for another one is an error.
 
     Raises:
       HumpbackError: no such model, unreadable files, or a tokenizer that does not fit the weights.
     """
-    if name == "tiny-random":
-        return _tiny_random(seed, template)
+    if is_random(name):
+        return _random(name, seed, template)
     from humpback_jax.weights.gguf_io import load_gguf
     from humpback_jax.weights.named import resolve
     from humpback_jax.weights.safetensors_io import load_hf
@@ -125,23 +127,24 @@ def _choose(tokenizer: Tokenizer, template: str) -> Template:
     return Template.for_tokenizer(tokenizer, name=template)  # type: ignore[arg-type]
 
 
-def _tiny_random(seed: int, template: str) -> LanguageModel:
+def is_random(name: str) -> bool:
+    """Whether a name asks for random weights, of which there are no files."""
+    return name == "tiny-random" or name.startswith("random:")
+
+
+def _random(name: str, seed: int, template: str) -> LanguageModel:
+    """float32 weights for "tiny-random", else bfloat16; tokens are bytes."""
     import jax
 
     from humpback_jax.text.byte_tokenizer import byte_tokenizer
 
+    shape = "tiny" if name == "tiny-random" else name.removeprefix("random:")
+    if shape not in SHAPES:
+        raise HumpbackError(f"{name}: no such shape; known: {', '.join(SHAPES)}.")
     tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=4096,
-        eos_token_ids=tokenizer.eos_ids,
-        pad_token_id=tokenizer.pad_id,
+    config = dataclasses.replace(
+        SHAPES[shape], eos_token_ids=tokenizer.eos_ids, pad_token_id=tokenizer.pad_id
     )
-    params = init_params(config, jax.random.key(seed))
-    return LanguageModel("tiny-random", config, params, tokenizer, _choose(tokenizer, template))
+    dtype = "float32" if name == "tiny-random" else "bfloat16"
+    params = init_params(config, jax.random.key(seed), dtype)
+    return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))

@@ -294,28 +294,49 @@ SUITES = {"nll": _nll, "fidelity": _fidelity}
 
 
 def bench(arguments: argparse.Namespace) -> Result:
-    """Measures generation; prints a table and writes the results file."""
+    """Measures generation or scoring; prints a table and writes the results file."""
     from humpback_jax.artifacts import write_json
-    from humpback_jax.bench.run import bench_sample
+    from humpback_jax.bench.sample import bench_sample
+    from humpback_jax.bench.score import bench_score
+    from humpback_jax.bench.table import sample_lines, score_lines
+    from humpback_jax.bench.workload import choose_cases
 
-    result = bench_sample(
-        arguments.model,
-        arguments.data,
-        arguments.rows,
-        arguments.shortest,
-        arguments.longest,
-        arguments.max_tokens,
-        arguments.precision,
-        arguments.batch_size,
-        [peer for given in arguments.vs for peer in given.split(",")],
-        arguments.rounds,
-        timed_lines(),
-    )
-    for name, figures in {"ours": result["ours"], **result["peers"]}.items():
-        print(f"{name}: {figures['rows_per_s']:.2f} rows/s, {figures['tokens_per_s']:.0f} tokens/s")
-    for name, ratio in result["ratio"].items():
-        print(f"ours / {name}: {ratio:.2f}")
-    print(f"prefill: {result['matmul_share']:.0%} of the matmul rate measured in its process")
+    counts = {name: getattr(arguments, name) for name in ("rows", "max_tokens", "rounds")}
+    for name, count in {**counts, "batch_size": arguments.batch_size}.items():
+        if count < 1:
+            raise HumpbackError(f"--{name.replace('_', '-')}={count} has to be 1 or more.")
+    if arguments.what == "score":
+        result = bench_score(
+            arguments.model,
+            arguments.data,
+            arguments.rows,
+            arguments.max_tokens,
+            arguments.precision,
+            arguments.batch_size,
+            arguments.rounds,
+            timed_lines(),
+        )
+        lines = score_lines(result)
+    else:
+        cases = choose_cases(
+            arguments.case,
+            arguments.rows,
+            arguments.shortest,
+            arguments.longest,
+            arguments.batch_size,
+        )
+        result = bench_sample(
+            arguments.model,
+            arguments.data,
+            cases,
+            arguments.max_tokens,
+            arguments.precision,
+            [peer for given in arguments.vs for peer in given.split(",")],
+            arguments.rounds,
+            timed_lines(),
+        )
+        lines = sample_lines(result)
+    print("\n".join(lines))
     if arguments.out:
         write_json(Path(arguments.out), result)
     return result

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from humpback_jax.bench.ours import matmul_rate, prefill_flops
-from humpback_jax.bench.workload import texts
+from humpback_jax.bench import gpu, rate, roofline
+from humpback_jax.bench.limits import copy_bandwidth, matmul_rate, prefill_flops
+from humpback_jax.bench.pairs import PairsJob, read_pairs
+from humpback_jax.bench.process import Compilations
+from humpback_jax.bench.score import best_of, gains
+from humpback_jax.bench.workload import choose_cases, texts
 from humpback_jax.cli import main
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.llama import flatten, init_params
+from humpback_jax.model.shapes import SHAPES
 from humpback_jax.models import load_model
+from humpback_jax.stages.sources import packaged_pairs
 
 
 def test_the_work_of_a_prefill_is_what_xla_counts() -> None:
@@ -29,11 +41,48 @@ def test_the_work_of_a_prefill_is_what_xla_counts() -> None:
     assert counted.cost_analysis()["flops"] == 2 * 64 * 64 * 128
     after_prefix = prefill_flops(config, 100, tokens) - own
     assert after_prefix == config.num_hidden_layers * 4 * heads * tokens * 100
+    with_more_logits = prefill_flops(config, 0, tokens, 5) - own
+    assert with_more_logits == 4 * 2 * width * config.vocab_size
 
 
-def test_the_matmul_rate_is_that_of_this_machine() -> None:
-    rate = matmul_rate(load_model("tiny-random").config, 64, "float32")
-    assert 1e7 < rate < 1e15
+def test_the_rates_are_those_of_this_machine() -> None:
+    assert 1e7 < matmul_rate(load_model("tiny-random").config, 64, "float32") < 1e15
+    assert 1e7 < copy_bandwidth(1 << 22) < 1e14
+
+
+@functools.cache
+def tiny_kernels() -> int:
+    """Elements of all matrices but the table of embeddings, of which a step reads a few rows."""
+    config = SHAPES["tiny"]
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0), layout="unrolled"))
+    kernels = {path: leaf.size for path, leaf in flatten(shapes).items() if leaf.ndim == 2}
+    return sum(size for path, size in kernels.items() if "embed" not in path)
+
+
+@given(batch=st.integers(1, 300), length=st.integers(1, 4096))
+def test_a_step_reads_every_weight_but_the_embeddings_and_each_row_s_keys_and_values(
+    batch: int, length: int
+) -> None:
+    config, weights = SHAPES["tiny"], tiny_kernels()
+    own = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
+    found = roofline.step_bytes(config, batch, length, itemsize=2, cached=4)
+    assert found == 2 * weights + 4 * batch * own
+
+
+def test_the_shapes_have_the_parameters_that_their_names_say() -> None:
+    for name, billions in (("llama_1b", 1.1), ("llama_7b", 6.74)):
+        config = SHAPES[name]
+        shapes = jax.eval_shape(lambda config=config: init_params(config, jax.random.key(0)))
+        found = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        assert found == pytest.approx(billions * 1e9, rel=0.01)
+
+
+def test_random_weights_by_shape_write_text_and_an_unknown_shape_is_refused() -> None:
+    model = load_model("random:tiny")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
+    assert model.config == load_model("tiny-random").config
+    with pytest.raises(HumpbackError, match="known: tiny, llama_1b"):
+        load_model("random:llama_9000b")
 
 
 def test_the_work_is_real_segments_of_the_lengths_asked_for() -> None:
@@ -64,7 +113,206 @@ def test_ours_and_transformers_do_the_same_work_and_the_results_are_written(
     assert ours["shared_tokens"] > 0
 
 
-def test_an_unknown_peer_is_refused_before_anything_is_measured(monkeypatch, capsys) -> None:
+@pytest.mark.slow
+def test_every_case_is_measured_and_the_best_precision_of_each_system_counts(
+    tmp_path, capsys
+) -> None:
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "sample", "--model=tiny-random", "--case=all", "--rows=9", "--vs=hf"]
+    arguments += ["--max-tokens=4", "--batch-size=4", "--precision=best", f"--out={out}"]
+    assert main(arguments) == 0
+    result = json.loads(out.read_text())
+    assert list(result["cases"]) == ["mixed", "single", "short", "long"]
+    assert result["ours"] == result["cases"]["mixed"]["ours"]
+    assert result["cases"]["single"]["peers"]["hf"]["batch"] == 1
+    assert result["cases"]["single"]["workload"]["rows"] == 2
+    for compared in result["cases"].values():
+        for system in (compared["ours"], compared["peers"]["hf"]):
+            rates = {precision: rows for precision, rows in system["all_rows_per_s"]}
+            assert set(rates) == {"float32", "bfloat16"}
+            assert system["rows_per_s"] == rates[system["precision"]] == max(rates.values())
+    short, long = (result["cases"][name]["workload"]["prompt_tokens"] for name in ("short", "long"))
+    assert short["max"] < long["min"]
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_llama_cpp_writes_what_we_write_but_where_its_rounding_decides(tmp_path) -> None:
+    """It multiplies in eight bits; texts of mixed-up sequences would hardly ever agree."""
+    pytest.importorskip("llama_cpp")
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "sample", "--rows=12", "--max-tokens=6", "--batch-size=4"]
+    assert main([*arguments, "--vs=llamacpp", f"--out={out}"]) == 0
+    peer = json.loads(out.read_text())["peers"]["llamacpp"]
+    assert peer["precision"] == "Q4_1"
+    assert peer["same_text"] >= 0.5
+
+
+def test_the_cases_differ_in_length_and_batch_alone() -> None:
+    cases = {case.name: case for case in choose_cases("all", 64, 60, 500, 32)}
+    assert [case.slots for case in cases.values()] == [32, 1, 32, 32]
+    assert cases["single"].rows == 8
+    assert choose_cases("short", 64, 60, 500, 32) == [cases["short"]]
+    with pytest.raises(HumpbackError, match="known: all, mixed, single"):
+        choose_cases("tall", 64, 60, 500, 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vs=vllm"], "known: hf, llamacpp"),
+        (["--vs=llamacpp"], "reads GGUF files, and --model=tiny-random is none"),
+        (["--case=tall"], "--case=tall is unknown"),
+        (["--rounds=0"], "--rounds=0 has to be 1 or more"),
+    ],
+)
+def test_a_measurement_that_cannot_be_is_refused_before_anything_is_measured(
+    flags, message, monkeypatch, capsys
+) -> None:
     monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
-    assert main(["bench", "sample", "--vs=vllm"]) != 0
-    assert "known: hf" in capsys.readouterr().err
+    assert main(["bench", "sample", "--model=tiny-random", *flags]) != 0
+    assert message in capsys.readouterr().err
+
+
+def job(count: int = 4) -> PairsJob:
+    return PairsJob("tiny-random", "float32", 4, 8, read_pairs("builtin", count))
+
+
+def test_reading_and_sharing_are_counted_as_done_and_nothing_is_compiled_while_timed() -> None:
+    found = rate.measure(job(), "rubric_likelihood")
+    model = load_model("tiny-random")
+    prompt, encode = model.template.rubric_likelihood_prompt, model.tokenizer.encode
+    pairs = [("", ""), *((pair.instruction, pair.response) for pair in job().pairs)]
+    assert found["prompt_tokens"] == sum(len(encode(prompt(*pair))) for pair in pairs)
+    head = encode(prompt("\n\n", "").split("\n\n\n")[0])
+    assert found["shared_tokens"] % len(pairs) == 0
+    assert len(head) <= found["shared_tokens"] / len(pairs) <= len(head) + 1
+    assert found["unshared_tokens"] == found["prompt_tokens"] - found["shared_tokens"]
+    assert found["compiled_while_timed"] == 0
+    assert found["bare_prefill_seconds"] > 0 < found["seconds_without_sharing"]
+    assert found["matmul_share"] > 0
+    assert found["rated"] == len(job().pairs)
+
+
+def test_a_response_s_own_likelihood_is_computed_once_for_all_its_instructions(
+    monkeypatch,
+) -> None:
+    alone = rate.measure(job(), "pmi")["log_p_y"]
+    assert alone["once"] and alone["tokens_computed"] == alone["tokens_needed"] > 0
+    assert (alone["responses"], alone["pairs"]) == (4, 8)
+
+    def forgetful(curator, judge, pairs, decoding, seed, scored):
+        # A judge that forgets between two calls computes each response twice.
+        scored.alone.clear()
+        return rating(curator, judge, pairs, decoding, seed, scored)
+
+    rating = rate.rate
+    monkeypatch.setattr(rate, "rate", forgetful)
+    twice = rate.measure(job(), "pmi")["log_p_y"]
+    assert not twice["once"] and twice["tokens_computed"] == 2 * twice["tokens_needed"]
+
+
+def test_compilations_are_counted() -> None:
+    found = Compilations()
+    step = jax.jit(lambda x: x * 3 + len(str(found)))
+    step(np.ones(7)), step(np.ones(7))
+    assert found.count == 1
+    step(np.ones(8))
+    assert found.count == 2
+
+
+def test_gains_are_ratios_of_the_best_times_of_any_round() -> None:
+    def result(seconds, **more):
+        return {"seconds": seconds, "rows_per_s": 8 / seconds, **more}
+
+    likelihood = [
+        result(2.0, seconds_without_sharing=3.0, bare_prefill_seconds=2.5),
+        result(1.0, seconds_without_sharing=4.0, bare_prefill_seconds=0.5),
+    ]
+    for each in likelihood:
+        each |= {"prompt_tokens": 400, "unshared_tokens": 100}
+    curators = {
+        "rubric": best_of([result(5.0), result(4.0)]),
+        "rubric_likelihood": best_of(likelihood),
+        "pmi": {"log_p_y": {"once": True}},
+    }
+    assert curators["rubric_likelihood"]["prefill_ratio"] == 1.0 / 0.5
+    assert gains(curators) == {
+        "likelihood_gain": 4.0,
+        "prefix_gain": 3.0,
+        "prefix_gain_share": 0.75,
+        "log_p_y_once": True,
+    }
+
+
+def test_pairs_come_from_the_package_or_a_file_and_too_few_are_an_error(tmp_path) -> None:
+    packaged = packaged_pairs("train")
+    assert [pair.response for pair in read_pairs("builtin", 3)] == [
+        example.response for example in packaged[:3]
+    ]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([{"instruction": "Why?", "output": "Because."}]))
+    (pair,) = read_pairs(str(path), 1)
+    assert (pair.instruction, pair.response) == ("Why?", "Because.")
+    with pytest.raises(HumpbackError, match="1 pairs, 2 are wanted"):
+        read_pairs(str(path), 2)
+    path.write_text(json.dumps([{"text": "no pair"}]))
+    with pytest.raises(HumpbackError, match="is plain text"):
+        read_pairs(str(path), 1)
+
+
+@pytest.mark.slow
+def test_bench_score_prints_a_table_and_writes_every_curator_s_figures(tmp_path, capsys) -> None:
+    out = tmp_path / "score.json"
+    arguments = ["bench", "score", "--model=tiny-random", "--rows=5", "--max-tokens=8"]
+    assert main([*arguments, "--batch-size=4", f"--out={out}", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(out.read_text())
+    assert json.loads(lines[-1]) == result
+    assert {"ours", "peers", "ratio", "matmul_share"} <= set(result)
+    curators = result["ours"]["curators"]
+    assert list(curators) == ["rubric", "rubric_likelihood", "pmi", "combined"]
+    for name, figures in curators.items():
+        assert any(line.startswith(name) for line in lines)
+        assert figures["compiled_while_timed"] == 0
+        assert figures["rows_per_s"] == pytest.approx(5 / figures["seconds"])
+    assert curators["rubric"]["new_tokens"] <= 5 * 8
+    parts = (curators[name]["scored_tokens"] for name in ("pmi", "rubric_likelihood"))
+    assert curators["combined"]["scored_tokens"] == sum(parts)
+    assert result["ours"]["log_p_y_once"] is True
+
+
+@pytest.mark.slow
+def test_one_call_measures_a_device_and_a_part_that_fails_does_not_hide_the_others(
+    tmp_path, capsys
+) -> None:
+    arguments = ["--shapes=tiny,unknown", "--batches=2,4", "--model=random:tiny", "--rows=6"]
+    assert gpu.main([*arguments, "--batch-size=4", f"--out={tmp_path}"]) == 1
+    (path,) = tmp_path.glob("gpu_*.json")
+    result = json.loads(path.read_text())
+    assert [row["batch"] for row in result["tiny"]["decode"]] == [2, 4]
+    for row in result["tiny"]["decode"]:
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["step_ms"])
+        assert 0 < row["bandwidth_share"] < 1
+    assert 0 < result["tiny"]["prefill"]["matmul_share"] < 1.5
+    assert "no such shape" in result["unknown"]["failed"]
+    assert result["sample"]["ours"]["rows_per_s"] > 0
+    assert result["score"]["ours"]["likelihood_gain"] > 0
+
+
+def test_a_part_that_takes_too_long_is_ended_with_its_children() -> None:
+    forks = "import subprocess; subprocess.run(['sleep', '60'])"
+    with pytest.raises(HumpbackError, match="no time left"):
+        gpu.run_until(0.0, [sys.executable, "-c", forks])
+
+
+def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(monkeypatch) -> None:
+    monkeypatch.setattr(roofline, "_memory", lambda: 1)
+    monkeypatch.setattr(roofline, "_prefill", lambda *_: {})
+    (row,) = roofline.measure("tiny", [2])["decode"]
+    assert row["skipped"].startswith("needs")
+
+
+def test_a_job_of_pairs_is_the_same_after_a_file(tmp_path) -> None:
+    job().save(tmp_path / "job.json")
+    assert dataclasses.asdict(PairsJob.load(tmp_path / "job.json")) == dataclasses.asdict(job())

@@ -1,4 +1,4 @@
-"""Every command that the README shows runs, on the tiny model where it says so."""
+"""Every command that the README and docs/ show runs, on the tiny model where it says so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from humpback_jax.cli import main
+from humpback_jax.cli import build_parser, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +31,31 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(commands) >= 5
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
+
+
+# Each command of the page on speed runs on random weights, where it does not read a GGUF file.
+SMALL = "--model=tiny-random --rows=6 --max-tokens=4 --batch-size=4 --rounds=1"
+
+
+def test_every_command_on_the_page_on_speed_is_understood() -> None:
+    commands = shown_commands(ROOT / "docs" / "benchmarks.md")
+    assert len(commands) >= 4
+    for command in commands:
+        _, rest = build_parser().parse_known_args(shlex.split(command)[1:])
+        assert not rest, command
+
+
+@pytest.mark.slow
+def test_every_command_on_the_page_on_speed_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    for number, command in enumerate(shown_commands(ROOT / "docs" / "benchmarks.md")):
+        if "llamacpp" not in command:
+            command = command.replace("--case=all", "--case=single")
+            out = tmp_path / f"{number}.json"
+            assert main(shlex.split(f"{command} {SMALL} --out={out}")[1:]) == 0, command
+            assert out.exists()
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.py")))

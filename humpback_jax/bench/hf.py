@@ -1,4 +1,4 @@
-"""`transformers.generate` on the same work: `python -m humpback_jax.bench.hf WORKLOAD BATCHES`."""
+"""`transformers.generate`: `python -m humpback_jax.bench.hf WORKLOAD PRECISION BATCHES`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from humpback_jax.bench.workload import Workload
 TRIAL_ROWS = 32  # rows on which the batch size is chosen
 
 
-def measure(workload: Workload, batches: list[int]) -> dict[str, Any]:
+def measure(workload: Workload, precision: str, batches: list[int]) -> dict[str, Any]:
     """Rates of greedy generation with the best of some batch sizes, prompts sorted by length."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if workload.precision == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(workload.hf, dtype=dtype).eval().to(device)
     order = sorted(range(len(workload.prompts)), key=lambda i: -len(workload.prompts[i]))
@@ -60,11 +60,12 @@ def measure(workload: Workload, batches: list[int]) -> dict[str, Any]:
         "new_tokens_per_s": new / seconds,
         "tokens_per_s": (new + sum(map(len, workload.prompts))) / seconds,
         "new_tokens": new,
+        "precision": precision,
         "batch": best,
         "outputs": [outputs[i] for i in range(len(order))],
     }
 
 
 if __name__ == "__main__":
-    sizes = [int(size) for size in sys.argv[2].split(",")]
-    print(json.dumps(measure(Workload.load(Path(sys.argv[1])), sizes)))
+    sizes = [int(size) for size in sys.argv[3].split(",")]
+    print(json.dumps(measure(Workload.load(Path(sys.argv[1])), sys.argv[2], sizes)))

@@ -11,9 +11,44 @@ from pathlib import Path
 from humpback_jax.corpus.documents import read_documents
 from humpback_jax.corpus.segments import segments
 from humpback_jax.errors import HumpbackError
-from humpback_jax.models import LanguageModel
+from humpback_jax.inference import common_start
+from humpback_jax.models import LanguageModel, is_random
 
 CHARS_PER_TOKEN = 4  # of English text, about
+SHORT, LONG = (20, 80), (300, 500)  # tokens of the segments of the cases of these names
+CASES = ("mixed", "single", "short", "long")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """So many segments of `shortest` to `longest` tokens, `slots` of them decoded together."""
+
+    name: str
+    rows: int
+    shortest: int
+    longest: int
+    slots: int
+
+
+def choose_cases(name: str, rows: int, shortest: int, longest: int, slots: int) -> list[Case]:
+    """The case of that name, or with "all" every one, the main case first.
+
+    `single` decodes one row at a time, and has an eighth of the rows.
+
+    Raises:
+      HumpbackError: no such case.
+    """
+    known = {
+        "mixed": Case("mixed", rows, shortest, longest, slots),
+        "single": Case("single", -(-rows // 8), shortest, longest, 1),
+        "short": Case("short", rows, *SHORT, slots),
+        "long": Case("long", rows, *LONG, slots),
+    }
+    if name == "all":
+        return list(known.values())
+    if name not in known:
+        raise HumpbackError(f"--case={name} is unknown; known: all, {', '.join(known)}.")
+    return [known[name]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +56,15 @@ class Workload:
     """A job as token ids.
 
     Attributes:
-      model: name or folder of the model, as we load it. hf: its folder in Hugging Face's format.
+      model: name or folder of the model, as we load it. hf: its folder in Hugging Face's format;
+        gguf: its file for llama.cpp; each empty where no peer needs it.
       prompts: ids of each prompt. shared: how many of them all prompts begin with.
       max_new_tokens, stop_ids: when a text ends.
     """
 
     model: str
     hf: str
-    precision: str
+    gguf: str
     prompts: list[list[int]]
     shared: int
     max_new_tokens: int
@@ -42,6 +78,23 @@ class Workload:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
+def backward_workload(
+    model: LanguageModel, data: str, case: Case, max_new_tokens: int, hf: str, gguf: str
+) -> Workload:
+    """Augmentation: real segments under the backward prompt. See `texts` for the errors."""
+    encode, prompt = model.tokenizer.encode, model.template.backward_prompt
+    found = texts(model, data, case.rows, case.shortest, case.longest)
+    return Workload(
+        model=model.name,
+        hf=hf,
+        gguf=gguf,
+        prompts=[encode(prompt(text)) for text in found],
+        shared=len(common_start(model.tokenizer, prompt)),
+        max_new_tokens=max_new_tokens,
+        stop_ids=list(model.stop_ids),
+    )
+
+
 def texts(model: LanguageModel, data: str, count: int, shortest: int, longest: int) -> list[str]:
     """The first `count` segments of `shortest` to `longest` tokens.
 
@@ -52,9 +105,11 @@ def texts(model: LanguageModel, data: str, count: int, shortest: int, longest: i
       HumpbackError: the data hold fewer such segments.
     """
 
+    chars = longest * (1 if is_random(model.name) else CHARS_PER_TOKEN)  # random models read bytes
+
     def fitting() -> Iterator[str]:
         for document in read_documents([data]):
-            for segment, _ in segments(document, CHARS_PER_TOKEN * longest):
+            for segment, _ in segments(document, chars):
                 if shortest <= len(model.tokenizer.encode(segment.text)) <= longest:
                     yield segment.text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ def log_probs(
       HumpbackError: a query has no token, or a result is not a number.
     """
     prefix = prefix or compute_prefix(config, params, (), precision, layout, lora, mesh)
-    shared = [_shared(query, prefix) for query in queries]
+    shared = [shared_tokens(query, prefix) for query in queries]
     program = _program(config, precision, layout, lora, mesh)
     results = [np.zeros(len(query.targets), np.float32) for query in queries]
     for width, packed in _packed(queries, shared, axis_size(mesh, "data")):
@@ -149,11 +149,27 @@ def sequence_nll(
     found = log_probs(
         config, params, queries, precision, layout=layout, lora=lora, prefix=prefix, mesh=mesh
     )
+    return total_nll(found)
+
+
+def total_nll(found: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(nll float64 [n] in nats, tokens int64 [n]) of n results of `log_probs`."""
     nll = np.array([-values.astype(np.float64).sum() for values in found])
     return nll, np.array([len(values) for values in found], np.int64)
 
 
-def _shared(query: Query, prefix: Prefix) -> int:
+def programs(config: LlamaConfig, precision: Precision) -> int:
+    """How many programs have been compiled that score with this model, layers apart."""
+    program: Any = _program(config, precision, "unrolled", None)
+    return int(program._cache_size())
+
+
+def shared_tokens(query: Query, prefix: Prefix) -> int:
+    """How many of the query's first tokens are taken from the prefix.
+
+    Raises:
+      HumpbackError: the query has no token.
+    """
     if not len(query.tokens):
         raise HumpbackError(f"{query.id} is empty: nothing comes next.")
     trunk = query.tokens[query.branches == 0]

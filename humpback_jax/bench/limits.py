@@ -1,0 +1,83 @@
+"""What the machine can do at best, and how much of it a model's work asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from humpback_jax.model.config import LlamaConfig
+
+REPEATS = 10  # of each measurement here; the fastest counts
+
+
+def prefill_flops(config: LlamaConfig, shared: int, own: int, logits: int = 1) -> float:
+    """Floating-point operations of reading a text: layers, attention, head.
+
+    2 x the layers' matmul parameters x tokens, 4 x H x K for each key that a query sees, and
+    2 x D x V for each place whose logits are wanted.
+
+    Args:
+      shared, own: tokens whose keys are there already, and those that are computed.
+    """
+    depth, width = config.num_hidden_layers, config.hidden_size
+    heads = config.num_attention_heads * config.head_dim
+    layer = sum(a * b for a, b in layer_shapes(config))
+    keys = own * shared + own * (own + 1) / 2
+    head = 2.0 * width * config.vocab_size * logits
+    return depth * (2.0 * layer * own + 4.0 * heads * keys) + head
+
+
+def layer_shapes(config: LlamaConfig) -> list[tuple[int, int]]:
+    """[d_in, d_out] of each matrix of a layer."""
+    heads = config.num_attention_heads * config.head_dim
+    groups = config.num_key_value_heads * config.head_dim
+    width, inner = config.hidden_size, config.intermediate_size
+    attention = [(width, heads), (width, groups), (width, groups), (heads, width)]
+    return [*attention, (width, inner), (width, inner), (inner, width)]
+
+
+def matmul_rate(config: LlamaConfig, rows: int, dtype: str) -> float:
+    """FLOP/s of a layer's matrix products alone, at their shapes, the weights not in the cache."""
+    shapes, layers = layer_shapes(config), 8
+    kernels = [[jnp.ones(shape, dtype) for shape in shapes] for _ in range(layers)]
+    inputs = {size: jnp.ones((rows, size), dtype) for size in {shape[0] for shape in shapes}}
+
+    @jax.jit
+    def products(kernels: Any, inputs: Any) -> Any:
+        return [
+            jax.lax.dot(inputs[kernel.shape[0]], kernel, preferred_element_type=jnp.float32)
+            for layer in kernels
+            for kernel in layer
+        ]
+
+    seconds = fastest(lambda: products(kernels, inputs))
+    return layers * sum(2.0 * rows * a * b for a, b in shapes) / seconds
+
+
+def square_matmul_rate(size: int, dtype: str) -> float:
+    """FLOP/s of one product of two square matrices: what the device's makers quote."""
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: jax.lax.dot(x, x, preferred_element_type=jnp.float32))
+    return 2.0 * size**3 / fastest(lambda: product(matrix))
+
+
+def copy_bandwidth(size: int) -> float:
+    """Bytes/s, read and written together, of a copy of `size` bytes."""
+    array = jnp.ones(size // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    return 2.0 * array.nbytes / fastest(lambda: copy(array))
+
+
+def fastest(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest of `REPEATS` calls, after one that compiles."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - started)
+    return min(times)

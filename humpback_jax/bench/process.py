@@ -1,0 +1,62 @@
+"""A measurement in a process of its own, and what that process can say about itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from humpback_jax.errors import HumpbackError
+
+
+def measure_apart(module: str, *options: str | Path, seconds: float | None = None) -> Any:
+    """Runs `python -m humpback_jax.bench.MODULE OPTIONS` and returns the JSON it prints last.
+
+    Raises:
+      HumpbackError: it failed, or took longer than `seconds`.
+    """
+    name = f"humpback_jax.bench.{module}"
+    command = [sys.executable, "-m", name, *map(str, options)]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "0"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired as error:
+        raise HumpbackError(f"the measurement {module} took more than {seconds:.0f} s.") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise HumpbackError(f"the measurement {module} failed: {lines[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def leave_the_device_to_others() -> None:
+    """Keeps this process on the CPU: a GPU's memory belongs to the process that measures."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+def peak_bytes() -> int:
+    """The most memory in use at one time so far: of the accelerator, else of the process."""
+    found = jax.devices()[0].memory_stats()
+    if found and "peak_bytes_in_use" in found:
+        return int(found["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Compilations:
+    """Counts the programs that XLA compiles, or loads compiled, from now on."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event: str, duration_secs: float, **details: str | int) -> None:
+        self.count += event == self._EVENT
