@@ -12,14 +12,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from humpback_jax.compute import choose_compute
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import capacity_for
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import count_parameters
-from humpback_jax.parallel.mesh import MeshShape, axis_size, make_mesh
+from humpback_jax.models import load_config
+from humpback_jax.parallel.mesh import MeshShape, axis_size, make_mesh, parse_mesh
 from humpback_jax.parallel.rules import abstract_params
-from humpback_jax.parallel.topology import Chip
+from humpback_jax.parallel.topology import Chip, tpu_slice
 from humpback_jax.sampling.engine import Shape
 from humpback_jax.sampling.memory import KEPT_FREE, rows_that_fit
 from humpback_jax.sampling.prefix import abstract_prefix
@@ -31,6 +33,37 @@ from humpback_jax.sampling.programs import (
 )
 
 PRECISION = Precision("bfloat16", "bfloat16")
+CHARS_PER_TOKEN = 3  # of long documents, at least
+
+
+def compile_for(config: Any, model: str | None, topology: str) -> dict[str, Any]:
+    """The programs that write and rate instructions as a run of `config` would, on a slice.
+
+    Args:
+      model: instead of the config's base.
+
+    Returns:
+      Under "prefill" and "decode" what `compile_decode` reports.
+
+    Raises:
+      HumpbackError: an unknown slice or model, or one that the slice does not hold.
+    """
+    architecture = load_config(model or config.base.model)
+    devices, chip = tpu_slice(topology)
+    compute = choose_compute("bfloat16", config.compute.batch_size, platform="tpu")
+    engine = compute.engine_shape
+    tokens = config.corpus.max_chars // CHARS_PER_TOKEN + config.augment.max_new_tokens
+    tokens = min(tokens, architecture.max_position_embeddings)
+    plan = plan_decode(
+        architecture,
+        devices,
+        chip,
+        parse_mesh(config.compute.mesh),
+        engine.slots,
+        tokens,
+        engine.chunks * engine.chunk_tokens,
+    )
+    return {"topology": topology, **compile_decode(architecture, plan, engine, chip)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,6 +159,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     _bench_verbs(verb("bench", "measure speed: ours, and others' on the same work"))
 
+    ahead = verb("aot", "compile for a TPU slice that need not be there", config=True)
+    ahead.add_argument("--topology", required=True, help="KIND:SHAPE, e.g. v5e:2x4 or v5p:2x2x1")
+    ahead.add_argument("--model", default=None, help="instead of a config's; random:SHAPE is known")
+    ahead.add_argument("--out", help="where to write the results as JSON")
+
     export = verb("export", "write a model for other programs")
     export.add_argument("--model", required=True)
     export.add_argument("--format", choices=("hf",), default="hf")

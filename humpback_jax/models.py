@@ -13,7 +13,7 @@ from humpback_jax.checkpoint import load_params, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, init_params
-from humpback_jax.model.shapes import SHAPES
+from humpback_jax.model.shapes import PUBLISHED, SHAPES
 from humpback_jax.text.template import Tags, Template, require_same_template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 from humpback_jax.weights.hashing import params_hash
@@ -78,6 +78,23 @@ def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageMode
     return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))
 
 
+def load_config(name: str) -> LlamaConfig:
+    """The architecture of a model alone; of well-known ones without any file.
+
+    Raises:
+      HumpbackError: as `load_model`.
+    """
+    if is_random(name):
+        return _random_config(name)
+    if name in PUBLISHED:
+        return SHAPES[PUBLISHED[name]]
+    from humpback_jax.weights.named import resolve
+    from humpback_jax.weights.safetensors_io import read_config
+
+    found = resolve(name)
+    return read_config(found.path) if found.kind == "hf" else load_model(name).config
+
+
 def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any]) -> None:
     """Writes weights (Orbax), tokenizer, template and config; `humpback.json` last."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,13 +155,17 @@ def _random(name: str, seed: int, template: str) -> LanguageModel:
 
     from humpback_jax.text.byte_tokenizer import byte_tokenizer
 
-    shape = "tiny" if name == "tiny-random" else name.removeprefix("random:")
-    if shape not in SHAPES:
-        raise HumpbackError(f"{name}: no such shape; known: {', '.join(SHAPES)}.")
     tokenizer = byte_tokenizer()
     config = dataclasses.replace(
-        SHAPES[shape], eos_token_ids=tokenizer.eos_ids, pad_token_id=tokenizer.pad_id
+        _random_config(name), eos_token_ids=tokenizer.eos_ids, pad_token_id=tokenizer.pad_id
     )
     dtype = "float32" if name == "tiny-random" else "bfloat16"
     params = init_params(config, jax.random.key(seed), dtype)
     return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))
+
+
+def _random_config(name: str) -> LlamaConfig:
+    shape = "tiny" if name == "tiny-random" else name.removeprefix("random:")
+    if shape not in SHAPES:
+        raise HumpbackError(f"{name}: no such shape; known: {', '.join(SHAPES)}.")
+    return SHAPES[shape]

@@ -342,6 +342,33 @@ def bench(arguments: argparse.Namespace) -> Result:
     return result
 
 
+def aot(arguments: argparse.Namespace) -> Result:
+    """Compiles a config's prefill and decode for a TPU slice; prints what they need there."""
+    from humpback_jax.aot import compile_for
+    from humpback_jax.artifacts import write_json
+
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    result = compile_for(config or default_config(), arguments.model, arguments.topology)
+    for name in ("prefill", "decode"):
+        entry = result[name]
+        gib = {kind: size / 2**30 for kind, size in entry["bytes_by_kind"].items()}
+        listed = ", ".join(f"{kind} {size:.2f}" for kind, size in gib.items() if size >= 0.005)
+        print(
+            f"{name}: {entry['bytes_per_device'] / 2**30:.2f} of {entry['hbm_bytes'] / 2**30:.0f} "
+            f"GiB a device ({listed}), {'fits' if entry['fits'] else 'does not fit'}; compiled in "
+            f"{entry['compile_s']:.0f} s"
+        )
+    decode = result["decode"]
+    print(
+        f"mesh {decode['mesh']}, {decode['slots']} rows of {decode['capacity']} tokens a copy; a "
+        f"step is estimated at {1e3 * decode['est_step_s']:.1f} ms, {decode['est_mfu']:.1%} of the "
+        "products' rate"
+    )
+    if arguments.out:
+        write_json(Path(arguments.out), result)
+    return result
+
+
 def export(arguments: argparse.Namespace) -> Result:
     """Weights, config and tokenizer as a folder that `transformers` loads."""
     from humpback_jax.text.template import baked_chat_template

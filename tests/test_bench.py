@@ -70,7 +70,7 @@ def test_a_step_reads_every_weight_but_the_embeddings_and_each_row_s_keys_and_va
 
 
 def test_the_shapes_have_the_parameters_that_their_names_say() -> None:
-    for name, billions in (("llama_1b", 1.1), ("llama_7b", 6.74)):
+    for name, billions in (("tinyllama", 1.1), ("llama2_7b", 6.74)):
         config = SHAPES[name]
         shapes = jax.eval_shape(lambda config=config: init_params(config, jax.random.key(0)))
         found = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -81,7 +81,7 @@ def test_random_weights_by_shape_write_text_and_an_unknown_shape_is_refused() ->
     model = load_model("random:tiny")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
     assert model.config == load_model("tiny-random").config
-    with pytest.raises(HumpbackError, match="known: tiny, llama_1b"):
+    with pytest.raises(HumpbackError, match="known: tiny, tinyllama"):
         load_model("random:llama_9000b")
 
 

@@ -28,9 +28,9 @@ CUDA_TORCH = "import torch, transformers; raise SystemExit(not torch.cuda.is_ava
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", allow_abbrev=False)
-    parser.add_argument("--shapes", default="llama_1b,llama_7b", help="of the roofline")
+    parser.add_argument("--shapes", default="tinyllama,llama2_7b", help="of the roofline")
     parser.add_argument("--batches", default="32,128,256", help="rows decoded together")
-    parser.add_argument("--model", default="random:llama_1b", help="of the other measurements")
+    parser.add_argument("--model", default="random:tinyllama", help="of the other measurements")
     parser.add_argument("--rows", type=int, default=256, help="of segments; half as many pairs")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=570, help="for everything together")
