@@ -353,7 +353,7 @@ def _in_cache(
 def _cut(
     side: _Side, ref: Ref, slot: jax.Array, heads: Any, offset: int | jax.Array, count: int
 ) -> Ref:
-    places = pl.ds(pl.multiple_of(offset, count), count)
+    places = pl.ds(pl.multiple_of(jnp.asarray(offset), count), count)
     return ref.at[slot, heads, :, places] if side.axis == 3 else ref.at[slot, heads, places, :]
 
 

@@ -9,13 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from humpback_jax.model.cache import (
-    LayerCache,
-    chunk_attention,
-    decode_attention,
-    empty_cache,
-)
+from humpback_jax.model.cache import LayerCache, empty_cache
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Llama, Params, bind
 from humpback_jax.sampling.prefix import PrefixArrays
@@ -99,7 +95,7 @@ def empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: 
 
 @functools.lru_cache(maxsize=32)
 def prefill_program(
-    config: LlamaConfig, precision: Precision
+    config: LlamaConfig, precision: Precision, kernels: Kernels = XLA
 ) -> Callable[[Params, Slots, PrefixArrays, Chunks], tuple[Slots, Drawn]]:
     """(params, slots, prefix, chunks) -> (slots, the first token of each chunk that is final)."""
 
@@ -113,7 +109,7 @@ def prefill_program(
             model,
             chunks.tokens,
             (chunks.offsets + chunks.starts)[:, None] + within,
-            chunk_attention(chunks.slots, chunks.offsets, chunks.starts, precision),
+            kernels.prefill(chunks.slots, chunks.offsets, chunks.starts, precision),
             slots.caches,
             prefix,
             precision,
@@ -159,7 +155,7 @@ def prefill_program(
 
 @functools.lru_cache(maxsize=32)
 def decode_program(
-    config: LlamaConfig, precision: Precision, steps: int
+    config: LlamaConfig, precision: Precision, steps: int, kernels: Kernels = XLA
 ) -> Callable[[Params, Slots, PrefixArrays, jax.Array, jax.Array], tuple[Slots, Drawn]]:
     """(params, slots, prefix, ended bool [B], patience int32 []) -> (slots, what each row drew).
 
@@ -192,7 +188,7 @@ def decode_program(
                 model,
                 slots.last[:, None],
                 (slots.offsets + places)[:, None],
-                decode_attention(places, slots.offsets, slots.live, precision),
+                kernels.decode(places, slots.offsets, slots.live, precision),
                 slots.caches,
                 prefix,
                 precision,
