@@ -16,6 +16,7 @@ from humpback_jax.compute import choose_compute
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import capacity_for
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.models import load_config
@@ -63,7 +64,10 @@ def compile_for(config: Any, model: str | None, topology: str) -> dict[str, Any]
         tokens,
         engine.chunks * engine.chunk_tokens,
     )
-    return {"topology": topology, **compile_decode(architecture, plan, engine, chip)}
+    return {
+        "topology": topology,
+        **compile_decode(architecture, plan, engine, chip, compute.kernels),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +129,7 @@ def plan_decode(
 
 
 def compile_decode(
-    config: LlamaConfig, plan: DecodePlan, engine: Shape, chip: Chip
+    config: LlamaConfig, plan: DecodePlan, engine: Shape, chip: Chip, kernels: Kernels = XLA
 ) -> dict[str, Any]:
     """Compiles prefill and decode for the plan's devices; reports bytes of a device and times.
 
@@ -140,11 +144,11 @@ def compile_decode(
     ended = jax.ShapeDtypeStruct((copies * plan.slots,), bool)
     programs: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "prefill": (
-            prefill_program(config, PRECISION, mesh),
+            prefill_program(config, PRECISION, mesh, kernels),
             (empty_chunks(copies * engine.chunks, engine.chunk_tokens),),
         ),
         "decode": (
-            decode_program(config, PRECISION, engine.steps, engine.drafts, mesh),
+            decode_program(config, PRECISION, engine.steps, engine.drafts, mesh, kernels),
             (ended, np.int32(1)),
         ),
     }

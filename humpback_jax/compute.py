@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Layout
 from humpback_jax.parallel.mesh import Share, our_share, parse_mesh
@@ -24,6 +25,7 @@ class Compute:
     weights: dtype of kernels and embeddings in sampling and scoring; never in training.
     share: the devices of scoring and generation, and our part of jobs that several hosts share.
     memory: bytes of each device for weights and rows; None for what it has.
+    kernels: how training and generation attend.
     """
 
     precision: Precision
@@ -32,6 +34,7 @@ class Compute:
     weights: str = "float32"
     share: Share = dataclasses.field(default_factory=Share)
     memory: int | None = None
+    kernels: Kernels = XLA
 
     @property
     def scoring_formats(self) -> str:
@@ -56,6 +59,7 @@ def choose_compute(
     kv: str = "auto",
     mesh: str = "auto",
     memory_gb: float = 0.0,
+    platform: str | None = None,
 ) -> Compute:
     """Resolves "auto": bfloat16 products on accelerators, float32 on CPU.
 
@@ -66,13 +70,15 @@ def choose_compute(
       weights, kv: "int8", or "auto": weights as products, cached keys and values as activations.
       mesh: as `parse_mesh` reads it; see `our_share`.
       memory_gb: GiB of each device for weights and rows; 0 for what it has.
+      platform: that will run the programs: "cpu", "tpu" or "gpu"; JAX's own where not given.
 
     Raises:
       HumpbackError: an unknown format, or a mesh that does not fit the devices.
     """
     import jax
 
-    on_cpu = jax.default_backend() == "cpu"
+    platform = platform or jax.default_backend()
+    on_cpu = platform == "cpu"
     if precision == "auto":
         precision = "float32" if on_cpu else "bfloat16"
     if precision not in ("float32", "bfloat16"):
@@ -97,6 +103,7 @@ def choose_compute(
         precision if weights == "auto" else weights,
         our_share(parse_mesh(mesh)),
         int(memory_gb * GIB) or None,
+        Kernels.of_platform(platform),
     )
 
 

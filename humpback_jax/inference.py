@@ -64,6 +64,7 @@ class Inference:
             compute.engine_shape,
             self.mesh,
             compute.memory,
+            compute.kernels,
         )
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
 

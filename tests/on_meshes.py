@@ -38,7 +38,7 @@ def model_of(name: str) -> LanguageModel:
 
 
 def results(model: LanguageModel, mesh: str, rows: int, new: int) -> dict[str, Any]:
-    reader = Inference(model, choose_compute("float32", 4, mesh))
+    reader = Inference(model, choose_compute("float32", 4, mesh=mesh))
     prompts = [
         (e.id, e.instruction + "\n" * (i % 3)) for i, e in enumerate(packaged_pairs("train"))
     ]

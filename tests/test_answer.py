@@ -160,7 +160,7 @@ def test_shards_are_handed_on_once_complete_and_in_order_inside(
 ):
     """Rows arrive in any order within a window of announced places."""
     skipped = {shard for shard in range(count // size + 1) if shuffle.random() < 0.3}
-    collector, waiting, found = Collector(size, skipped), [], {}
+    collector, waiting, found = Collector(size, lambda shard: shard not in skipped), [], {}
     for place in range(count):
         if collector.wants(place):
             collector.expect(place, draws)

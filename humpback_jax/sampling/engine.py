@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import capacity_for
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Params
 from humpback_jax.parallel.mesh import axis_size
@@ -129,12 +130,14 @@ class Engine:
         shape: Shape = Shape(),
         mesh: Mesh | None = None,
         memory: int | None = None,
+        kernels: Kernels = XLA,
     ) -> None:
         """`params` are in layout "unrolled" and, for speed, in `precision.compute`.
 
         Args:
           mesh: where `params` lie, if not on one device; each copy along data has its own slots.
           memory: bytes of one device that weights and slots may take; None for what it has.
+          kernels: how tokens attend.
         """
         self.config, self.precision, self.shape, self.mesh = config, precision, shape, mesh
         self.copies = axis_size(mesh, "data")
@@ -144,8 +147,8 @@ class Engine:
         self.work = Work()
         self.memory = memory
         self._params = params if mesh else jax.tree.map(jnp.asarray, params)
-        self._prefill = prefill_program(config, precision, mesh)
-        self._decode = decode_program(config, precision, shape.steps, shape.drafts, mesh)
+        self._prefill = prefill_program(config, precision, mesh, kernels)
+        self._decode = decode_program(config, precision, shape.steps, shape.drafts, mesh, kernels)
 
     def generate(
         self, requests: Sequence[Request], prefix: Prefix | None = None

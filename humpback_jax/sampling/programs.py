@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,13 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from humpback_jax.model.cache import (
-    LayerCache,
-    chunk_attention,
-    decode_attention,
-    empty_cache,
-)
+from humpback_jax.model.cache import LayerCache, empty_cache
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Llama, Params, bind
 from humpback_jax.parallel.replicas import over_replicas, per_replica, whole
@@ -169,13 +166,15 @@ def _empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity:
 
 @functools.lru_cache(maxsize=32)
 def prefill_program(
-    config: LlamaConfig, precision: Precision, mesh: Mesh | None = None
+    config: LlamaConfig, precision: Precision, mesh: Mesh | None = None, kernels: Kernels = XLA
 ) -> Callable[[Params, Slots, PrefixArrays, Chunks], tuple[Slots, Drawn]]:
     """(params, slots, prefix, chunks) -> (slots, the first token of each chunk that is final).
 
     On a mesh, slots and chunks hold those of all copies along data; a chunk's slot counts from its
     copy's first.
     """
+
+    attention = dataclasses.replace(kernels, mesh=mesh)
 
     def prefill(
         params: Params, slots: Slots, prefix: PrefixArrays, chunks: Chunks
@@ -187,7 +186,7 @@ def prefill_program(
             model,
             chunks.tokens,
             (chunks.offsets + chunks.starts)[:, None] + within,
-            chunk_attention(chunks.slots, chunks.offsets, chunks.starts, precision),
+            attention.prefill(chunks.slots, chunks.offsets, chunks.starts, precision),
             slots.caches,
             prefix,
             precision,
@@ -238,7 +237,12 @@ def prefill_program(
 
 @functools.lru_cache(maxsize=32)
 def decode_program(
-    config: LlamaConfig, precision: Precision, steps: int, drafts: int, mesh: Mesh | None = None
+    config: LlamaConfig,
+    precision: Precision,
+    steps: int,
+    drafts: int,
+    mesh: Mesh | None = None,
+    kernels: Kernels = XLA,
 ) -> Callable[[Params, Slots, PrefixArrays, np.ndarray, np.int32], tuple[Slots, Drawn]]:
     """(params, slots, prefix, ended bool [B], patience int32 []) -> (slots, what each row drew).
 
@@ -251,6 +255,7 @@ def decode_program(
     """
     width = 1 + drafts
     ahead = jnp.arange(width)
+    attention = dataclasses.replace(kernels, mesh=mesh)
 
     def decode(
         params: Params, slots: Slots, prefix: PrefixArrays, ended: jax.Array, patience: jax.Array
@@ -280,7 +285,7 @@ def decode_program(
                 model,
                 tokens,
                 (slots.offsets + places)[:, None] + ahead,
-                decode_attention(places, slots.offsets, slots.live, precision),
+                attention.decode(places, slots.offsets, slots.live, precision),
                 slots.caches,
                 prefix,
                 precision,

@@ -191,6 +191,7 @@ def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSp
         dropout=section.dropout,
         precision=compute.precision,
         layout=compute.train_layout,
+        kernels=compute.kernels,
         remat=section.remat,
         seed=seed,
         log_every=section.log_every,

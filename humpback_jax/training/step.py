@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from humpback_jax.model.attention import packed_attention
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params, bind
 from humpback_jax.model.lora import join
@@ -49,6 +49,7 @@ class StepSpec:
     dropout: float = 0.0
     remat: bool = False
     longest: int | None = None
+    kernels: Kernels = XLA
 
 
 def batch_nll(
@@ -59,7 +60,7 @@ def batch_nll(
     hidden, _ = model.hidden_states(
         batch.tokens,
         batch.positions,
-        packed_attention(batch.segment_ids, batch.positions, spec.precision, spec.longest),
+        spec.kernels.packed(batch.segment_ids, batch.positions, spec.precision, spec.longest),
         precision=spec.precision,
         dropout_rate=spec.dropout,
         dropout_key=dropout_key,

@@ -13,6 +13,7 @@ import numpy as np
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params, init_params, stack_layers, unstack_layers
 from humpback_jax.model.lora import join, merge_adapter, split_adapter
@@ -55,6 +56,7 @@ class TrainSpec:
     eval_every: int = 0
     resume_every: int = 0
     checkpoint_epochs: bool = False
+    kernels: Kernels = XLA
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_examples", "row_tokens", "accumulation"):
@@ -127,6 +129,7 @@ def train(
         spec.dropout,
         spec.remat,
         plan.longest,
+        spec.kernels,
     )
     optimizer = make_optimizer(spec.optimizer, spec.steps)
     rate = learning_rate(spec.optimizer, spec.steps)
