@@ -36,7 +36,6 @@ from humpback_jax.model.llama import Attend, unstack_layers
 from humpback_jax.model.splash import splash_attention
 from humpback_jax.sampling.engine import Engine, Request, Shape
 from humpback_jax.sampling.prefix import compute_prefix
-from humpback_jax.sampling.programs import decode_program, prefill_program
 from humpback_jax.sampling.sampler import Decoding, record_key
 
 TESTS = Path(__file__).parent
@@ -336,9 +335,7 @@ def test_text_by_the_kernels_is_the_text_by_xla() -> None:
         requests.append(Request(str(index), prompt, key, Decoding(0.7, max_new_tokens=20)))
     texts = []
     for kernels in (XLA, Kernels("pallas", interpret=True)):
-        engine = Engine(config, params, (5,), shape=shape)
-        engine._prefill = prefill_program(config, engine.precision, kernels)
-        engine._decode = decode_program(config, engine.precision, shape.steps, kernels)
+        engine = Engine(config, params, (5,), shape=shape, kernels=kernels)
         prefix = compute_prefix(config, params, opening, engine.precision)
         texts.append(engine.generate(requests, prefix))
     for mine, expected in zip(*texts, strict=True):

@@ -100,7 +100,13 @@ def chunk_attention(
         shares = Shares.of(mesh, own.keys[0].shape[0], groups)
 
         def meet(
-            q: jax.Array, fresh: Fresh, own: LayerCache, shared: Shared
+            q: jax.Array,
+            fresh: Fresh,
+            own: LayerCache,
+            shared: Shared,
+            slots: jax.Array,
+            shared_counts: jax.Array,
+            starts: jax.Array,
         ) -> tuple[jax.Array, LayerCache]:
             queries = by_group(q, fresh.keys.shape[2], own.keys[0].dtype)
             held = own.keys[0].shape[0]
@@ -129,8 +135,10 @@ def chunk_attention(
 
         chunk = P(None, None, shares.heads)
         context, own = shares.run(
-            meet, (chunk, chunk, shares.cache, shares.by_group), (chunk, shares.cache)
-        )(q, Fresh(k, v), own, shared)
+            meet,
+            (chunk, chunk, shares.cache, shares.by_group, P(), P(), P()),
+            (chunk, shares.cache),
+        )(q, Fresh(k, v), own, shared, slots, shared_counts, starts)
         return context, (own, shared)
 
     return attend
