@@ -68,11 +68,14 @@ def qkv(case: Case, rows: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.A
 def full_cache(case: Case) -> tuple[LayerCache, Shared]:
     """A cache whose every place has some content, and a shared prefix."""
     empty = xla_cache._piece_sizes(case.capacity)
+    no_scales = (None,) * len(empty)
     keys = [(case.rows, case.groups, case.width, size) for size in empty]
     values = [(case.rows, case.groups, size, case.width) for size in empty]
     own = LayerCache(
         tuple(normal(10 + i, shape, case.dtype) for i, shape in enumerate(keys)),
         tuple(normal(30 + i, shape, case.dtype) for i, shape in enumerate(values)),
+        no_scales,
+        no_scales,
     )
     shared = Shared(
         normal(50, (case.groups, case.width, PREFIX), case.dtype),
@@ -84,13 +87,13 @@ def full_cache(case: Case) -> tuple[LayerCache, Shared]:
 def poisoned(cache: LayerCache, reached: np.ndarray) -> LayerCache:
     """NaN in every block of which a row has reached nothing; reached: [B] places."""
     keys, values, begin = [], [], 0
-    for key, value in zip(*cache, strict=True):
+    for key, value in zip(cache.keys, cache.values, strict=True):
         place = begin + np.arange(value.shape[2])
         unread = place[None] >= (-(-reached // BLOCK) * BLOCK)[:, None]
         keys.append(jnp.where(unread[:, None, None, :], jnp.nan, key))
         values.append(jnp.where(unread[:, None, :, None], jnp.nan, value))
         begin += value.shape[2]
-    return LayerCache(tuple(keys), tuple(values))
+    return cache._replace(keys=tuple(keys), values=tuple(values))
 
 
 def assert_same(found: LayerCache, expected: LayerCache) -> None:

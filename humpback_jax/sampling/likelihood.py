@@ -158,9 +158,9 @@ def total_nll(found: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return nll, np.array([len(values) for values in found], np.int64)
 
 
-def programs(config: LlamaConfig, precision: Precision) -> int:
+def programs(config: LlamaConfig, precision: Precision, mesh: Mesh | None = None) -> int:
     """How many programs have been compiled that score with this model, layers apart."""
-    program: Any = _program(config, precision, "unrolled", None)
+    program: Any = _program(config, precision, "unrolled", None, mesh)
     return int(program._cache_size())
 
 
