@@ -100,7 +100,13 @@ def chunk_attention(
         shares = Shares.of(mesh, own.keys[0].shape[0], groups)
 
         def meet(
-            q: jax.Array, fresh: Fresh, own: LayerCache, shared: Shared
+            q: jax.Array,
+            fresh: Fresh,
+            own: LayerCache,
+            shared: Shared,
+            slots: jax.Array,
+            shared_counts: jax.Array,
+            starts: jax.Array,
         ) -> tuple[jax.Array, LayerCache]:
             queries = by_group(q, fresh.keys.shape[2], own.keys[0].dtype)
             held = own.keys[0].shape[0]
@@ -127,10 +133,12 @@ def chunk_attention(
                 )
             return context, own
 
-        chunk = P(None, None, shares.heads)
+        chunk, all_chunks = P(None, None, shares.heads), P()
         context, own = shares.run(
-            meet, (chunk, chunk, shares.cache, shares.by_group), (chunk, shares.cache)
-        )(q, Fresh(k, v), own, shared)
+            meet,
+            (chunk, chunk, shares.cache, shares.by_group, all_chunks, all_chunks, all_chunks),
+            (chunk, shares.cache),
+        )(q, Fresh(k, v), own, shared, slots, shared_counts, starts)
         return context, (own, shared)
 
     return attend
