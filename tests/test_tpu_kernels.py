@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_attention import packed_rows
 from tiny_llama import from_torch, torch_llama
 
@@ -174,6 +175,8 @@ def check_prefill(case: Case, mesh: Mesh | None = None) -> None:
     starts = jnp.array([0, 128, 0, 0, case.capacity - 128], jnp.int32)
     counts = jnp.array([0, 0, 7, 7, PREFIX], jnp.int32)
     q, k, v = (x.at[3].set(x[2]) for x in qkv(case, 5, BLOCK))
+    if mesh is not None:
+        slots = jax.device_put(slots, NamedSharding(mesh, P()))
     own, shared = full_cache(case)
     reached = np.resize([128, 0, 256, 0, case.capacity, 0, 0, 0], case.rows)
     precision = Precision(case.dtype, "float32")
@@ -183,8 +186,12 @@ def check_prefill(case: Case, mesh: Mesh | None = None) -> None:
         (xla_cache.chunk_attention, own),
         (kernel, poisoned(own, reached)),
     ):
-        attend = jax.jit(attention(slots, counts, starts, precision))
-        context, (cache, _) = attend(q, k, v, (given_cache, shared))
+
+        @jax.jit
+        def run(slots: jax.Array, q: jax.Array, cache: LayerCache, attention=attention) -> tuple:
+            return attention(slots, counts, starts, precision)(q, k, v, (cache, shared))
+
+        context, (cache, _) = run(slots, q, given_cache)
         found.append((context, poisoned(cache, reached)))
     assert np.abs(found[0][0] - found[1][0]).max() < TOLERANCE[case.dtype]
     assert_same(found[0][1], found[1][1])
@@ -277,7 +284,8 @@ def test_what_cudnn_is_asked_for_trains_within_examples_alone() -> None:
 ON_A_MESH = """
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_tpu_kernels import Case, as_cudnn, check_decoding, check_prefill, check_training, splash
 
 axes = ("data", "fsdp", "tensor")
