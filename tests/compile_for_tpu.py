@@ -93,16 +93,15 @@ def attention_programs(
     yield "train", jax.grad(loss, argnums=(0, 1, 2)), (*qkv(tokens, 4, 2048), segments)
 
 
-def decoding_of_a_layer(device: Any) -> tuple[Any, int]:
-    """The compiled loop that draws tokens, with a cache of many bytes."""
+def decoding_of_a_layer(device: Any, heads: int, groups: int, width: int) -> dict[str, int]:
+    """Bytes of a large cache, and those that the loop which draws tokens needs beside it."""
     mesh = Mesh(np.array([device]), "data")
-    config = config_of(*HEADS["LLaMA 3 8B"])
+    config = config_of(heads, groups, width)
     kernels = Kernels.of_platform("tpu")
 
     def arguments() -> tuple[Any, ...]:
         params = init_params(config, jax.random.key(0), "bfloat16", "unrolled")
         slots = empty_slots(config, BFLOAT16, SLOTS, CAPACITY)
-        groups, width = config.num_key_value_heads, config.head_dim
         shared = Shared(
             jnp.zeros((groups, width, PREFIX), "bfloat16"),
             jnp.zeros((groups, PREFIX, width), "bfloat16"),
@@ -114,7 +113,8 @@ def decoding_of_a_layer(device: Any) -> tuple[Any, int]:
         lambda x: abstract(mesh, P(), x.dtype, *x.shape), jax.eval_shape(arguments)
     )
     cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(place[1].caches))
-    return decode_program(config, BFLOAT16, 16, kernels).lower(*place).compile(), cache
+    memory = decode_program(config, BFLOAT16, 16, kernels).lower(*place).compile().memory_analysis()
+    return {"cache_bytes": cache, "scratch_bytes": memory.temp_size_in_bytes}
 
 
 def main(topology: str) -> None:
@@ -126,9 +126,8 @@ def main(topology: str) -> None:
             jax.jit(function).lower(*arguments).compile()
             seconds = round(time.perf_counter() - start, 1)
             print(json.dumps({"model": model, "program": name, "seconds": seconds}), flush=True)
-    compiled, cache = decoding_of_a_layer(devices[0])
-    scratch = compiled.memory_analysis().temp_size_in_bytes
-    print(json.dumps({"program": "sampling", "cache_bytes": cache, "scratch_bytes": scratch}))
+        memory = decoding_of_a_layer(devices[0], *heads)
+        print(json.dumps({"model": model, "program": "sampling", **memory}), flush=True)
 
 
 if __name__ == "__main__":
