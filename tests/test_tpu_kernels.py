@@ -1,7 +1,8 @@
 """The kernels for TPU compute what XLA does, and touch nothing else.
 
-Run in Pallas' interpreter. If these fail, users on TPU get other text, or train on other gradients,
-than users on CPU do.
+They run in Pallas' interpreter for TPU, where memory begins as NaN and transfers happen no sooner
+than somebody waits for them. If these fail, users on TPU get other text, or train on other
+gradients, than users on CPU do.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_attention import packed_rows
-from tiny_llama import from_torch, torch_llama
+from tiny_llama import assert_trees_close, from_torch, random_examples, torch_llama
 
 from humpback_jax.model import cache as xla_cache
 from humpback_jax.model import tpu_cache
@@ -39,6 +41,8 @@ from humpback_jax.sampling.engine import Engine, Request, Shape
 from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.sampling.programs import decode_program, prefill_program
 from humpback_jax.sampling.sampler import Decoding, record_key
+from humpback_jax.training.packing import BatchOrder, batch_at, plan_packing
+from humpback_jax.training.step import StepSpec, batch_nll
 
 TESTS = Path(__file__).parent
 ROWS, PREFIX = 5, 128
@@ -95,6 +99,11 @@ def poisoned(cache: LayerCache, reached: np.ndarray) -> LayerCache:
     return LayerCache(tuple(keys), tuple(values))
 
 
+def interpreter(mesh: Mesh | None) -> bool | pltpu.InterpretParams:
+    """The interpreter for TPU; that of Pallas in general where devices work side by side."""
+    return True if mesh else pltpu.InterpretParams(dma_execution_mode="on_wait")
+
+
 def assert_same(found: LayerCache, expected: LayerCache) -> None:
     for mine, reference in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # NumPy knows no NaN of bfloat16.
@@ -117,7 +126,7 @@ def decoders(case: Case, mesh: Mesh | None) -> list[Callable]:
 
         return run
 
-    kernel = functools.partial(tpu_cache.decode_attention, mesh=mesh, interpret=True)
+    kernel = functools.partial(tpu_cache.decode_attention, mesh=mesh, interpret=interpreter(mesh))
     return [program(xla_cache.decode_attention), program(kernel)]
 
 
@@ -138,7 +147,7 @@ def check_decoding(
     assert_same(found_cache, poisoned(expected_cache, reached))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(
         st.sampled_from([0, 1, 31, 32, 126, 127, 128, 129, 254, 255]) | st.integers(0, 255),
@@ -181,7 +190,7 @@ def check_prefill(case: Case, mesh: Mesh | None = None) -> None:
     reached = np.resize([128, 0, 256, 0, case.capacity, 0, 0, 0], case.rows)
     precision = Precision(case.dtype, "float32")
     found = []
-    kernel = functools.partial(tpu_cache.chunk_attention, mesh=mesh, interpret=True)
+    kernel = functools.partial(tpu_cache.chunk_attention, mesh=mesh, interpret=interpreter(mesh))
     for attention, given_cache in (
         (xla_cache.chunk_attention, own),
         (kernel, poisoned(own, reached)),
@@ -284,6 +293,7 @@ def test_what_cudnn_is_asked_for_trains_within_examples_alone() -> None:
 ON_A_MESH = """
 import jax
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_tpu_kernels import Case, as_cudnn, check_decoding, check_prefill, check_training, splash
@@ -353,3 +363,27 @@ def test_text_by_the_kernels_is_the_text_by_xla() -> None:
     for mine, expected in zip(*texts, strict=True):
         assert mine.tokens.tolist() == expected.tokens.tolist()
         np.testing.assert_allclose(mine.logprobs, expected.logprobs, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_trains_on_the_gradients_of_xla_with_layers_scanned_and_recomputed() -> None:
+    config, params = from_torch(torch_llama())
+    examples = random_examples(12, longest=60)
+    order = BatchOrder([example.id for example in examples], 12, 0)
+    plan = plan_packing(examples, order, 1, 256, 1)
+    batch, _ = batch_at(examples, order, 0, plan, ["seed", "web"])
+    gradients = []
+    for kernels in (XLA, Kernels("pallas", interpret=True)):
+        spec = StepSpec(
+            config,
+            "scan",
+            Precision(),
+            plan.max_targets,
+            2,
+            remat=True,
+            longest=plan.longest,
+            kernels=kernels,
+        )
+        run = jax.jit(jax.grad(functools.partial(batch_nll, spec), has_aux=True))
+        gradients.append(run(params, batch)[0])
+    assert_trees_close(gradients[1], gradients[0], 1e-5)

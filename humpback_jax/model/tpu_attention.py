@@ -35,6 +35,7 @@ STEP_SCORES = 1 << 19
 STEP_BLOCKS = 4
 
 Ref = Any  # an array that a kernel reads and writes in place
+Interpret = bool | pltpu.InterpretParams
 
 
 class Fresh(NamedTuple):
@@ -54,7 +55,7 @@ def meet_cache(
     fresh: Fresh | None = None,
     *,
     tokens: int,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> tuple[Partial, LayerCache]:
     """What R rows know after their queries have met the keys in their slots, and the cache.
 
@@ -65,7 +66,7 @@ def meet_cache(
       reached: int32 [R], how many places a row reads; 0: nothing is read, met or written.
       fresh: is written to the cache first, as far as `reached`.
       tokens: T.
-      interpret: computes on any platform what the TPU would.
+      interpret: computes on any platform what the TPU would, as these parameters say.
     """
     rows, groups, count, width = queries.shape
     shape = _Shape.choose(cache, groups, count, tokens)

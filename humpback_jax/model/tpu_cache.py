@@ -25,6 +25,7 @@ from humpback_jax.model.shares import Shares
 from humpback_jax.model.tpu_attention import (
     TILE,
     Fresh,
+    Interpret,
     Ref,
     from_kernel_arrays,
     kernel_arrays,
@@ -40,7 +41,7 @@ def decode_attention(
     precision: Precision,
     *,
     mesh: Mesh | None = None,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> Attend:
     """See `cache.decode_attention`; slots that are not live read and write nothing."""
 
@@ -95,7 +96,7 @@ def chunk_attention(
     precision: Precision,
     *,
     mesh: Mesh | None = None,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> Attend:
     """See `cache.chunk_attention`; chunks are as wide as a block of the cache, 128 tokens."""
 
@@ -158,7 +159,7 @@ def _finish(partial: Partial, tokens: int, precision: Precision) -> jax.Array:
 
 
 def _write_chunks(
-    cache: LayerCache, fresh: Fresh, slots: jax.Array, starts: jax.Array, interpret: bool
+    cache: LayerCache, fresh: Fresh, slots: jax.Array, starts: jax.Array, interpret: Interpret
 ) -> LayerCache:
     """Writes chunks [R, BLOCK, G, K] to each one's slot and start, from memory to memory.
 
