@@ -461,6 +461,7 @@ def _compute(arguments: argparse.Namespace, rows: int) -> Compute:
         arguments.kv,
         arguments.mesh,
         arguments.memory_gb,
+        arguments.drafts,
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +28,14 @@ from humpback_jax.model.blockwise import BLOCK, Partial
 from humpback_jax.model.cache import LayerCache
 
 TILE = 32  # places that values are written by: the most that any dtype packs together
+LANES = 128  # numbers in a row of a vector register
 STEP_BYTES = 1 << 20  # keys and values that a step fetches: enough to hide what a step costs
 STEP_QUERIES = 1024  # queries of a step, over its heads
 STEP_SCORES = 1 << 19
 STEP_BLOCKS = 4
 
 Ref = Any  # an array that a kernel reads and writes in place
+Interpret = bool | pltpu.InterpretParams
 
 
 class Fresh(NamedTuple):
@@ -53,7 +55,7 @@ def meet_cache(
     fresh: Fresh | None = None,
     *,
     tokens: int,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> tuple[Partial, LayerCache]:
     """What R rows know after their queries have met the keys in their slots, and the cache.
 
@@ -64,7 +66,7 @@ def meet_cache(
       reached: int32 [R], how many places a row reads; 0: nothing is read, met or written.
       fresh: is written to the cache first, as far as `reached`.
       tokens: T.
-      interpret: computes on any platform what the TPU would.
+      interpret: computes on any platform what the TPU would, as these parameters say.
     """
     rows, groups, count, width = queries.shape
     shape = _Shape.choose(cache, groups, count, tokens)
@@ -82,7 +84,7 @@ def meet_cache(
     known = [partial.highest[..., None], partial.total[..., None], partial.context]
     known_specs = [of_row(count, 1), of_row(count, 1), of_row(count, width)]
     new = [] if fresh is None else [_by_head(x, queries.dtype) for x in fresh]
-    stored = [*cache.keys, *cache.values]
+    stored = kernel_arrays(cache)
     stored_specs = [pl.BlockSpec(memory_space=pltpu.HBM)] * len(stored)
     before = len(work) + 1 + len(new)
     highest, total, context, *stored = pl.pallas_call(
@@ -100,7 +102,7 @@ def meet_cache(
             out_specs=[*known_specs, *stored_specs],
             scratch_shapes=[
                 pltpu.VMEM((2, shape.heads, width, shape.span), queries.dtype),
-                pltpu.VMEM((2, shape.heads, shape.span, width), queries.dtype),
+                pltpu.VMEM((2, shape.heads, *shape.values_of(shape.span, width)), queries.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA,
             ],
@@ -109,9 +111,34 @@ def meet_cache(
         interpret=interpret,
         name="meet_cache",
     )(*work, queries, *new, *known, *stored)
-    keys, values = stored[: len(cache.keys)], stored[len(cache.keys) :]
     partial = Partial(highest[..., 0], total[..., 0], context)
-    return partial, cache._replace(keys=tuple(keys), values=tuple(values))
+    return partial, from_kernel_arrays(stored, width)
+
+
+def transposed(width: int) -> bool:
+    """Whether kernels take values as they take keys, [B, G, K, S].
+
+    Rows of fewer than 128 numbers would be padded, for which XLA copies the values there and back.
+    As it prefers to keep them, places are the last axis, and transposing them costs nothing.
+    """
+    return width % LANES != 0
+
+
+def kernel_arrays(cache: LayerCache) -> list[jax.Array]:
+    """The keys and values of all pieces, as kernels take them."""
+    values = cache.values
+    if transposed(cache.keys[0].shape[2]):
+        values = tuple(x.swapaxes(2, 3) for x in values)
+    return [*cache.keys, *values]
+
+
+def from_kernel_arrays(arrays: Sequence[jax.Array], width: int) -> LayerCache:
+    """The inverse of `kernel_arrays`."""
+    keys, values = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
+    if transposed(width):
+        values = [x.swapaxes(2, 3) for x in values]
+    no_scales = (None,) * len(keys)
+    return LayerCache(tuple(keys), tuple(values), no_scales, no_scales)
 
 
 def _by_head(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -122,16 +149,23 @@ def _by_head(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """Static sizes: T tokens; key/value heads and blocks of a step; where the pieces end."""
+    """Static sizes: T tokens; key/value heads and blocks of a step; where the pieces end.
+
+    transposed: see the function of this name.
+    """
 
     tokens: int
     heads: int
     blocks: int
     ends: tuple[int, ...]
+    transposed: bool
 
     @property
     def span(self) -> int:
         return self.blocks * BLOCK
+
+    def values_of(self, places: int, width: int) -> tuple[int, int]:
+        return (width, places) if self.transposed else (places, width)
 
     @classmethod
     def choose(cls, cache: LayerCache, groups: int, queries: int, tokens: int) -> _Shape:
@@ -145,7 +179,7 @@ class _Shape:
             STEP_BLOCKS,
             ends[-1] // BLOCK,
         )
-        return cls(tokens, heads, max(blocks, 1), ends)
+        return cls(tokens, heads, max(blocks, 1), ends, transposed(width))
 
 
 class _Work(NamedTuple):
@@ -194,7 +228,8 @@ def _kernel(shape: _Shape, writes: bool, *refs: Ref) -> None:
     parts = [refs[start:end] for start, end in itertools.pairwise(cuts)]
     scalars, (queries,), fresh, before, _, known, keys, values, scratch = parts
     key_buffers, value_buffers, arrived, stored = scratch
-    sides = _Side(keys, key_buffers, 3, BLOCK), _Side(values, value_buffers, 2, TILE)
+    value_axes = (3, BLOCK) if shape.transposed else (2, TILE)
+    sides = _Side(keys, key_buffers, 3, BLOCK), _Side(values, value_buffers, *value_axes)
     work = _Work(*scalars)
     number = pl.program_id(0) * work.steps[0] + pl.program_id(1)
     last = pl.num_programs(0) * work.steps[0] - 1
@@ -254,7 +289,8 @@ def _meet(
     kept = jnp.exp(highest[...] - new)
     highest[...] = new
     total[...] = total[...] * kept + weights.sum(axis=-1, keepdims=True)
-    mixed = _product("gqs,gsk->gqk", weights.astype(values.dtype), values)
+    mix = "gqs,gks->gqk" if shape.transposed else "gqs,gsk->gqk"
+    mixed = _product(mix, weights.astype(values.dtype), values)
     context[...] = context[...] * kept + mixed
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,16 @@ from humpback_jax.model.cache import LayerCache
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Attend, Cache
 from humpback_jax.model.shares import Shares
-from humpback_jax.model.tpu_attention import TILE, Fresh, meet_cache
+from humpback_jax.model.tpu_attention import (
+    TILE,
+    Fresh,
+    Interpret,
+    Ref,
+    from_kernel_arrays,
+    kernel_arrays,
+    meet_cache,
+    transposed,
+)
 
 
 def decode_attention(
@@ -33,7 +41,7 @@ def decode_attention(
     precision: Precision,
     *,
     mesh: Mesh | None = None,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> Attend:
     """See `cache.decode_attention`; slots that are not live read and write nothing."""
 
@@ -88,7 +96,7 @@ def chunk_attention(
     precision: Precision,
     *,
     mesh: Mesh | None = None,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> Attend:
     """See `cache.chunk_attention`; chunks are as wide as a block of the cache, 128 tokens."""
 
@@ -133,10 +141,10 @@ def chunk_attention(
                 )
             return context, own
 
-        chunk = P(None, None, shares.heads)
+        chunk, all_chunks = P(None, None, shares.heads), P()
         context, own = shares.run(
             meet,
-            (chunk, chunk, shares.cache, shares.by_group, P(), P(), P()),
+            (chunk, chunk, shares.cache, shares.by_group, all_chunks, all_chunks, all_chunks),
             (chunk, shares.cache),
         )(q, Fresh(k, v), own, shared, slots, shared_counts, starts)
         return context, (own, shared)
@@ -151,19 +159,24 @@ def _finish(partial: Partial, tokens: int, precision: Precision) -> jax.Array:
 
 
 def _write_chunks(
-    cache: LayerCache, fresh: Fresh, slots: jax.Array, starts: jax.Array, interpret: bool
+    cache: LayerCache, fresh: Fresh, slots: jax.Array, starts: jax.Array, interpret: Interpret
 ) -> LayerCache:
     """Writes chunks [R, BLOCK, G, K] to each one's slot and start, from memory to memory.
 
     Chunks that start at -1 are not written.
     """
-    dtype, pieces = cache.keys[0].dtype, len(cache.keys)
+    dtype, width = cache.keys[0].dtype, cache.keys[0].shape[2]
     ends = tuple(itertools.accumulate(values.shape[2] for values in cache.values))
-    keys, values = fresh.keys.transpose(0, 2, 3, 1), fresh.values.transpose(0, 2, 1, 3)
-    stored = [*cache.keys, *cache.values]
+    new = LayerCache(
+        (fresh.keys.transpose(0, 2, 3, 1).astype(dtype),),
+        (fresh.values.transpose(0, 2, 1, 3).astype(dtype),),
+        (None,),
+        (None,),
+    )
+    stored = kernel_arrays(cache)
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     written = pl.pallas_call(
-        functools.partial(_write_kernel, ends),
+        functools.partial(_write_kernel, ends, transposed(width)),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stored],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -175,31 +188,26 @@ def _write_chunks(
         input_output_aliases={4 + index: index for index in range(len(stored))},
         interpret=interpret,
         name="write_chunks",
-    )(slots, starts, keys.astype(dtype), values.astype(dtype), *stored)
-    return cache._replace(keys=tuple(written[:pieces]), values=tuple(written[pieces:]))
+    )(slots, starts, *kernel_arrays(new), *stored)
+    return from_kernel_arrays(written, width)
 
 
 def _write_kernel(
-    ends: tuple[int, ...], slots: Any, starts: Any, keys: Any, values: Any, *refs: Any
+    ends: tuple[int, ...], values_transposed: bool, slots: Ref, starts: Ref, *refs: Ref
 ) -> None:
     pieces = len(ends)
-    cache_keys, cache_values, (done,) = (
-        refs[-2 * pieces - 1 : -pieces - 1],
-        refs[-pieces - 1 : -1],
-        refs[-1:],
-    )
+    keys, values, done = *refs[:2], refs[-1]
+    refs = refs[2 + 2 * pieces : -1]
+    sides = (keys, refs[:pieces], True), (values, refs[pieces:], values_transposed)
 
-    def each(action: str, row: jax.Array) -> None:
-        start, slot, begin = starts[row], slots[row], 0
-        for end, key, value in zip(ends, cache_keys, cache_values, strict=True):
-            places = pl.ds(pl.multiple_of(start - begin, BLOCK), BLOCK)
-            holds = (begin <= start) & (start < end)
-            for new, at in (
-                (keys, key.at[slot, :, :, places]),
-                (values, value.at[slot, :, places]),
-            ):
-                pl.when(holds)(getattr(pltpu.make_async_copy(new.at[row], at, done), action))
-            begin = end
+    def each(action: str, row: jax.Array, _: None) -> None:
+        slot, start = slots[row], starts[row]
+        for new, cache, places_last in sides:
+            for (begin, end), piece in zip(itertools.pairwise((0, *ends)), cache, strict=True):
+                places = pl.ds(pl.multiple_of(start - begin, BLOCK), BLOCK)
+                at = piece.at[slot, :, :, places] if places_last else piece.at[slot, :, places]
+                copy = pltpu.make_async_copy(new.at[row], at, done)
+                pl.when((begin <= start) & (start < end))(getattr(copy, action))
 
     for action in ("start", "wait"):
-        jax.lax.fori_loop(0, keys.shape[0], lambda row, _, a=action: each(a, row), None)
+        jax.lax.fori_loop(0, keys.shape[0], functools.partial(each, action), None)
