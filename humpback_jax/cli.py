@@ -200,9 +200,7 @@ def _add_compute(verb: argparse.ArgumentParser) -> None:
         help="int8: cached keys and values of one byte; counts where text is drawn",
     )
     verb.add_argument("--mesh", default="auto", help="auto, or e.g. data=2,tensor=4")
-    verb.add_argument(
-        "--drafts", type=int, default=-1, help="tokens guessed a step; -1: if it pays"
-    )
+    verb.add_argument("--drafts", default="auto", help="tokens guessed in each step: auto, or N")
     verb.add_argument("--memory-gb", type=float, default=0.0, help="of each device; 0: what it has")
 
 

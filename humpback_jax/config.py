@@ -97,7 +97,7 @@ def default_config() -> ConfigDict:
                 "precision": "auto",  # auto | float32 | bfloat16
                 "batch_size": 16,  # rows decoded together, by each copy of the model
                 "mesh": "auto",  # devices of scoring and generation: auto, or data=2,tensor=4
-                "drafts": "auto",  # tokens guessed in each step of drawing: auto, where it pays, or N
+                "drafts": "auto",  # tokens guessed in each step: auto (where it pays), or N
                 "memory_gb": 0.0,  # GiB of each device for weights and rows; 0: what it has
                 "weights": "auto",  # auto | int8, of sampling and scoring
                 "kv": "auto",  # auto | int8, the cache of sampling
