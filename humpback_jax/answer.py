@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
 from humpback_jax.rows import Prompt, ReadReport, stream_prompts
 from humpback_jax.sampling.sampler import Decoding, record_key
-from humpback_jax.shards import Collector, Shards, shard_sizes
+from humpback_jax.shards import Collector, Row, Shards, shard_sizes
 from humpback_jax.text.template import Tags
 
 SHARD_ROWS = 256
@@ -32,6 +32,7 @@ class Job:
       decoding: for rows without a field `decoding`, whose entries replace some of it.
       reverse: prompts are responses, for M_yx to write the instruction.
       draws: answers to each prompt. logprobs: also write each drawn token's.
+      prompt_logprobs: also write those of the prompt's tokens, from the second one on.
     """
 
     decoding: Decoding
@@ -40,6 +41,7 @@ class Job:
     reverse: bool = False
     draws: int = 1
     logprobs: bool = False
+    prompt_logprobs: bool = False
     skip_bad: bool = False
 
 
@@ -68,15 +70,16 @@ def answer_file(
     done = sum(rows for number, rows in left.items() if number in shards.done)
     progress = Progress("sample", sum(left.values()), say, done)
     wanted = left.keys() - shards.done
-    collector = Collector(SHARD_ROWS, wanted.__contains__)
+    collector: Collector[tuple[Prompt, Row]] = Collector(SHARD_ROWS, wanted.__contains__)
 
     def write() -> None:
-        for number, rows in collector.complete():
+        for number, answered in collector.complete():
+            rows = _with_prompt_logprobs(reader, answered, job)
             if share.leads:
                 shards.write(number, rows)
 
     for place, draw, prompt, answer in _answers(reader, path, job, collector):
-        collector.add(place, (draw,), _row(prompt, draw, answer, job))
+        collector.add(place, (draw,), (prompt, _row(prompt, draw, answer, job)))
         write()
         progress.add(1, lambda seconds: _speed(reader, seconds))
     write()
@@ -84,14 +87,15 @@ def answer_file(
     return total * job.draws, report
 
 
-def answer_prompts(reader: Inference, prompts: list[Prompt], job: Job) -> list[dict[str, Any]]:
+def answer_prompts(reader: Inference, prompts: list[Prompt], job: Job) -> list[Row]:
     """Answers a few prompts; rows as `answer_file` writes them."""
     wanted = [
         (place, prompt, draw) for place, prompt in enumerate(prompts) for draw in range(job.draws)
     ]
     texts = ((p.id, *_request(reader, p, draw, job)) for _, p, draw in wanted)
     found = dict(reader.stream(texts, _opening(reader, job)))
-    return [_row(prompt, draw, found[i], job) for i, (_, prompt, draw) in enumerate(wanted)]
+    answered = [(p, _row(p, draw, found[i], job)) for i, (_, p, draw) in enumerate(wanted)]
+    return _with_prompt_logprobs(reader, answered, job)
 
 
 def _survey(reader: Inference, path: Path, job: Job, report: ReadReport) -> tuple[str, int]:
@@ -120,7 +124,7 @@ def _usable(reader: Inference, path: Path, job: Job, report: ReadReport) -> Iter
 
 
 def _answers(
-    reader: Inference, path: Path, job: Job, collector: Collector
+    reader: Inference, path: Path, job: Job, collector: Collector[Any]
 ) -> Iterator[tuple[int, int, Prompt, Generation]]:
     under_way: dict[int, tuple[int, int, Prompt]] = {}
 
@@ -170,7 +174,7 @@ def _decoding(prompt: Prompt, job: Job) -> Decoding:
         raise HumpbackError(f"record {prompt.id}, field 'decoding': {error}") from error
 
 
-def _row(prompt: Prompt, draw: int, done: Generation, job: Job) -> dict[str, Any]:
+def _row(prompt: Prompt, draw: int, done: Generation, job: Job) -> Row:
     row = {
         **prompt.row,
         "output": done.text,
@@ -182,6 +186,21 @@ def _row(prompt: Prompt, draw: int, done: Generation, job: Job) -> dict[str, Any
     if job.logprobs:
         row["logprobs"] = [round(value, 4) for value in done.logprobs]
     return row
+
+
+def _with_prompt_logprobs(
+    reader: Inference, answered: Sequence[tuple[Prompt, Row]], job: Job
+) -> list[Row]:
+    """The rows, with what the model says of their prompts if the job asks; each prompt once."""
+    rows = [row for _, row in answered]
+    if not job.prompt_logprobs:
+        return rows
+    texts = {prompt.id: _request(reader, prompt, 0, job)[0] for prompt, _ in answered}
+    found = reader.text_log_probs(list(texts.items()))
+    by_id = dict(zip(texts, found, strict=True))
+    for prompt, row in answered:
+        row["prompt_logprobs"] = [round(float(value), 4) for value in by_id[prompt.id]]
+    return rows
 
 
 def _speed(reader: Inference, seconds: float) -> str:

@@ -125,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--stop", action="append", default=[], help="a text that ends the answer")
     sample.add_argument("--stop-id", action="append", type=int, default=[])
     sample.add_argument("--logprobs", action="store_true", help="write each drawn token's")
+    sample.add_argument("--prompt-logprobs", action="store_true", help="and the prompt's")
     sample.add_argument("--max-tokens", type=int, default=256)
     sample.add_argument("--n", type=int, default=1, help="draws per prompt")
     sample.add_argument("--seed", type=int, default=0)

@@ -21,6 +21,7 @@ from humpback_jax.parallel.rules import param_shardings, place
 from humpback_jax.sampling.engine import Completion, Engine, Request
 from humpback_jax.sampling.likelihood import (
     Query,
+    every_token,
     log_probs,
     next_token,
     supervised_tokens,
@@ -108,6 +109,12 @@ class Inference:
             queries.append(next_token(f"record {record_id}", tokens, ids))
         found = self.log_probs(queries, opening)
         return np.array(found, np.float64).reshape(len(prompts), len(ids))
+
+    def text_log_probs(self, texts: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+        """log p of each token but the first, given those before it, for each (record id, text)."""
+        tokens = [(name, self.model.tokenizer.encode(text)) for name, text in texts]
+        queries = [every_token(f"record {name}", np.array(ids, np.int32)) for name, ids in tokens]
+        return self.log_probs(queries)
 
     def log_probs(
         self, queries: Sequence[Query], opening: Opening | None = None

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 
@@ -16,6 +16,7 @@ from humpback_jax.parallel.processes import wait_for_all
 from humpback_jax.rows import check_form, write_rows
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
 class Shards:
@@ -67,14 +68,14 @@ class Shards:
                     yield json.loads(line)
 
 
-class Collector:
-    """Rows that arrive in any order, handed on shard by shard as soon as one is complete."""
+class Collector(Generic[Item]):
+    """Rows, in any form and order, handed on shard by shard as soon as one is complete."""
 
     def __init__(self, size: int, wants: Callable[[int], bool] = lambda shard: True) -> None:
         """`size`: rows of a shard. `wants`: says of a shard's number whether its rows will come."""
         self._size, self._wants = size, wants
         self._missing: dict[int, int] = {}
-        self._rows: dict[int, dict[tuple[int, ...], Row]] = {}
+        self._rows: dict[int, dict[tuple[int, ...], Item]] = {}
         self._ended = False
 
     def wants(self, place: int) -> bool:
@@ -90,13 +91,13 @@ class Collector:
         """Nothing more is announced: the last shard may be a short one."""
         self._ended = True
 
-    def add(self, place: int, rank: Sequence[int], row: Row) -> None:
+    def add(self, place: int, rank: Sequence[int], row: Item) -> None:
         """`rank`: the order among the rows of this place."""
         shard = place // self._size
         self._rows.setdefault(shard, {})[place, *rank] = row
         self._missing[shard] -= 1
 
-    def complete(self) -> Iterator[tuple[int, list[Row]]]:
+    def complete(self) -> Iterator[tuple[int, list[Item]]]:
         """(number, rows in order) of shards of which no row is missing, each given once."""
         last = max(self._missing, default=-1)
         for shard in sorted(self._missing):

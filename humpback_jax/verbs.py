@@ -163,6 +163,7 @@ def sample(arguments: argparse.Namespace) -> Result:
         arguments.reverse,
         arguments.n,
         arguments.logprobs,
+        arguments.prompt_logprobs,
         arguments.skip_bad,
     )
     one = arguments.prompt is not None and arguments.n == 1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,8 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
 from humpback_jax.models import load_model
 from humpback_jax.rows import ReadReport, stream_prompts
+from humpback_jax.sampling.engine import Request
+from humpback_jax.sampling.likelihood import every_token
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.shards import Collector
 
@@ -54,6 +57,28 @@ def test_rows_come_out_in_order_with_their_fields_whatever_ends_first(tmp_path, 
     listed = list(stream_prompts(path, ReadReport()))
     assert rows == answer_prompts(reader(), listed, JOB)
     assert not (tmp_path / ".out.jsonl.shards").exists()
+
+
+def test_a_prompts_log_probabilities_are_another_models_than_the_answers(tmp_path, monkeypatch):
+    """The same tokens, once drawn and once read, have the same log-probabilities."""
+    monkeypatch.setattr(answer, "SHARD_ROWS", 4)
+    path = write(tmp_path / "in.jsonl", prompts(6))
+    job = Job(Decoding(0.0, max_new_tokens=6), logprobs=True, prompt_logprobs=True, draws=2)
+    rows = run(path, tmp_path / "out.jsonl", job)
+    template, tokenizer = reader().model.template, reader().model.tokenizer
+    for row in rows[::2]:
+        text = template.forward_prompt([{"role": "user", "content": row["prompt"]}])
+        length = len(tokenizer.encode(text))
+        assert len(row["prompt_logprobs"]) == length - 1
+        tokens = np.array(tokenizer.encode(text), np.int32)
+        drawn = reader().engine.generate([Request("r", tokens, np.zeros(2, "u4"), job.decoding)])[0]
+        whole = np.concatenate([tokens, drawn.tokens])
+        found = reader().log_probs([every_token("r", whole)])[0]
+        np.testing.assert_allclose(found[: length - 1], row["prompt_logprobs"], atol=1e-4)
+        np.testing.assert_allclose(
+            found[length - 1 :], drawn.logprobs[: len(drawn.tokens)], atol=1e-4
+        )
+        np.testing.assert_allclose(drawn.logprobs, row["logprobs"], atol=1e-4)
 
 
 def test_several_draws_of_a_prompt_stand_together_and_differ(tmp_path):

@@ -37,9 +37,10 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
 SMALL = "--model=tiny-random --rows=6 --max-tokens=4 --batch-size=4 --rounds=1"
 
 
-def test_every_command_on_the_page_on_speed_is_understood() -> None:
-    commands = shown_commands(ROOT / "docs" / "benchmarks.md")
-    assert len(commands) >= 4
+@pytest.mark.parametrize(("page", "least"), [("benchmarks.md", 4), ("scale.md", 2)])
+def test_every_command_on_a_page_is_understood(page: str, least: int) -> None:
+    commands = shown_commands(ROOT / "docs" / page)
+    assert len(commands) >= least
     for command in commands:
         _, rest = build_parser().parse_known_args(shlex.split(command)[1:])
         assert not rest, command

@@ -53,6 +53,11 @@ def supervised_tokens(example: TrainingExample) -> Query:
     return _causal(example.id, example.ids[:-1], after, example.ids[1:][after])
 
 
+def every_token(name: str, tokens: np.ndarray) -> Query:
+    """Every token but the first, given all before it."""
+    return _causal(name, tokens[:-1], np.arange(len(tokens) - 1), tokens[1:])
+
+
 def next_token(name: str, prompt: np.ndarray, token_ids: Sequence[int]) -> Query:
     """Each of `token_ids` as the token after `prompt`."""
     after = np.full(len(token_ids), len(prompt) - 1)

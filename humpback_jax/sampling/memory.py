@@ -18,42 +18,24 @@ GIB = 1024**3
 
 
 def device_bytes(device: Any) -> int:
-    """Memory that a plan may count on: the accelerator's, or what the machine has available."""
+    """Memory that a plan may count on: the accelerator's, or a device's part of the machine's.
+
+    What other programs take now is not considered: a job that is continued gets the same plan.
+    """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] * (1 - KEPT_FREE))
-    share = (_available_bytes() + _resident_bytes()) * (1 - KEPT_FREE)
-    return int(share / jax.local_device_count())
+    return int(_machine_bytes() * (1 - KEPT_FREE) / jax.local_device_count())
 
 
-def _available_bytes() -> int:
+def _machine_bytes() -> int:
     """Of the machine, or of the control group that holds this process, if that is less."""
-    limits = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-    if not limits:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    group = Path("/sys/fs/cgroup")
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        if limit != "max":
-            limits.append(int(limit) - used)
-    except (OSError, ValueError):
-        pass  # no control group, or one without a limit
-    return max(min(limits), 0)
-
-
-def _resident_bytes() -> int:
-    """What this process holds already, weights included."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        return installed
+    return min(installed, int(limit)) if limit.isdecimal() else installed
 
 
 def tree_bytes(tree: Any) -> int:

@@ -1,0 +1,90 @@
+"""Ahead-of-time compilation: if these fail, users rent a slice that does not hold their model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from humpback_jax.aot import plan_decode
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.llama import count_parameters
+from humpback_jax.model.shapes import PUBLISHED, SHAPES
+from humpback_jax.models import load_config
+from humpback_jax.parallel.topology import CHIPS, tpu_slice
+
+ROOT = Path(__file__).parent.parent
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("tinyllama", 1.100),
+        ("7b", 6.738),
+        ("13b", 13.016),
+        ("33b", 32.529),
+        ("65b", 65.286),
+        ("llama2_70b", 68.977),
+        ("llama3_8b", 8.030),
+    ],
+)
+def test_a_named_shape_is_not_the_published_model(name: str, billions: float) -> None:
+    """Parameters as counted by the Hugging Face pages of the models."""
+    assert count_parameters(SHAPES[name]) == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_a_config_of_the_paper_cannot_be_planned_without_its_weights() -> None:
+    for name, shape in PUBLISHED.items():
+        assert load_config(name) == SHAPES[shape]
+    assert load_config("random:tiny").num_hidden_layers == 2
+    with pytest.raises(HumpbackError, match="known: tiny, tinyllama"):
+        load_config("random:gpt")
+
+
+@pytest.mark.parametrize("text", ["v9:2x2", "v5p", "tpu", ""])
+def test_a_slice_of_an_unknown_kind_is_an_error_that_lists_the_known(text: str) -> None:
+    with pytest.raises(HumpbackError, match="v4, v5e, v5p, v6e"):
+        tpu_slice(text)
+
+
+@pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+def test_without_tpu_support_the_error_does_not_say_how_to_get_it() -> None:
+    with pytest.raises(HumpbackError, match=r"humpback_jax\[tpu\]"):
+        tpu_slice("v5p:2x2x1")
+
+
+def test_a_slice_too_small_is_found_by_the_compiler_alone() -> None:
+    with pytest.raises(HumpbackError, match="does not hold one row"):
+        plan_decode(SHAPES["llama2_70b"], jax.devices()[:1], CHIPS["v5e"], None, 64, 2048, 1024)
+    plan = plan_decode(SHAPES["tinyllama"], jax.devices()[:1], CHIPS["v5e"], None, 64, 1500, 1024)
+    assert (plan.slots, plan.capacity, plan.mesh.size) == (64, 2048, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="compiling for TPU needs libtpu: pip install jax[tpu]")
+def test_a_model_does_not_compile_for_a_slice_or_copies_its_cache_in_every_step() -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = ["aot", "--model=random:tinyllama", "--topology=v5e:2x2", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "humpback_jax", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    for program in ("prefill", "decode"):
+        kinds = result[program]["bytes_by_kind"]
+        assert result[program]["fits"]
+        assert kinds["parameters"] == pytest.approx(2.2e9, rel=0.05)
+    kinds = result["decode"]["bytes_by_kind"]
+    assert kinds["temporary"] < 0.1 * kinds["parameters"]
