@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from humpback_jax.bench.table import sample_lines
 from humpback_jax.cli import build_parser, main
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,12 @@ def test_every_command_on_a_page_is_understood(page: str, least: int) -> None:
     for command in commands:
         _, rest = build_parser().parse_known_args(shlex.split(command)[1:])
         assert not rest, command
+
+
+def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "benchmarks" / "cpu_cases_float32.json").read_text())
+    assert "\n".join(line.rstrip() for line in sample_lines(result)) in page
 
 
 @pytest.mark.slow
