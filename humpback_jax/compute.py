@@ -10,7 +10,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Layout
-from humpback_jax.parallel.mesh import Share, our_share, parse_mesh
+from humpback_jax.parallel.mesh import MeshShape, parse_mesh
 from humpback_jax.sampling.engine import Shape
 from humpback_jax.sampling.memory import GIB
 
@@ -23,7 +23,7 @@ class Compute:
       fraction of the time on accelerators, so the platform decides.
     engine_shape: of generation.
     weights: dtype of kernels and embeddings in sampling and scoring; never in training.
-    share: the devices of scoring and generation, and our part of jobs that several hosts share.
+    mesh: of scoring and generation; None for what the model needs on the devices at hand.
     memory: bytes of each device for weights and rows; None for what it has.
     kernels: how training and generation attend.
     """
@@ -32,7 +32,7 @@ class Compute:
     train_layout: Layout
     engine_shape: Shape
     weights: str = "float32"
-    share: Share = dataclasses.field(default_factory=Share)
+    mesh: MeshShape | None = None
     memory: int | None = None
     kernels: Kernels = XLA
 
@@ -69,14 +69,14 @@ def choose_compute(
     Args:
       batch_size: rows decoded together, by each copy of the model, if its memory holds them.
       weights, kv: "int8", or "auto": weights as products, cached keys and values as activations.
-      mesh: as `parse_mesh` reads it; see `our_share`.
+      mesh: as `parse_mesh` reads it.
       memory_gb: GiB of each device for weights and rows; 0 for what it has.
       drafts: tokens guessed in each step of drawing, a number; "auto": where it was measured to
         pay.
       platform: that will run the programs: "cpu", "tpu" or "gpu"; JAX's own where not given.
 
     Raises:
-      HumpbackError: an unknown format, or a mesh that does not fit the devices.
+      HumpbackError: an unknown format, or a mesh that makes no sense.
     """
     import jax
 
@@ -110,7 +110,7 @@ def choose_compute(
         "unrolled" if on_cpu else "scan",
         shape,
         precision if weights == "auto" else weights,
-        our_share(parse_mesh(mesh)),
+        parse_mesh(mesh),
         int(memory_gb * GIB) or None,
         Kernels.of_platform(platform),
     )

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from humpback_jax.compute import Compute
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.llama import Params, quantize_params, unstack_layers
+from humpback_jax.model.llama import Params, count_parameters, quantize_params, unstack_layers
 from humpback_jax.models import LanguageModel
+from humpback_jax.parallel.mesh import Share, our_share
 from humpback_jax.parallel.rules import param_shardings, place
 from humpback_jax.sampling.engine import Completion, Engine, Request
 from humpback_jax.sampling.likelihood import (
@@ -27,6 +29,7 @@ from humpback_jax.sampling.likelihood import (
     supervised_tokens,
     total_nll,
 )
+from humpback_jax.sampling.memory import device_bytes, parts_that_hold
 from humpback_jax.sampling.prefix import Prefix, compute_prefix
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.text.template import Rendered
@@ -55,7 +58,8 @@ class Inference:
 
     def __init__(self, model: LanguageModel, compute: Compute) -> None:
         self.model, self.compute, self.precision = model, compute, compute.precision
-        self.share, self.mesh = compute.share, compute.share.mesh
+        self.share = _share(model.config, compute)
+        self.mesh = self.share.mesh
         self._params = _prepare(model, compute.weights, self.mesh)
         self.engine = Engine(
             model.config,
@@ -195,6 +199,13 @@ def common_start(tokenizer: Tokenizer, opening: Opening) -> tuple[int, ...]:
     texts = [tokenizer.encode(opening(text)) for text in FILLERS]
     columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
     return tuple(column[0] for column in columns)
+
+
+def _share(config: LlamaConfig, compute: Compute) -> Share:
+    """The devices, and the part of jobs, of this process."""
+    weights = count_parameters(config) * jnp.dtype(compute.weights).itemsize
+    budget = compute.memory or device_bytes(jax.local_devices()[0])
+    return our_share(compute.mesh, parts_that_hold(weights, budget, jax.device_count()))
 
 
 def _prepare(model: LanguageModel, weights: str, mesh: Mesh | None) -> Params:

@@ -87,7 +87,7 @@ def imported_packages(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("folder", ["model", "sampling", "training"])
+@pytest.mark.parametrize("folder", ["model", "parallel", "sampling", "training"])
 def test_the_core_needs_jax_and_its_kin_alone(folder) -> None:
     files = sorted((PACKAGE / folder).rglob("*.py"))
     assert files

@@ -16,7 +16,13 @@ from humpback_jax.model.cache import cache_bytes
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import unstack_layers
 from humpback_jax.sampling.engine import Engine, Request, Shape
-from humpback_jax.sampling.memory import GIB, device_bytes, rows_that_fit, tree_bytes
+from humpback_jax.sampling.memory import (
+    GIB,
+    device_bytes,
+    parts_that_hold,
+    rows_that_fit,
+    tree_bytes,
+)
 from humpback_jax.sampling.sampler import Decoding, record_key
 
 LLAMA_7B = LlamaConfig(
@@ -48,6 +54,14 @@ def test_planned_rows_take_more_than_the_budget(gib: float, power: int, tensor: 
 def test_a_model_that_does_not_fit_dies_later_and_without_advice() -> None:
     with pytest.raises(HumpbackError, match=r"10\.0 GiB.*13\.0 GiB.*--memory-gb.*--mesh"):
         rows_that_fit(LLAMA_7B, "bfloat16", 2048, 8, 10 * GIB, 13 * GIB, 1024)
+
+
+@given(st.integers(1, 10**12), st.integers(1, 10**11), st.sampled_from([1, 2, 8, 256]))
+def test_a_large_model_is_put_on_one_device(weights: int, budget: int, most: int) -> None:
+    parts = parts_that_hold(weights, budget, most)
+    assert parts <= most
+    assert parts == most or weights / parts <= budget / 2
+    assert parts == 1 or weights / (parts / 2) > budget / 2
 
 
 def test_this_machine_is_said_to_have_no_memory_or_that_of_ten() -> None:

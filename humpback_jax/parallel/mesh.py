@@ -91,19 +91,20 @@ class Share:
         return shard % self.count == self.number
 
 
-def our_share(shape: MeshShape | None) -> Share:
+def our_share(shape: MeshShape | None, parts: int = 1) -> Share:
     """Splits all devices into parts that work alone: a host's devices, or as many hosts as one
     copy of the model needs.
 
     Args:
-      shape: None puts a copy of the model on every device of an accelerator, and one on a CPU.
+      shape: None puts a copy of the model on every `parts` devices of an accelerator, and a single
+        one on a CPU.
 
     Raises:
       HumpbackError: the devices do not divide into the shape.
     """
     local, number = jax.local_devices(), jax.process_index()
     if shape is None:
-        shape = MeshShape() if local[0].platform != "cpu" else MeshShape(data=1)
+        shape = MeshShape(data=1) if local[0].platform == "cpu" else MeshShape(tensor=parts)
         local = local if shape.data == 0 else local[:1]
     elif shape.data:
         wanted = shape.data * shape.replica

@@ -47,6 +47,14 @@ def tree_bytes(tree: Any) -> int:
     return max(held.values())
 
 
+def parts_that_hold(weights: int, budget: int, most: int) -> int:
+    """The fewest devices, by powers of two, on which weights leave half of the room for rows."""
+    parts = 1
+    while parts < most and 2 * weights > parts * budget:
+        parts *= 2
+    return parts
+
+
 def rows_that_fit(
     config: LlamaConfig,
     kv: str,
