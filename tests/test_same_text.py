@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 MODEL = "smollm2-135m-instruct"
-ROWS, NEW = 300, 16
+ROWS, NEW = 300, 12
 NEAR_TIE = 0.02  # of logits, in which two candidates stand closer than rounding may move them
 STRAYS = 0.005  # share of rows that rounding may flip
 
@@ -47,7 +47,7 @@ def texts() -> tuple[str, ...]:
     found = (
         segment.text
         for document in read_documents(["pydoc_topics"])
-        for segment, _ in segments(document, 700)
+        for segment, _ in segments(document, 400)
         if len(segment.text) >= 80
     )
     return tuple(itertools.islice(found, ROWS))
