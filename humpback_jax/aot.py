@@ -88,7 +88,7 @@ def plan_decode(
     tokens: int,
     prefill_tokens: int,
 ) -> DecodePlan:
-    """The fewest devices a copy, by powers of two, that hold the model and `rows` rows.
+    """A copy of the model on each device, if that holds it and `rows` rows, or one over all.
 
     Args:
       shape: taken as it is where given. tokens: of a row, prompt and answer together.
@@ -98,7 +98,7 @@ def plan_decode(
     """
     capacity = capacity_for(tokens)
     budget = int(chip.memory * (1 - KEPT_FREE))
-    choices = [shape] if shape else [MeshShape(tensor=2**n) for n in range(20)]
+    choices = [shape] if shape else [MeshShape(), MeshShape(tensor=len(devices))]
     best: tuple[int, MeshShape] | None = None
     reason: HumpbackError | None = None
     for choice in choices:

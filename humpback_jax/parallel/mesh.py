@@ -96,15 +96,16 @@ def our_share(shape: MeshShape | None, parts: int = 1) -> Share:
     copy of the model needs.
 
     Args:
-      shape: None puts a copy of the model on every `parts` devices of an accelerator, and a single
-        one on a CPU.
+      shape: None puts a copy of the model on each accelerator; where it needs `parts` > 1 of them,
+        on all of a host, or of as many hosts as it takes; and a single one on a CPU.
 
     Raises:
       HumpbackError: the devices do not divide into the shape.
     """
     local, number = jax.local_devices(), jax.process_index()
     if shape is None:
-        shape = MeshShape(data=1) if local[0].platform == "cpu" else MeshShape(tensor=parts)
+        together = 1 if parts == 1 else max(parts, len(local))
+        shape = MeshShape(data=1) if local[0].platform == "cpu" else MeshShape(tensor=together)
         local = local if shape.data == 0 else local[:1]
     elif shape.data:
         wanted = shape.data * shape.replica

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -21,7 +21,7 @@ def per_replica(
       batched: of each argument, whether the leading axis of its arrays holds the rows of all
         copies, one after the other; other arguments are the same for all. Results are batched.
     """
-    if mesh is None:
+    if mesh is None or not _copied(mesh):
         return function
     return jax.shard_map(
         function,
@@ -35,9 +35,16 @@ def per_replica(
 
 def over_replicas(count: jax.Array, mesh: Mesh | None) -> jax.Array:
     """The sum over all copies, inside `per_replica`; what they branch on must be the same."""
-    return count if mesh is None else jax.lax.psum(count, "data")
+    return count if mesh is None or not _copied(mesh) else jax.lax.psum(count, "data")
 
 
 def whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Inside `per_replica`: x on every device of the copy, not in parts."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, P())
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, P() if _copied(mesh) else NamedSharding(mesh, P()))
+
+
+def _copied(mesh: Mesh) -> bool:
+    """Whether there are several copies; a single one needs no axis cut by hand."""
+    return mesh.shape["data"] > 1
