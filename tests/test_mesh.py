@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.models import load_model
-from humpback_jax.parallel.mesh import AXES, MeshShape, Share, our_share, parse_mesh
+from humpback_jax.parallel.mesh import AXES, MeshShape, Share, make_mesh, our_share, parse_mesh
 from humpback_jax.parallel.rules import RULES, head_units, partition
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +105,12 @@ def test_a_mesh_larger_than_the_machine_is_an_error_before_any_work() -> None:
         our_share(parse_mesh("data=64"))
     with pytest.raises(HumpbackError, match="one copy of the model takes 64 devices"):
         our_share(parse_mesh("tensor=64"))
+
+
+def test_copies_of_several_tpu_devices_abort_the_process_instead_of_an_error() -> None:
+    tpu = [types.SimpleNamespace(platform="tpu") for _ in range(8)]
+    with pytest.raises(HumpbackError, match="tensor=8"):
+        make_mesh(MeshShape(tensor=4), tpu)
 
 
 def test_every_shard_of_a_job_belongs_to_exactly_one_part() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from humpback_jax.errors import HumpbackError
@@ -59,13 +58,20 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
     """The mesh of all `devices`.
 
     Raises:
-      HumpbackError: they do not divide into the shape.
+      HumpbackError: they do not divide into the shape, or XLA does not compile for it.
     """
     data = shape.data or len(devices) // shape.replica
     if data * shape.replica != len(devices):
         raise HumpbackError(
             f"the mesh data={shape.data or 'rest'}, fsdp={shape.fsdp}, tensor={shape.tensor} does "
             f"not fit {len(devices)} devices; the product of its sizes must be their number."
+        )
+    if devices[0].platform == "tpu" and data > 1 and shape.replica > 1:
+        # The partitioner aborts the process (libtpu of jax 0.10.2), so that nobody can be told.
+        raise HumpbackError(
+            f"the mesh data={data}, fsdp={shape.fsdp}, tensor={shape.tensor} makes several copies "
+            "of several devices each, for which XLA does not compile on TPU. Use one copy, e.g. "
+            f"tensor={len(devices)}, or data={len(devices)} where a device holds the model."
         )
     sizes = (data, shape.fsdp, shape.tensor)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -135,4 +141,4 @@ def our_share(shape: MeshShape | None, parts: int = 1) -> Share:
 
 def axis_size(mesh: Mesh | None, axis: str) -> int:
     """Devices along an axis; 1 without a mesh."""
-    return 1 if mesh is None else int(np.prod([mesh.shape[axis]]))
+    return 1 if mesh is None else int(mesh.shape[axis])
