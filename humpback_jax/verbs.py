@@ -325,6 +325,7 @@ def bench(arguments: argparse.Namespace) -> Result:
             arguments.shortest,
             arguments.longest,
             arguments.batch_size,
+            arguments.drafts,
         )
         result = bench_sample(
             arguments.model,
@@ -455,15 +456,8 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 def _compute(arguments: argparse.Namespace, rows: int) -> Compute:
     """The number formats asked for, and engine shapes for so many rows decoded together."""
-    return choose_compute(
-        arguments.precision,
-        rows,
-        arguments.weights,
-        arguments.kv,
-        arguments.mesh,
-        arguments.memory_gb,
-        arguments.drafts,
-    )
+    names = ("precision", "weights", "kv", "mesh", "memory_gb", "drafts")
+    return choose_compute(batch_size=rows, **{name: getattr(arguments, name) for name in names})
 
 
 def _fit_to_file(section: Any, count: int, overrides: dict[str, list[str]]) -> None:

@@ -54,15 +54,10 @@ def measure(workload: Workload, precision: str, batches: list[int]) -> dict[str,
     rates = {size: len(trial) / run(trial, size)[0] for size in batches if len(batches) > 1}
     best = max(rates, key=lambda size: rates[size]) if rates else batches[0]
     seconds, outputs = run(order, best)
-    new = sum(len(tokens) + (len(tokens) < workload.max_new_tokens) for tokens in outputs.values())
     return {
-        "rows_per_s": len(order) / seconds,
-        "new_tokens_per_s": new / seconds,
-        "tokens_per_s": (new + sum(map(len, workload.prompts))) / seconds,
-        "new_tokens": new,
+        **workload.figures(seconds, outputs),
         "precision": precision,
         "batch": best,
-        "outputs": [outputs[i] for i in range(len(order))],
     }
 
 

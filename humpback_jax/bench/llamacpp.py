@@ -152,16 +152,11 @@ def measure(workload: Workload, batches: list[int]) -> dict[str, Any]:
     rates = {count: len(trial) / run(trial, count)[0] for count in batches if len(batches) > 1}
     best = max(rates, key=lambda count: rates[count]) if rates else batches[0]
     seconds, outputs = run(order, best)
-    new = sum(len(tokens) + (len(tokens) < workload.max_new_tokens) for tokens in outputs.values())
     return {
-        "rows_per_s": len(order) / seconds,
-        "new_tokens_per_s": new / seconds,
-        "tokens_per_s": (new + sum(map(len, workload.prompts))) / seconds,
-        "new_tokens": new,
+        **workload.figures(seconds, outputs),
         "precision": name.value.decode().split()[-1],
         "batch": best,
         "trial_rows_per_s": rates,
-        "outputs": [outputs[i] for i in range(len(order))],
     }
 
 

@@ -29,7 +29,7 @@ def measure(workload: Workload, precision: str, slots: int) -> dict[str, Any]:
     before = peak_bytes()
     started = time.perf_counter()
     model = load_model(workload.model)
-    compute = choose_compute(precision, slots)
+    compute = choose_compute(precision, slots, drafts=workload.drafts)
     reader = Inference(model, compute)
     engine = reader.engine
     prefix = reader.prefix(workload.prompts[0][: workload.shared])
@@ -54,6 +54,7 @@ def measure(workload: Workload, precision: str, slots: int) -> dict[str, Any]:
         "tokens_per_s": tokens / seconds,
         "precision": precision,
         "batch": slots,
+        "drafts": compute.engine_shape.drafts,
         "prompt_tokens": work.prompt_tokens + work.shared_tokens,
         "shared_tokens": work.shared_tokens,
         "new_tokens": work.new_tokens,

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from humpback_jax.corpus.documents import read_documents
 from humpback_jax.corpus.segments import segments
@@ -21,16 +22,22 @@ CASES = ("mixed", "single", "short", "long")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """So many segments of `shortest` to `longest` tokens, `slots` of them decoded together."""
+    """So many segments of `shortest` to `longest` tokens, `slots` of them decoded together.
+
+    `drafts`: tokens that we guess in each step, as `choose_compute` takes it.
+    """
 
     name: str
     rows: int
     shortest: int
     longest: int
     slots: int
+    drafts: str = "auto"
 
 
-def choose_cases(name: str, rows: int, shortest: int, longest: int, slots: int) -> list[Case]:
+def choose_cases(
+    name: str, rows: int, shortest: int, longest: int, slots: int, drafts: str = "auto"
+) -> list[Case]:
     """The case of that name, or with "all" every one, the main case first.
 
     `single` decodes one row at a time, and has an eighth of the rows.
@@ -39,10 +46,10 @@ def choose_cases(name: str, rows: int, shortest: int, longest: int, slots: int) 
       HumpbackError: no such case.
     """
     known = {
-        "mixed": Case("mixed", rows, shortest, longest, slots),
-        "single": Case("single", -(-rows // 8), shortest, longest, 1),
-        "short": Case("short", rows, *SHORT, slots),
-        "long": Case("long", rows, *LONG, slots),
+        "mixed": Case("mixed", rows, shortest, longest, slots, drafts),
+        "single": Case("single", -(-rows // 8), shortest, longest, 1, drafts),
+        "short": Case("short", rows, *SHORT, slots, drafts),
+        "long": Case("long", rows, *LONG, slots, drafts),
     }
     if name == "all":
         return list(known.values())
@@ -60,6 +67,7 @@ class Workload:
         gguf: its file for llama.cpp; each empty where no peer needs it.
       prompts: ids of each prompt. shared: how many of them all prompts begin with.
       max_new_tokens, stop_ids: when a text ends.
+      drafts: as in `Case`.
     """
 
     model: str
@@ -69,6 +77,22 @@ class Workload:
     shared: int
     max_new_tokens: int
     stop_ids: list[int]
+    drafts: str = "auto"
+
+    def figures(self, seconds: float, outputs: dict[int, list[int]]) -> dict[str, Any]:
+        """Rates of a peer that drew `outputs`, by the prompt's place, without stop tokens.
+
+        A text shorter than the limit was ended by a stop token, which was drawn too.
+        """
+        texts = [outputs[place] for place in range(len(self.prompts))]
+        new = sum(min(len(text) + 1, self.max_new_tokens) for text in texts)
+        return {
+            "rows_per_s": len(texts) / seconds,
+            "new_tokens_per_s": new / seconds,
+            "tokens_per_s": (new + sum(map(len, self.prompts))) / seconds,
+            "new_tokens": new,
+            "outputs": texts,
+        }
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
@@ -92,6 +116,7 @@ def backward_workload(
         shared=len(common_start(model.tokenizer, prompt)),
         max_new_tokens=max_new_tokens,
         stop_ids=list(model.stop_ids),
+        drafts=case.drafts,
     )
 
 
