@@ -70,13 +70,13 @@ def test_guessing_changes_the_text(name: str) -> None:
         prompt = np.tile(phrase, int(generator.integers(2, 12))).astype(np.int32)
         key = record_key(0, "drafts", str(index), 0)
         requests.append(Request(str(index), prompt, key, DECODINGS[name]))
-    found = []
+    found, steps = [], []
     for drafts in (0, 3):
         shape = dataclasses.replace(SHAPE, drafts=drafts)
         engine = Engine(config, unstack_layers(params), (5,), shape=shape)
         found.append([(c.tokens.tolist(), c.finish_reason) for c in engine.generate(requests)])
-        steps = engine.work.live_row_steps
+        steps.append(engine.work.live_row_steps)
     assert found[0] == found[1]
-    assert steps > 0
+    assert 0 < steps[1] < steps[0], "no guess was right"
     lengths = [len(tokens) for tokens, _ in found[0]]
     assert max(lengths) >= 20, "there is something to guess"

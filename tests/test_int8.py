@@ -24,6 +24,7 @@ from tiny_llama import (
     FLOAT32,
     from_torch,
     logits_function,
+    logits_through_the_cache,
     our_config,
     random_examples,
     random_tokens,
@@ -45,8 +46,6 @@ from humpback_jax.loop import run
 from humpback_jax.model.attention import packed_attention
 from humpback_jax.model.cache import (
     cache_bytes,
-    capacity_for,
-    chunk_attention,
     decode_attention,
     empty_cache,
 )
@@ -193,43 +192,12 @@ def test_a_quantised_tree_without_a_scale_is_an_error_that_names_it() -> None:
 
 
 @functools.cache
-def logits_through_the_cache() -> np.ndarray:
-    """[places, rows, V]: one text in all rows, of whose start 1, 17 or 32 tokens are prefilled.
-
-    Row by row, the first place is that of its last prefilled token; all are decoded to the window's
-    end, through every piece of the cache.
-    """
+def logits_with_int8_cache() -> np.ndarray:
+    """One text in three rows, of which 1, 17 or 32 tokens are prefilled: [places, 3, V]."""
     _, config, params = model_of()
-    unrolled, rows, width, none = unstack_layers(params), 3, 32, jnp.zeros(3, jnp.int32)
+    texts = np.repeat(random_tokens((1, WINDOW)), 3, axis=0)
     lengths = np.array([1, 17, 32], np.int32)
-    texts = np.repeat(random_tokens((1, WINDOW)), rows, axis=0)
-    prefix = compute_prefix(config, unrolled, (), FLOAT32).arrays.layers
-
-    @jax.jit
-    def run(params):
-        llama = bind(config, params, "unrolled")
-
-        def hidden_states(tokens, positions, attend, caches):
-            pairs = list(zip(caches, prefix, strict=True))
-            hidden, pairs = llama.hidden_states(tokens, positions, attend, pairs, precision=FLOAT32)
-            return hidden, [cache for cache, _ in pairs]
-
-        def step(caches, places):
-            tokens = jnp.take_along_axis(texts, places[:, None], axis=1)
-            attend = decode_attention(places, none, jnp.ones(rows, bool), FLOAT32)
-            hidden, caches = hidden_states(tokens, places[:, None], attend, caches)
-            return caches, llama.logits(hidden[:, 0], FLOAT32)
-
-        caches = empty_cache(config, rows, capacity_for(WINDOW), "int8")
-        within = jnp.minimum(jnp.arange(width), lengths[:, None] - 1)
-        attend = chunk_attention(jnp.arange(rows), none, none, FLOAT32)
-        hidden, caches = hidden_states(texts[:, :width], within, attend, caches)
-        first = llama.logits(hidden[jnp.arange(rows), lengths - 1], FLOAT32)
-        places = lengths[None] + jnp.arange(WINDOW - width)[:, None]
-        _, later = jax.lax.scan(step, caches, places)
-        return jnp.concatenate([first[None], later])
-
-    return np.asarray(run(unrolled))
+    return logits_through_the_cache(config, params, texts, lengths, "int8")
 
 
 def test_decoding_with_the_int8_cache_equals_the_full_pass_over_rounded_keys_and_values() -> None:
@@ -252,7 +220,7 @@ def test_decoding_with_the_int8_cache_equals_the_full_pass_over_rounded_keys_and
         hidden, _ = model.hidden_states(tokens, positions, attend, precision=FLOAT32)
         return model.logits(hidden, FLOAT32)[0]
 
-    decoded = logits_through_the_cache()
+    decoded = logits_with_int8_cache()
     for row, start in enumerate((0, 16, 31)):
         expected = full(params, True)[start : start + len(decoded)]
         # An element between two steps may be rounded the other way.
@@ -266,7 +234,7 @@ def test_decoding_with_the_int8_cache_equals_the_full_pass_over_rounded_keys_and
 
 def test_prefill_reads_the_rounded_keys_that_decoding_reads() -> None:
     """A prompt's last place is the same, prefilled whole or decoded from earlier on."""
-    logits = logits_through_the_cache()
+    logits = logits_with_int8_cache()
     whole, from_17, from_1 = logits[0, 2], logits[32 - 17, 1], logits[32 - 1, 0]
     assert np.abs(whole - from_17).max() < 1e-3
     assert np.abs(whole - from_1).max() < 1e-3

@@ -13,7 +13,6 @@ import itertools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,7 @@ from tiny_llama import (
     FLOAT32,
     from_torch,
     logits_function,
+    logits_through_the_cache,
     random_tokens,
     torch_llama,
     torch_logits,
@@ -32,12 +32,8 @@ from tiny_llama import (
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import (
     cache_bytes,
-    capacity_for,
-    chunk_attention,
-    decode_attention,
-    empty_cache,
 )
-from humpback_jax.model.llama import bind, init_params, unstack_layers
+from humpback_jax.model.llama import init_params, unstack_layers
 from humpback_jax.sampling.engine import LOOKAHEAD, Completion, Engine, Request, Shape
 from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.sampling.programs import decode_program, empty_slots, prefill_program
@@ -143,36 +139,8 @@ def test_logprob_is_the_model_s_own_at_temperature_1_and_counts_the_stop_token(d
 def test_decoding_with_the_cache_equals_the_full_forward_pass(rope) -> None:
     """At every step, for prompts of unequal length side by side, to the end of the window."""
     model, config, params = model_of(rope)
-    unrolled, rows, width, none = unstack_layers(params), 3, 32, jnp.zeros(3, jnp.int32)
-    lengths = np.array([1, 17, 32], np.int32)
-    texts = random_tokens((rows, WINDOW))
-    prefix = compute_prefix(config, unrolled, (), FLOAT32).arrays.layers
-
-    @jax.jit
-    def logits_at_every_step(params):
-        llama = bind(config, params, "unrolled")
-
-        def run(tokens, positions, attend, caches):
-            pairs = list(zip(caches, prefix, strict=True))
-            hidden, pairs = llama.hidden_states(tokens, positions, attend, pairs, precision=FLOAT32)
-            return hidden, [cache for cache, _ in pairs]
-
-        def step(caches, places):
-            tokens = jnp.take_along_axis(texts, places[:, None], axis=1)
-            attend = decode_attention(places, none, jnp.ones(rows, bool), FLOAT32)
-            hidden, caches = run(tokens, places[:, None], attend, caches)
-            return caches, llama.logits(hidden[:, 0], FLOAT32)
-
-        caches = empty_cache(config, rows, capacity_for(WINDOW), "float32")
-        within = jnp.minimum(jnp.arange(width), lengths[:, None] - 1)
-        attend = chunk_attention(jnp.arange(rows), none, none, FLOAT32)
-        hidden, caches = run(texts[:, :width], within, attend, caches)
-        first = llama.logits(hidden[jnp.arange(rows), lengths - 1], FLOAT32)
-        places = lengths[None] + jnp.arange(WINDOW - width)[:, None]
-        _, later = jax.lax.scan(step, caches, places)
-        return jnp.concatenate([first[None], later])
-
-    decoded = np.asarray(logits_at_every_step(unrolled))
+    lengths, texts = np.array([1, 17, 32], np.int32), random_tokens((3, WINDOW))
+    decoded = logits_through_the_cache(config, params, texts, lengths, "float32")
     full = np.asarray(logits_function(config)(params, *whole_rows(texts)))
     theirs = torch_logits(model, texts)
     for row, length in enumerate(lengths):

@@ -6,14 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
 from humpback_jax.model.attention import packed_attention
+from humpback_jax.model.cache import (
+    capacity_for,
+    chunk_attention,
+    decode_attention,
+    empty_cache,
+)
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params, bind, unstack_layers
+from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.training.packing import TrainingExample
 
 FLOAT32 = Precision()
@@ -173,3 +181,42 @@ def trees_equal(left: Params, right: Params) -> bool:
     return ours.keys() == theirs.keys() and all(
         np.array_equal(np.asarray(leaf), np.asarray(theirs[path])) for path, leaf in ours.items()
     )
+
+
+def logits_through_the_cache(
+    config: LlamaConfig, params: Params, texts: np.ndarray, lengths: np.ndarray, dtype: str
+) -> np.ndarray:
+    """[places, B, V]: logits of texts that are read through a cache of this dtype.
+
+    Of row b of `texts` [B, T] the first `lengths[b]` <= 32 tokens are prefilled, and the others
+    decoded one by one; its first place is that of its last prefilled token.
+    """
+    rows, window = texts.shape
+    unrolled, width, none = unstack_layers(params), 32, jnp.zeros(rows, jnp.int32)
+    prefix = compute_prefix(config, unrolled, (), FLOAT32).arrays.layers
+
+    @jax.jit
+    def run(params: Params) -> jax.Array:
+        llama = bind(config, params, "unrolled")
+
+        def hidden_states(tokens: Any, positions: Any, attend: Any, caches: Any) -> Any:
+            pairs = list(zip(caches, prefix, strict=True))
+            hidden, pairs = llama.hidden_states(tokens, positions, attend, pairs, precision=FLOAT32)
+            return hidden, [cache for cache, _ in pairs]
+
+        def step(caches: Any, places: jax.Array) -> tuple[Any, jax.Array]:
+            tokens = jnp.take_along_axis(jnp.asarray(texts), places[:, None], axis=1)
+            attend = decode_attention(places, none, jnp.ones(rows, bool), FLOAT32)
+            hidden, caches = hidden_states(tokens, places[:, None], attend, caches)
+            return caches, llama.logits(hidden[:, 0], FLOAT32)
+
+        caches = empty_cache(config, rows, capacity_for(window), dtype)
+        within = jnp.minimum(jnp.arange(width), lengths[:, None] - 1)
+        attend = chunk_attention(jnp.arange(rows), none, none, FLOAT32)
+        hidden, caches = hidden_states(texts[:, :width], within, attend, caches)
+        first = llama.logits(hidden[jnp.arange(rows), lengths - 1], FLOAT32)
+        places = lengths[None] + jnp.arange(window - width)[:, None]
+        _, later = jax.lax.scan(step, caches, places)
+        return jnp.concatenate([first[None], later])
+
+    return np.asarray(run(unrolled))
