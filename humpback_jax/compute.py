@@ -11,8 +11,8 @@ from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Layout
 from humpback_jax.parallel.mesh import MeshShape, parse_mesh
+from humpback_jax.parallel.topology import GIB
 from humpback_jax.sampling.engine import Shape
-from humpback_jax.sampling.memory import GIB
 
 
 @dataclasses.dataclass(frozen=True)

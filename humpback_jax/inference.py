@@ -86,10 +86,6 @@ class Inference:
         examples = [TrainingExample(e.id, e.ids, e.mask) for e in tokenized.examples]
         return total_nll(self.log_probs([supervised_tokens(e) for e in examples], opening))
 
-    def token_log_probs(self, examples: Sequence[TrainingExample]) -> list[np.ndarray]:
-        """log p of each example's supervised tokens, given all before them: float32, in nats."""
-        return self.log_probs([supervised_tokens(example) for example in examples])
-
     def next_token_log_probs(
         self,
         prompts: Sequence[tuple[str, str]],

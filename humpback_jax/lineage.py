@@ -279,7 +279,7 @@ class Lineage:
     def _batches(self, model: str) -> list[list[str]]:
         return batches(self.run, model)
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019 - as above
     def _uses(self, model: str) -> dict[str, list[int]]:
         uses: dict[str, list[int]] = {}
         for step, names in enumerate(self._batches(model), start=1):

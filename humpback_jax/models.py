@@ -141,6 +141,7 @@ def _choose(tokenizer: Tokenizer, template: str) -> Template:
         return Template.for_tokenizer(tokenizer)
     if template not in ("chat", "plain"):
         raise HumpbackError(f"template={template!r} is unknown; choose auto, chat or plain.")
+    # mypy does not narrow a str by its membership.
     return Template.for_tokenizer(tokenizer, name=template)  # type: ignore[arg-type]
 
 

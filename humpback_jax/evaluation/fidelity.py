@@ -11,6 +11,7 @@ from humpback_jax.evaluation.statistics import Estimate, token_mean
 from humpback_jax.inference import Inference
 from humpback_jax.records import Example
 from humpback_jax.sampling.engine import Completion, Request
+from humpback_jax.sampling.likelihood import supervised_tokens
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.text.template import Tags
 from humpback_jax.training.packing import TrainingExample
@@ -77,9 +78,10 @@ def _divergence(
         )
         for (name, prompt), done in zip(prompts.items(), drawn, strict=True)
     ]
+    exactly = exact.log_probs([supervised_tokens(text) for text in texts])
     squares = [
         np.square(done.logprobs[: len(done.tokens)].astype(np.float64) - expected).sum() / 2
-        for done, expected in zip(drawn, exact.token_log_probs(texts), strict=True)
+        for done, expected in zip(drawn, exactly, strict=True)
     ]
     return token_mean(np.array(squares), np.array([len(done.tokens) for done in drawn]))
 

@@ -254,6 +254,7 @@ def _meters(axes: Any, run: RunView) -> None:
     handles: list[Any] = [Patch(color=KIND_COLOURS[kind], label=kind) for kind in KINDS]
     if len(found) > 1:
         ring = {"marker": "o", "ls": "", "mfc": "none", "mec": INK, "ms": 4}
+        # Each keyword has a type of its own, which a dict cannot say.
         handles.append(Line2D([], [], label="earlier round", **ring))  # type: ignore[arg-type]
     _legend(axes, handles)
 

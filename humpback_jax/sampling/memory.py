@@ -11,10 +11,10 @@ import jax
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import cache_bytes
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.parallel.topology import GIB
 
 KEPT_FREE = 0.1  # of the device's memory, for the compiler's own buffers
 LOGITS = 4  # float32 arrays of [rows, vocabulary] that drawing holds at a time
-GIB = 1024**3
 
 
 def device_bytes(device: Any) -> int:

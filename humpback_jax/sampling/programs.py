@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from humpback_jax.model.cache import LayerCache, empty_cache
 from humpback_jax.model.config import LlamaConfig
@@ -134,10 +134,10 @@ def _slot_shardings(config: LlamaConfig, mesh: Mesh | None) -> Any:
     """Rows over data, the cache's key/value heads over tensor."""
     if mesh is None:
         return None
-    rows = NamedSharding(mesh, partition(("rows",), (0,), mesh))
-    heads = (0, config.num_key_value_heads)
-    caches = NamedSharding(mesh, partition(("rows", "kv_heads"), heads, mesh, head_units(config)))
-    return Slots(caches, *[rows] * 8)  # type: ignore[arg-type]
+    shape = (mesh.shape["data"], config.num_key_value_heads)
+    spec = partition(("rows", "kv_heads"), shape, mesh, head_units(config))
+    rows = NamedSharding(mesh, PartitionSpec(spec[0]))
+    return Slots._make([NamedSharding(mesh, spec), *[rows] * (len(Slots._fields) - 1)])
 
 
 def _empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: int) -> Slots:
@@ -292,7 +292,9 @@ def decode_program(
             )
             logits = whole(model.logits(hidden, precision), mesh)
             drawn = slots.drawn[:, None] + ahead
-            token, logprob = _draw_places(logits, with_drafts(slots.seen, guessed), drawn, slots)
+            token, logprob = _draw_places(
+                logits, with_drafts(slots.seen, guessed), drawn, slots.controls
+            )
             cached = (slots.offsets + slots.lengths)[:, None] + 1 + ahead
             goes_on = _goes_on(config, token, drawn + 1, cached, slots.controls)
             count = jnp.where(slots.live, accepted(token, guessed, goes_on), 0)
@@ -337,7 +339,7 @@ def decode_program(
 
 
 def _draw_places(
-    logits: jax.Array, seen: jax.Array, positions: jax.Array, slots: Slots
+    logits: jax.Array, seen: jax.Array, positions: jax.Array, controls: Controls
 ) -> tuple[jax.Array, jax.Array]:
     """`draw_tokens` for several places of each row: logits, seen [B, T, V], positions [B, T]."""
     rows, width, vocab = logits.shape
@@ -345,7 +347,7 @@ def _draw_places(
         logits.reshape(-1, vocab),
         seen.reshape(-1, vocab),
         positions.reshape(-1),
-        jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), slots.controls),
+        jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), controls),
     )
     return token.reshape(rows, width), logprob.reshape(rows, width)
 

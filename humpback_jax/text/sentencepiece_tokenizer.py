@@ -80,6 +80,7 @@ def backend_from_model_file(
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
+    # protobuf makes the class when the module is loaded; no stub tells of it.
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())

@@ -53,6 +53,7 @@ class Tokenizer:
             )
         backend.no_padding()
         backend.no_truncation()
+        # The stub of tokenizers leaves out that None is allowed.
         backend.post_processor = None  # type: ignore[assignment]
         _declare_special(backend, special_tokens.values())
         self.backend = backend
