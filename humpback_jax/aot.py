@@ -20,7 +20,7 @@ from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.models import load_config
-from humpback_jax.parallel.mesh import MeshShape, axis_size, make_mesh, parse_mesh
+from humpback_jax.parallel.mesh import MeshShape, axis_size, make_mesh, one_copy, parse_mesh
 from humpback_jax.parallel.rules import abstract_params
 from humpback_jax.parallel.topology import Chip, tpu_slice
 from humpback_jax.sampling.engine import Shape
@@ -63,6 +63,7 @@ def compile_for(config: Any, model: str | None, topology: str) -> dict[str, Any]
         engine.slots,
         tokens,
         engine.chunks * engine.chunk_tokens,
+        compute.kernels,
     )
     return {
         "topology": topology,
@@ -87,6 +88,7 @@ def plan_decode(
     rows: int,
     tokens: int,
     prefill_tokens: int,
+    kernels: Kernels = XLA,
 ) -> DecodePlan:
     """A copy of the model on each device, if that holds it and `rows` rows, or one over all.
 
@@ -98,7 +100,8 @@ def plan_decode(
     """
     capacity = capacity_for(tokens)
     budget = int(chip.memory * (1 - KEPT_FREE))
-    choices = [shape] if shape else [MeshShape(), MeshShape(tensor=len(devices))]
+    whole = one_copy(len(devices), config.num_key_value_heads)
+    choices = [shape] if shape else [MeshShape(), whole]
     best: tuple[int, MeshShape] | None = None
     reason: HumpbackError | None = None
     for choice in choices:
@@ -115,6 +118,7 @@ def plan_decode(
                 weights,
                 prefill_tokens,
                 choice.tensor,
+                choice.fsdp if kernels.cuts_the_cache(PRECISION) else 1,
             )
         except HumpbackError as error:
             reason = error
@@ -139,7 +143,7 @@ def compile_decode(
     mesh = plan.mesh
     copies = axis_size(mesh, "data")
     params = abstract_params(config, mesh, PRECISION.compute)
-    slots = abstract_slots(config, PRECISION, copies * plan.slots, plan.capacity, mesh)
+    slots = abstract_slots(config, PRECISION, copies * plan.slots, plan.capacity, mesh, kernels)
     prefix = abstract_prefix(config, PRECISION, mesh)
     ended = jax.ShapeDtypeStruct((copies * plan.slots,), bool)
     programs: dict[str, tuple[Any, tuple[Any, ...]]] = {

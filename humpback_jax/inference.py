@@ -201,7 +201,8 @@ def _share(config: LlamaConfig, compute: Compute) -> Share:
     """The devices, and the part of jobs, of this process."""
     weights = count_parameters(config) * jnp.dtype(compute.weights).itemsize
     budget = compute.memory or device_bytes(jax.local_devices()[0])
-    return our_share(compute.mesh, parts_that_hold(weights, budget, jax.device_count()))
+    parts = parts_that_hold(weights, budget, jax.device_count())
+    return our_share(compute.mesh, parts, config.num_key_value_heads)
 
 
 def _prepare(model: LanguageModel, weights: str, mesh: Mesh | None) -> Params:

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from humpback_jax.aot import plan_decode
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.shapes import PUBLISHED, SHAPES
 from humpback_jax.models import load_config
+from humpback_jax.parallel.mesh import one_copy
 from humpback_jax.parallel.topology import CHIPS, tpu_slice
 
 ROOT = Path(__file__).parent.parent
+CACHED_ROW = 2 * 22 * 4 * 2048 * 64 * 2  # bytes: keys and values, layers, groups, places, bfloat16
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
@@ -67,11 +71,20 @@ def test_a_slice_too_small_is_found_by_the_compiler_alone() -> None:
     assert (plan.slots, plan.capacity, plan.mesh.size) == (64, 2048, 1)
 
 
+@given(st.integers(1, 512), st.sampled_from([1, 3, 4, 8, 32]))
+def test_a_copy_over_many_chips_cuts_heads_or_leaves_chips_idle(chips: int, heads: int) -> None:
+    shape = one_copy(chips, heads)
+    assert shape.replica == chips
+    assert heads % shape.tensor == 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="compiling for TPU needs libtpu: pip install jax[tpu]")
-def test_a_model_does_not_compile_for_a_slice_or_copies_its_cache_in_every_step() -> None:
+@pytest.mark.parametrize("mesh", ["data=4", "tensor=4", "fsdp=2,tensor=2"])
+def test_a_model_does_not_compile_for_a_slice_or_copies_its_cache_or_weights(mesh: str) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = ["aot", "--model=random:tinyllama", "--topology=v5e:2x2", "--json"]
+    config = ["--config=configs/humpback.py:tinyllama", f"--config.compute.mesh={mesh}"]
+    command = ["aot", *config, "--topology=v5e:2x2", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "humpback_jax", *command],
         cwd=ROOT,
@@ -82,9 +95,11 @@ def test_a_model_does_not_compile_for_a_slice_or_copies_its_cache_in_every_step(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
+    parts = 1 if mesh == "data=4" else 4
     for program in ("prefill", "decode"):
         kinds = result[program]["bytes_by_kind"]
         assert result[program]["fits"]
-        assert kinds["parameters"] == pytest.approx(2.2e9, rel=0.05)
+        assert kinds["parameters"] == pytest.approx(2.2e9 / parts, rel=0.05)
+        assert kinds["cache"] == pytest.approx(64 * CACHED_ROW / parts, rel=0.01)
     kinds = result["decode"]["bytes_by_kind"]
     assert kinds["temporary"] < 0.1 * kinds["parameters"]

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_llama import from_torch, random_tokens, torch_llama
+from tiny_llama import FLOAT32, from_torch, random_tokens, torch_llama
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import cache_bytes
 from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.llama import unstack_layers
+from humpback_jax.model.kernels import XLA
+from humpback_jax.model.llama import count_parameters, unstack_layers
+from humpback_jax.parallel.mesh import MeshShape, make_mesh
+from humpback_jax.parallel.rules import abstract_params
 from humpback_jax.sampling.engine import Engine, Request, Shape
 from humpback_jax.sampling.memory import (
     GIB,
@@ -23,6 +26,8 @@ from humpback_jax.sampling.memory import (
     rows_that_fit,
     tree_bytes,
 )
+from humpback_jax.sampling.prefix import abstract_prefix
+from humpback_jax.sampling.programs import abstract_slots, decode_program
 from humpback_jax.sampling.sampler import Decoding, record_key
 
 LLAMA_7B = LlamaConfig(
@@ -37,18 +42,31 @@ LLAMA_7B = LlamaConfig(
 )
 
 
-@given(st.floats(14, 200), st.integers(0, 9), st.sampled_from([1, 2, 8]))
-def test_planned_rows_take_more_than_the_budget(gib: float, power: int, tensor: int) -> None:
-    weights = 13 * GIB // tensor
-    budget = int(gib * GIB) // tensor
+@given(
+    st.floats(14, 200),
+    st.integers(0, 9),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([1, 2, 4]),
+)
+def test_planned_rows_take_more_than_the_budget(
+    gib: float, power: int, tensor: int, fsdp: int
+) -> None:
+    parts = tensor * fsdp
+    weights, budget = 13 * GIB // parts, int(gib * GIB) // parts
+
+    def cached(rows: int) -> int:
+        share = rows // fsdp if rows % fsdp == 0 else rows
+        return cache_bytes(LLAMA_7B, share, 2048, "bfloat16") // tensor
+
     try:
-        rows = rows_that_fit(LLAMA_7B, "bfloat16", 2048, 2**power, budget, weights, 1024, tensor)
+        rows = rows_that_fit(
+            LLAMA_7B, "bfloat16", 2048, 2**power, budget, weights, 1024, tensor, fsdp
+        )
     except HumpbackError:
-        one = cache_bytes(LLAMA_7B, 1, 2048, "bfloat16") // tensor
-        assert weights + one + 0.5 * GIB > budget
+        assert weights + cached(1) + 0.5 * GIB > budget
         return
     assert 1 <= rows <= 2**power
-    assert weights + cache_bytes(LLAMA_7B, rows, 2048, "bfloat16") // tensor <= budget
+    assert weights + cached(rows) <= budget
 
 
 def test_a_model_that_does_not_fit_dies_later_and_without_advice() -> None:
@@ -92,6 +110,33 @@ def from_engine():
     model = torch_llama()
     config, params = from_torch(model)
     return model, config, jax.tree.map(jax.numpy.asarray, unstack_layers(params))
+
+
+def test_decoding_takes_much_memory_that_is_in_no_plan() -> None:
+    """Logits and what drawing needs, for the default model; weights and caches are not copied."""
+    config = dataclasses.replace(
+        LLAMA_7B,
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    params = abstract_params(config, mesh, "float32")
+    arguments = (
+        params,
+        abstract_slots(config, FLOAT32, 32, 1024, mesh, XLA),
+        abstract_prefix(config, FLOAT32, mesh),
+        jax.ShapeDtypeStruct((32,), bool),
+        np.int32(1),
+    )
+    compiled = decode_program(config, FLOAT32, 16, 0, mesh).lower(*arguments).compile()
+    weights = 4 * count_parameters(config)
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * weights
 
 
 def test_float32_and_bfloat16_rows_are_planned_alike() -> None:

@@ -7,10 +7,12 @@ from typing import Literal
 
 import jax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from humpback_jax.model import attention, cache
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Attend
+from humpback_jax.model.shares import Shares
 
 Kind = Literal["xla", "pallas", "cudnn"]
 KINDS: dict[str, Kind] = {"tpu": "pallas", "gpu": "cudnn"}  # by platform; XLA for all others
@@ -57,11 +59,20 @@ class Kernels:
             return cudnn_attention(segment_ids, precision, xla, mesh=self.mesh)
         return xla
 
+    def cuts_the_cache(self, precision: Precision) -> bool:
+        """Whether each device along fsdp keeps some of the rows, too; int8 caches are XLA's."""
+        return self.kind == "pallas" and precision.kv is None
+
+    def cache_partition(self, rows: int, groups: int, precision: Precision) -> P:
+        """Where caches [rows, groups, ...] lie on the mesh."""
+        shares = Shares.of(self.mesh, rows, groups)
+        return shares.cache if self.cuts_the_cache(precision) else P("data", shares.heads)
+
     def prefill(
         self, slots: jax.Array, shared_counts: jax.Array, starts: jax.Array, precision: Precision
     ) -> Attend:
-        """See `cache.chunk_attention`; int8 caches are XLA's."""
-        if self.kind == "pallas" and precision.kv is None:
+        """See `cache.chunk_attention`."""
+        if self.cuts_the_cache(precision):
             from humpback_jax.model import tpu_cache
 
             return tpu_cache.chunk_attention(
@@ -72,8 +83,8 @@ class Kernels:
     def decode(
         self, places: jax.Array, shared_counts: jax.Array, live: jax.Array, precision: Precision
     ) -> Attend:
-        """See `cache.decode_attention`; int8 caches are XLA's."""
-        if self.kind == "pallas" and precision.kv is None:
+        """See `cache.decode_attention`."""
+        if self.cuts_the_cache(precision):
             from humpback_jax.model import tpu_cache
 
             return tpu_cache.decode_attention(

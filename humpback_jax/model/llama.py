@@ -83,9 +83,18 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         kept = precision.activations
         leading = x.shape[:-1]
-        q = self.q(x, precision, keys[0]).reshape(*leading, *self.head_shape)
-        k = self.k(x, precision, keys[1]).reshape(*leading, *self.group_shape)
-        v = self.v(x, precision, keys[2]).reshape(*leading, *self.group_shape)
+
+        def projected(linear: Linear, shape: tuple[int, int], key: jax.Array | None) -> jax.Array:
+            y = linear(x, precision, key)
+            if cache is not None:
+                # Else XLA for TPU wants the kernels of a divided model transposed, and each call
+                # of decoding begins with a copy of them.
+                y = jax.lax.optimization_barrier(y)
+            return y.reshape(*leading, *shape)
+
+        q = projected(self.q, self.head_shape, keys[0])
+        k = projected(self.k, self.group_shape, keys[1])
+        v = projected(self.v, self.group_shape, keys[2])
         q, k = apply_rope(q, *rope).astype(kept), apply_rope(k, *rope).astype(kept)
         context, cache = attend(q, k, v.astype(kept), cache)
         return self.o(context.reshape(*leading, -1), precision, keys[3]), cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,12 @@ def parse_mesh(text: str) -> MeshShape | None:
     return MeshShape(**sizes)
 
 
+def one_copy(devices: int, kv_heads: int) -> MeshShape:
+    """One copy of a model over so many devices: heads are never cut, so that fsdp gets the rest."""
+    tensor = math.gcd(devices, kv_heads)
+    return MeshShape(data=1, fsdp=devices // tensor, tensor=tensor)
+
+
 def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
     """The mesh of all `devices`.
 
@@ -97,22 +104,25 @@ class Share:
         return shard % self.count == self.number
 
 
-def our_share(shape: MeshShape | None, parts: int = 1) -> Share:
+def our_share(shape: MeshShape | None, parts: int = 1, kv_heads: int = 1) -> Share:
     """Splits all devices into parts that work alone: a host's devices, or as many hosts as one
     copy of the model needs.
 
     Args:
       shape: None puts a copy of the model on each accelerator; where it needs `parts` > 1 of them,
         on all of a host, or of as many hosts as it takes; and a single one on a CPU.
+      kv_heads: of the model, see `one_copy`.
 
     Raises:
       HumpbackError: the devices do not divide into the shape.
     """
     local, number = jax.local_devices(), jax.process_index()
     if shape is None:
-        together = 1 if parts == 1 else max(parts, len(local))
-        shape = MeshShape(data=1) if local[0].platform == "cpu" else MeshShape(tensor=together)
-        local = local if shape.data == 0 else local[:1]
+        if local[0].platform == "cpu":
+            shape, local = MeshShape(), local[:1]
+        else:
+            alone = parts == 1
+            shape = MeshShape() if alone else one_copy(max(parts, len(local)), kv_heads)
     elif shape.data:
         wanted = shape.data * shape.replica
         if wanted > jax.device_count():

@@ -145,7 +145,7 @@ class Engine:
         if not self.stop_ids:
             raise HumpbackError("the model names no end-of-turn token, so text would never stop.")
         self.work = Work()
-        self.memory = memory
+        self.memory, self.kernels = memory, kernels
         self._params = params if mesh else jax.tree.map(jnp.asarray, params)
         self._prefill = prefill_program(config, precision, mesh, kernels)
         self._decode = decode_program(config, precision, shape.steps, shape.drafts, mesh, kernels)
@@ -205,6 +205,7 @@ class Engine:
             tree_bytes(self._params),
             shape.chunks * shape.chunk_tokens,
             axis_size(self.mesh, "tensor"),
+            axis_size(self.mesh, "fsdp") if self.kernels.cuts_the_cache(self.precision) else 1,
         )
 
     def _row(self, index: int, request: Request, prefix: Prefix) -> _Row:
@@ -313,7 +314,9 @@ class _Run:
         count = engine.copies * self.each
         self.rows, self.ended = [None] * count, np.zeros(count, bool)
         self.slots = None  # the old ones go before the new ones come
-        self.slots = empty_slots(engine.config, engine.precision, count, capacity, engine.mesh)
+        self.slots = empty_slots(
+            engine.config, engine.precision, count, capacity, engine.mesh, engine.kernels
+        )
 
     def _enter(self, row: _Row) -> None:
         """Takes the first free slot of the copy with the least work ahead."""

@@ -64,30 +64,37 @@ def rows_that_fit(
     weights: int,
     prefill_tokens: int,
     tensor: int = 1,
+    fsdp: int = 1,
 ) -> int:
-    """Rows decoded together on one device: `wanted`, or fewer by halves.
+    """Rows that one copy of the model decodes together: `wanted`, or fewer by halves.
 
     Args:
       kv: dtype of the cache. capacity: places of a row in it.
       budget, weights: bytes of one device, and what the weights take of them.
       prefill_tokens: computed in one call. tensor: devices that share the key/value heads.
+      fsdp: devices that share the caches' rows.
 
     Raises:
       HumpbackError: not even one row fits.
     """
     shared = tensor if config.num_key_value_heads % tensor == 0 else 1
-    row = cache_bytes(config, 1, capacity, kv) // shared + config.vocab_size * (4 * LOGITS + 1)
+    cached = cache_bytes(config, 1, capacity, kv) // shared
+    drawn = config.vocab_size * (4 * LOGITS + 1)
     activations = 4 * (6 * config.hidden_size + 3 * config.intermediate_size)
     free = budget - weights - prefill_tokens * activations
     rows = wanted
-    while rows > 1 and rows * row > free:
+
+    def needed() -> int:
+        return (rows // fsdp if rows % fsdp == 0 else rows) * cached + rows * drawn
+
+    while rows > 1 and needed() > free:
         rows = (rows + 1) // 2
-    if rows * row > free:
+    if needed() > free:
         raise HumpbackError(
             f"the budget of {budget / GIB:.1f} GiB a device does not hold one row of {capacity} "
-            f"tokens ({row / GIB:.2f} GiB) beside the weights ({weights / GIB:.1f} GiB) and the "
-            f"prefill ({prefill_tokens * activations / GIB:.1f} GiB). Raise --memory-gb, spread "
-            "the model over more devices (--mesh=tensor=...), lower --max-tokens, or shorten the "
-            "prompts."
+            f"tokens ({needed() / GIB:.2f} GiB) beside the weights ({weights / GIB:.1f} GiB) and "
+            f"the prefill ({prefill_tokens * activations / GIB:.1f} GiB). Raise --memory-gb, "
+            "spread the model over more devices (--mesh=tensor=...), lower --max-tokens, or "
+            "shorten the prompts."
         )
     return rows

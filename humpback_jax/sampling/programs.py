@@ -18,7 +18,6 @@ from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Llama, Params, bind
 from humpback_jax.parallel.replicas import over_replicas, per_replica, whole
-from humpback_jax.parallel.rules import head_units, partition
 from humpback_jax.sampling.drafts import accepted, look_up, with_drafts
 from humpback_jax.sampling.prefix import PrefixArrays
 from humpback_jax.sampling.sampler import (
@@ -99,7 +98,12 @@ class Drawn(NamedTuple):
 
 
 def empty_slots(
-    config: LlamaConfig, precision: Precision, rows: int, capacity: int, mesh: Mesh | None = None
+    config: LlamaConfig,
+    precision: Precision,
+    rows: int,
+    capacity: int,
+    mesh: Mesh | None = None,
+    kernels: Kernels = XLA,
 ) -> Slots:
     """Free slots for `rows` rows of at most `capacity` tokens each after the shared prefix.
 
@@ -108,15 +112,21 @@ def empty_slots(
     """
     if mesh is None:
         return _empty_slots(config, precision, rows, capacity)
-    return _empty_program(config, precision, rows, capacity, mesh)()
+    return _empty_program(config, precision, rows, capacity, mesh, kernels)()
 
 
 def abstract_slots(
-    config: LlamaConfig, precision: Precision, rows: int, capacity: int, mesh: Mesh
+    config: LlamaConfig,
+    precision: Precision,
+    rows: int,
+    capacity: int,
+    mesh: Mesh,
+    kernels: Kernels,
 ) -> Slots:
     """The shapes of `empty_slots` on a mesh, and where they lie."""
-    shapes = jax.eval_shape(_empty_program(config, precision, rows, capacity, mesh))
-    where = jax.tree.broadcast(_slot_shardings(config, mesh), shapes)
+    make = functools.partial(_empty_slots, config, precision, rows, capacity)
+    shapes = jax.eval_shape(make)
+    where = jax.tree.broadcast(_slot_shardings(config, precision, rows, mesh, kernels), shapes)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
     )
@@ -124,20 +134,25 @@ def abstract_slots(
 
 @functools.lru_cache(maxsize=32)
 def _empty_program(
-    config: LlamaConfig, precision: Precision, rows: int, capacity: int, mesh: Mesh
+    config: LlamaConfig,
+    precision: Precision,
+    rows: int,
+    capacity: int,
+    mesh: Mesh,
+    kernels: Kernels,
 ) -> Callable[[], Slots]:
     make = functools.partial(_empty_slots, config, precision, rows, capacity)
-    return jax.jit(make, out_shardings=_slot_shardings(config, mesh))
+    return jax.jit(make, out_shardings=_slot_shardings(config, precision, rows, mesh, kernels))
 
 
-def _slot_shardings(config: LlamaConfig, mesh: Mesh | None) -> Any:
-    """Rows over data, the cache's key/value heads over tensor."""
-    if mesh is None:
-        return None
-    shape = (mesh.shape["data"], config.num_key_value_heads)
-    spec = partition(("rows", "kv_heads"), shape, mesh, head_units(config))
-    rows = NamedSharding(mesh, PartitionSpec(spec[0]))
-    return Slots._make([NamedSharding(mesh, spec), *[rows] * (len(Slots._fields) - 1)])
+def _slot_shardings(
+    config: LlamaConfig, precision: Precision, rows: int, mesh: Mesh, kernels: Kernels
+) -> Any:
+    """Rows over data, the cache's key/value heads over tensor, its rows as the kernels want."""
+    attention = dataclasses.replace(kernels, mesh=mesh)
+    cache = attention.cache_partition(rows, config.num_key_value_heads, precision)
+    rest = NamedSharding(mesh, PartitionSpec("data"))
+    return Slots._make([NamedSharding(mesh, cache), *[rest] * (len(Slots._fields) - 1)])
 
 
 def _empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity: int) -> Slots:
@@ -232,7 +247,7 @@ def prefill_program(
         )
         return slots, Drawn(token[:, None], logprob[:, None], one, one, live)
 
-    return _compiled(config, prefill, mesh, (False, True, False, True))
+    return _compiled(config, precision, prefill, attention, (False, True, False, True))
 
 
 @functools.lru_cache(maxsize=32)
@@ -335,7 +350,7 @@ def decode_program(
         _, slots, new = jax.lax.while_loop(unfinished, body, (jnp.int32(0), slots, nothing))
         return slots, new
 
-    return _compiled(config, decode, mesh, (False, True, False, True, False))
+    return _compiled(config, precision, decode, attention, (False, True, False, True, False))
 
 
 def _draw_places(
@@ -353,14 +368,20 @@ def _draw_places(
 
 
 def _compiled(
-    config: LlamaConfig, program: Callable[..., Any], mesh: Mesh | None, batched: tuple[bool, ...]
+    config: LlamaConfig,
+    precision: Precision,
+    program: Callable[..., Any],
+    attention: Kernels,
+    batched: tuple[bool, ...],
 ) -> Callable[..., tuple[Slots, Drawn]]:
-    slots = _slot_shardings(config, mesh)
-    return jax.jit(
-        per_replica(program, mesh, batched),
-        donate_argnums=1,
-        out_shardings=slots and (slots, slots.live),
-    )
+    mesh, where = attention.mesh, None
+    if mesh is not None:
+        slots = _slot_shardings(config, precision, mesh.shape["data"], mesh, attention)
+        if attention.cuts_the_cache(precision):
+            # How depends on the number of rows; they stay where attention leaves them.
+            slots = slots._replace(caches=None)
+        where = slots, slots.live
+    return jax.jit(per_replica(program, mesh, batched), donate_argnums=1, out_shardings=where)
 
 
 def _run(
