@@ -150,6 +150,7 @@ def _compare(found: dict[str, list[Result]], workload: Workload) -> Result:
         "matmul_share": ours["matmul_share"],
         "workload": {
             "model": workload.model,
+            "data": workload.data,
             "rows": len(lengths),
             "prompt_tokens": {
                 "min": lengths[0],

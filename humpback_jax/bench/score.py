@@ -58,7 +58,7 @@ def bench_score(
         "workload": {
             "model": model_name,
             "precision": precision,
-            "data": data,
+            "data": Path(data).name,
             "rows": rows,
             "max_new_tokens": max_new_tokens,
             "batch": slots,

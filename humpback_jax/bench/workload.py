@@ -65,12 +65,14 @@ class Workload:
     Attributes:
       model: name or folder of the model, as we load it. hf: its folder in Hugging Face's format;
         gguf: its file for llama.cpp; each empty where no peer needs it.
+      data: name of the documents' file.
       prompts: ids of each prompt. shared: how many of them all prompts begin with.
       max_new_tokens, stop_ids: when a text ends.
       drafts: as in `Case`.
     """
 
     model: str
+    data: str
     hf: str
     gguf: str
     prompts: list[list[int]]
@@ -110,6 +112,7 @@ def backward_workload(
     found = texts(model, data, case.rows, case.shortest, case.longest)
     return Workload(
         model=model.name,
+        data=Path(data).name,
         hf=hf,
         gguf=gguf,
         prompts=[encode(prompt(text)) for text in found],
