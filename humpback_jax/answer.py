@@ -204,6 +204,6 @@ def _with_prompt_logprobs(
 
 
 def _speed(reader: Inference, seconds: float) -> str:
-    work = reader.engine.work
+    work = reader.replicas.work
     tokens = work.prompt_tokens + work.shared_tokens + work.new_tokens
     return f"{tokens / seconds:,.0f} tokens/s, slots {work.occupancy:.0%} full"

@@ -73,9 +73,15 @@ def compile_for(config: Any, model: str | None, topology: str) -> dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class DecodePlan:
-    """How generation is spread over a slice: `slots` rows, of `capacity` tokens, for each copy."""
+    """How generation is spread over a slice.
+
+    Attributes:
+      mesh: of one copy of the model. copies: that the slice holds.
+      slots, capacity: rows of a copy, and tokens of a row.
+    """
 
     mesh: Mesh
+    copies: int
     slots: int
     capacity: int
 
@@ -129,7 +135,12 @@ def plan_decode(
             break
     if best is None:
         raise reason or HumpbackError(f"{shape} does not fit {len(devices)} devices.")
-    return DecodePlan(make_mesh(best[1], devices), best[0], capacity)
+    fitting, choice = best
+    copies = choice.data or len(devices) // choice.replica
+    if copies * choice.replica != len(devices):
+        make_mesh(choice, devices)  # raises
+    alone = dataclasses.replace(choice, data=1)
+    return DecodePlan(make_mesh(alone, devices[: choice.replica]), copies, fitting, capacity)
 
 
 def compile_decode(
@@ -141,15 +152,14 @@ def compile_decode(
     at the published bandwidth, and of its products at the published rate: what XLA adds is unknown.
     """
     mesh = plan.mesh
-    copies = axis_size(mesh, "data")
     params = abstract_params(config, mesh, PRECISION.compute)
-    slots = abstract_slots(config, PRECISION, copies * plan.slots, plan.capacity, mesh, kernels)
+    slots = abstract_slots(config, PRECISION, plan.slots, plan.capacity, mesh, kernels)
     prefix = abstract_prefix(config, PRECISION, mesh)
-    ended = jax.ShapeDtypeStruct((copies * plan.slots,), bool)
+    ended = jax.ShapeDtypeStruct((plan.slots,), bool)
     programs: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "prefill": (
             prefill_program(config, PRECISION, mesh, kernels),
-            (empty_chunks(copies * engine.chunks, engine.chunk_tokens),),
+            (empty_chunks(engine.chunks, engine.chunk_tokens),),
         ),
         "decode": (
             decode_program(config, PRECISION, engine.steps, engine.drafts, mesh, kernels),
@@ -166,11 +176,12 @@ def compile_decode(
         }
     weights = report["decode"]["bytes_by_kind"]["parameters"]
     cache = report["decode"]["bytes_by_kind"]["cache"]
-    flops = 2 * count_parameters(config) * plan.slots / (mesh.size // copies)
+    flops = 2 * count_parameters(config) * plan.slots / mesh.size
     step = max((weights + cache / 2) / chip.bandwidth, flops / chip.flops)
     report["decode"] |= {"est_step_s": step, "est_mfu": flops / chip.flops / step}
-    sizes = {axis: axis_size(mesh, axis) for axis in mesh.axis_names}
-    shared = {"mesh": sizes, "slots": plan.slots, "capacity": plan.capacity, "chips": mesh.size}
+    sizes = {axis: axis_size(mesh, axis) for axis in mesh.axis_names} | {"data": plan.copies}
+    chips = plan.copies * mesh.size
+    shared = {"mesh": sizes, "slots": plan.slots, "capacity": plan.capacity, "chips": chips}
     return {name: {**shared, **entry} for name, entry in report.items()}
 
 

@@ -24,13 +24,12 @@ from humpback_jax.sampling.engine import Completion, Engine, Request
 from humpback_jax.sampling.likelihood import (
     Query,
     every_token,
-    log_probs,
     next_token,
     supervised_tokens,
     total_nll,
 )
 from humpback_jax.sampling.memory import device_bytes, parts_that_hold
-from humpback_jax.sampling.prefix import Prefix, compute_prefix
+from humpback_jax.sampling.replicas import Replicas
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.text.template import Rendered
 from humpback_jax.text.tokenize import tokenize_batch
@@ -54,24 +53,28 @@ class Generation:
 
 
 class Inference:
-    """Holds a model on the device, in the form that decoding needs."""
+    """Holds a model on the devices, in the form that decoding needs."""
 
     def __init__(self, model: LanguageModel, compute: Compute) -> None:
         self.model, self.compute, self.precision = model, compute, compute.precision
         self.share = _share(model.config, compute)
-        self.mesh = self.share.mesh
-        self._params = _prepare(model, compute.weights, self.mesh)
-        self.engine = Engine(
-            model.config,
-            self._params,
-            model.stop_ids,
-            compute.precision,
-            compute.engine_shape,
-            self.mesh,
-            compute.memory,
-            compute.kernels,
+        devices = sum(1 if mesh is None else mesh.size for mesh in self.share.meshes)
+        memory = compute.memory or device_bytes(jax.local_devices()[0], devices)
+        self.replicas = Replicas(
+            [
+                Engine(
+                    model.config,
+                    _prepare(model, compute.weights, mesh),
+                    model.stop_ids,
+                    compute.precision,
+                    compute.engine_shape,
+                    mesh,
+                    memory,
+                    compute.kernels,
+                )
+                for mesh in self.share.meshes
+            ]
         )
-        self._prefixes: dict[tuple[int, ...], Prefix] = {}
 
     def nll(
         self, rows: Sequence[tuple[str, Rendered]], opening: Opening | None = None
@@ -120,15 +123,7 @@ class Inference:
         self, queries: Sequence[Query], opening: Opening | None = None
     ) -> list[np.ndarray]:
         """See `sampling.likelihood.log_probs`; what precedes the opening's text is shared."""
-        prefix = self._prefix(opening)
-        return log_probs(
-            self.model.config,
-            self._params,
-            queries,
-            self.precision,
-            prefix=prefix,
-            mesh=self.mesh,
-        )
+        return self.replicas.log_probs(queries, self.shared_by(opening))
 
     def generate(
         self,
@@ -170,24 +165,16 @@ class Inference:
                 tokens = np.array(tokenizer.encode(text), np.int32)
                 yield Request(name, tokens, key, decoding, cut)
 
-        for index, done in self.engine.stream(requests(), self._prefix(opening)):
+        for index, done in self.replicas.stream(requests(), self.shared_by(opening)):
             yield index, _generation(tokenizer, done, stops.pop(index, ()))
 
     def check_room(self, record_id: str, prompt: str) -> None:
         """Raises HumpbackError where a prompt leaves no room in the model's window."""
-        self.engine.check(record_id, len(self.model.tokenizer.encode(prompt)))
+        self.replicas.check(record_id, len(self.model.tokenizer.encode(prompt)))
 
-    def _prefix(self, opening: Opening | None) -> Prefix:
-        return self.prefix(common_start(self.model.tokenizer, opening) if opening else ())
-
-    def prefix(self, tokens: Sequence[int]) -> Prefix:
-        """Tokens that texts may begin with, computed when first asked for."""
-        tokens = tuple(tokens)
-        if tokens not in self._prefixes:
-            self._prefixes[tokens] = compute_prefix(
-                self.model.config, self._params, tokens, self.precision, mesh=self.mesh
-            )
-        return self._prefixes[tokens]
+    def shared_by(self, opening: Opening | None) -> tuple[int, ...]:
+        """The tokens that all prompts of the opening begin with."""
+        return common_start(self.model.tokenizer, opening) if opening else ()
 
 
 def common_start(tokenizer: Tokenizer, opening: Opening) -> tuple[int, ...]:
@@ -200,7 +187,7 @@ def common_start(tokenizer: Tokenizer, opening: Opening) -> tuple[int, ...]:
 def _share(config: LlamaConfig, compute: Compute) -> Share:
     """The devices, and the part of jobs, of this process."""
     weights = count_parameters(config) * jnp.dtype(compute.weights).itemsize
-    budget = compute.memory or device_bytes(jax.local_devices()[0])
+    budget = compute.memory or device_bytes(jax.local_devices()[0], jax.local_device_count())
     parts = parts_that_hold(weights, budget, jax.device_count())
     return our_share(compute.mesh, parts, config.num_key_value_heads)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from humpback_jax.compute import Compute, choose_compute, use_compilation_cache
+from humpback_jax.compute import Compute, choose_compute, use_compilation_cache, use_cores
 from humpback_jax.config import check_config, default_config, load_config, set_field
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import load_model, save_checkpoint
@@ -35,6 +35,7 @@ def start(arguments: argparse.Namespace) -> None:
         return
     from humpback_jax.parallel.processes import join_processes
 
+    use_cores()
     use_compilation_cache()
     in_many = arguments.verb == "score" or (arguments.verb == "sample" and arguments.out)
     if join_processes() > 1 and not in_many:
@@ -194,7 +195,7 @@ def sample(arguments: argparse.Namespace) -> Result:
         "rows": count,
         "bad_rows": report.bad,
         "seconds": round(time.monotonic() - started, 2),
-        "occupancy": round(reader.engine.work.occupancy, 4),
+        "occupancy": round(reader.replicas.work.occupancy, 4),
         "out": arguments.out,
     }
 

@@ -45,7 +45,7 @@ def results(model: LanguageModel, mesh: str, rows: int, new: int) -> dict[str, A
     prompts = prompts[:rows]
     template = model.template
     opening = template.question
-    found: dict[str, Any] = {"bytes": tree_bytes(reader._params)}
+    found: dict[str, Any] = {"bytes": tree_bytes(reader.replicas.engines[0].params)}
     for name, decoding in (
         ("greedy", Decoding(0.0, max_new_tokens=new)),
         ("sampled", Decoding(0.9, 0.9, max_new_tokens=new)),
@@ -59,7 +59,8 @@ def results(model: LanguageModel, mesh: str, rows: int, new: int) -> dict[str, A
         )
         found[name] = [(each.text, each.tokens, each.logprob) for each in drawn]
     scored = reader.next_token_log_probs(prompts, range(5), opening=lambda text: text)
-    return {**found, "scores": scored.tolist(), "programs": reader.engine.programs()}
+    copies = [1 if mesh is None else mesh.size for mesh in reader.share.meshes]
+    return {**found, "scores": scored.tolist(), "copies": copies}
 
 
 if __name__ == "__main__":

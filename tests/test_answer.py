@@ -71,7 +71,9 @@ def test_a_prompts_log_probabilities_are_another_models_than_the_answers(tmp_pat
         length = len(tokenizer.encode(text))
         assert len(row["prompt_logprobs"]) == length - 1
         tokens = np.array(tokenizer.encode(text), np.int32)
-        drawn = reader().engine.generate([Request("r", tokens, np.zeros(2, "u4"), job.decoding)])[0]
+        drawn = reader().replicas.generate([Request("r", tokens, np.zeros(2, "u4"), job.decoding)])[
+            0
+        ]
         whole = np.concatenate([tokens, drawn.tokens])
         found = reader().log_probs([every_token("r", whole)])[0]
         np.testing.assert_allclose(found[: length - 1], row["prompt_logprobs"], atol=1e-4)
@@ -110,9 +112,9 @@ def test_a_job_that_was_killed_goes_on_and_ends_with_the_same_rows(tmp_path, mon
         run(path, out)
     assert not out.exists()
     monkeypatch.setattr(answer.Shards, "write", written)
-    before = reader().engine.work.rows
+    before = reader().replicas.work.rows
     assert run(path, out) == expected
-    assert reader().engine.work.rows - before == 30 - 3 * 4
+    assert reader().replicas.work.rows - before == 30 - 3 * 4
 
 
 @pytest.mark.parametrize("change", ["input", "seed"])
@@ -140,19 +142,19 @@ def test_a_row_s_own_decoding_counts_and_a_wrong_one_is_found_before_any_work(tm
     for wrong in ({"temprature": 1}, {"top_p": 7}, "hot", {"top_k": "many"}):
         rows[3]["decoding"] = wrong
         rows[3]["id"] = "the-row"
-        before = reader().engine.work.rows
+        before = reader().replicas.work.rows
         with pytest.raises(HumpbackError, match="the-row"):
             run(write(tmp_path / "in.jsonl", rows), tmp_path / "other.jsonl")
-        assert reader().engine.work.rows == before
+        assert reader().replicas.work.rows == before
 
 
 def test_a_prompt_that_fills_the_window_is_found_before_any_work_or_skipped(tmp_path):
     rows = [*prompts(5), {"id": "the-long-one", "prompt": "word " * 2000}]
     path = write(tmp_path / "in.jsonl", rows)
-    before = reader().engine.work.rows
+    before = reader().replicas.work.rows
     with pytest.raises(HumpbackError, match="the-long-one"):
         run(path, tmp_path / "out.jsonl")
-    assert reader().engine.work.rows == before
+    assert reader().replicas.work.rows == before
     job = Job(JOB.decoding, seed=3, skip_bad=True)
     assert len(run(path, tmp_path / "out.jsonl", job)) == 5
     count, report = answer_file(

@@ -211,7 +211,7 @@ def test_no_array_of_tokens_times_vocabulary_is_held() -> None:
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), layout="unrolled"))
     prefix = jax.eval_shape(lambda: compute_prefix(config, params, (), FLOAT32).arrays)
     query = next_token("p", random_tokens(5), [1])
-    batch = jax.tree.map(lambda x: x[None], likelihood._lay_out([query], [0], [0], WIDTHS[1]))
+    batch = likelihood._lay_out([query], [0], [0], WIDTHS[1])
     program = likelihood._program(config, FLOAT32, "unrolled", None, None)
     text = program.lower(params, prefix, batch, np.int32(1))
     shapes = re.findall(r"tensor<((?:\d+x)+)[a-z]", text.as_text())

@@ -72,10 +72,8 @@ def requests() -> tuple[Request, ...]:
 
 
 def draw(reader: Inference, asked: list[Request]) -> dict[str, Completion]:
-    prefix = reader.prefix(
-        common_start(reader.model.tokenizer, reader.model.template.backward_prompt)
-    )
-    return dict(zip((r.id for r in asked), reader.engine.generate(asked, prefix), strict=True))
+    shared = common_start(reader.model.tokenizer, reader.model.template.backward_prompt)
+    return dict(zip((r.id for r in asked), reader.replicas.generate(asked, shared), strict=True))
 
 
 @functools.cache

@@ -14,33 +14,33 @@ import numpy as np
 from humpback_jax.bench.limits import matmul_rate, prefill_flops
 from humpback_jax.bench.process import peak_bytes
 from humpback_jax.bench.workload import Workload
-from humpback_jax.compute import choose_compute, use_compilation_cache
+from humpback_jax.compute import choose_compute, use_compilation_cache, use_cores
 from humpback_jax.environment import describe_environment
 from humpback_jax.inference import Inference
 from humpback_jax.models import load_model
-from humpback_jax.sampling.engine import Completion, Engine, Request, Work
-from humpback_jax.sampling.prefix import Prefix
+from humpback_jax.sampling.engine import Completion, Request, Work
+from humpback_jax.sampling.replicas import Replicas
 from humpback_jax.sampling.sampler import Decoding, record_key
 
 
 def measure(workload: Workload, precision: str, slots: int) -> dict[str, Any]:
     """Rates of greedy generation, and of its prefill alone, after everything is compiled."""
+    use_cores()
     use_compilation_cache()
     before = peak_bytes()
     started = time.perf_counter()
     model = load_model(workload.model)
     compute = choose_compute(precision, slots, drafts=workload.drafts)
     reader = Inference(model, compute)
-    engine = reader.engine
-    prefix = reader.prefix(workload.prompts[0][: workload.shared])
+    opening = workload.prompts[0][: workload.shared]
     # The longest prompts decide how long the slots are, and with it the programs.
     longest = sorted(workload.prompts, key=len)[-2:]
-    timed_generation(engine, longest, workload.max_new_tokens, prefix)
+    timed_generation(reader.replicas, longest, workload.max_new_tokens, opening)
     ready = time.perf_counter() - started
     seconds, done, work = timed_generation(
-        engine, workload.prompts, workload.max_new_tokens, prefix
+        reader.replicas, workload.prompts, workload.max_new_tokens, opening
     )
-    prefill_seconds, _, prefill = timed_generation(engine, workload.prompts, 1, prefix)
+    prefill_seconds, _, prefill = timed_generation(reader.replicas, workload.prompts, 1, opening)
     chunk = compute.engine_shape.chunks * compute.engine_shape.chunk_tokens
     rate = matmul_rate(model.config, chunk, compute.precision.compute)
     shared = workload.shared if work.shared_tokens else 0
@@ -65,14 +65,14 @@ def measure(workload: Workload, precision: str, slots: int) -> dict[str, Any]:
         "matmul_share": flops / prefill_seconds / rate,
         "ready_s": ready,
         "peak_bytes": peak_bytes() - before,
-        "programs": engine.programs(),
+        "programs": reader.replicas.programs(),
         "environment": describe_environment(),
         "outputs": [completion.tokens.tolist() for completion in done],
     }
 
 
 def timed_generation(
-    engine: Engine, prompts: Sequence[Sequence[int]], new: int, prefix: Prefix | None = None
+    replicas: Replicas, prompts: Sequence[Sequence[int]], new: int, opening: Sequence[int] = ()
 ) -> tuple[float, list[Completion], Work]:
     """(seconds, texts, work) of drawing up to `new` tokens for each prompt, greedily."""
     decoding = Decoding(0.0, max_new_tokens=new)
@@ -80,10 +80,10 @@ def timed_generation(
         Request(str(i), np.array(prompt, np.int32), record_key(0, "bench", str(i), 0), decoding)
         for i, prompt in enumerate(prompts)
     ]
-    engine.work = Work()
+    replicas.forget_work()
     started = time.perf_counter()
-    done = engine.generate(requests, prefix)
-    return time.perf_counter() - started, done, engine.work
+    done = replicas.generate(requests, opening)
+    return time.perf_counter() - started, done, replicas.work
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ from humpback_jax.bench.limits import matmul_rate, prefill_flops
 from humpback_jax.bench.ours import timed_generation
 from humpback_jax.bench.pairs import PairsJob
 from humpback_jax.bench.process import Compilations, peak_bytes
-from humpback_jax.compute import choose_compute, use_compilation_cache
+from humpback_jax.compute import choose_compute, use_compilation_cache, use_cores
 from humpback_jax.curators import PairText, Rating, Scored, rate
 from humpback_jax.environment import describe_environment
 from humpback_jax.inference import Inference, Opening
 from humpback_jax.models import load_model
-from humpback_jax.sampling.engine import Work
 from humpback_jax.sampling.likelihood import WIDTHS, Query, programs, shared_tokens
 from humpback_jax.sampling.prefix import Prefix
 from humpback_jax.sampling.sampler import Decoding
@@ -38,12 +37,14 @@ class Witness(Inference):
 
     def log_probs(self, queries: Sequence[Query], opening: Opening | None = None) -> Any:
         opening = opening if self.sharing else None
-        self.asked += [(query, self._prefix(opening)) for query in queries]
+        prefix = self.replicas.engines[0].prefix(self.shared_by(opening))
+        self.asked += [(query, prefix) for query in queries]
         return super().log_probs(queries, opening)
 
 
 def measure(job: PairsJob, curator: str) -> dict[str, Any]:
     """Seconds and counts of rating all pairs, after everything is compiled."""
+    use_cores()
     use_compilation_cache()
     compilations = Compilations()
     before = peak_bytes()
@@ -59,18 +60,19 @@ def measure(job: PairsJob, curator: str) -> dict[str, Any]:
         rate(curator, judge, job.pairs, decoding, 0, Scored())
     ready = time.perf_counter() - started
     compiled = compilations.count
-    judge.asked, judge.engine.work, scored = [], Work(), Scored()
+    judge.asked, scored = [], Scored()
+    judge.replicas.forget_work()
     started = time.perf_counter()
     ratings = rate(curator, judge, job.pairs, decoding, 0, scored)
     seconds = time.perf_counter() - started
-    asked, work = judge.asked, judge.engine.work
+    asked, work = judge.asked, judge.replicas.work
     figures: dict[str, Any] = {
         "seconds": seconds,
         "rows_per_s": len(job.pairs) / seconds,
         "rated": sum(rating.value is not None for rating in ratings),
         "ready_s": ready,
         "peak_bytes": peak_bytes() - before,
-        "programs": judge.engine.programs() + programs(model.config, judge.precision),
+        "programs": judge.replicas.programs() + programs(model.config, judge.precision),
         "compiled_while_timed": compilations.count - compiled,
         "environment": describe_environment(),
     }
@@ -114,9 +116,8 @@ def _bare_prefill(judge: Inference, asked: Asked) -> float:
         prompts[prefix.tokens].append(query.tokens.tolist())
     total = 0.0
     for tokens, texts in prompts.items():
-        prefix = judge.prefix(tokens)
-        timed_generation(judge.engine, sorted(texts, key=len)[-2:], 1, prefix)
-        total += timed_generation(judge.engine, texts, 1, prefix)[0]
+        timed_generation(judge.replicas, sorted(texts, key=len)[-2:], 1, tokens)
+        total += timed_generation(judge.replicas, texts, 1, tokens)[0]
     return total
 
 

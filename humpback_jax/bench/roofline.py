@@ -30,6 +30,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, init_params
 from humpback_jax.model.shapes import SHAPES
 from humpback_jax.sampling.engine import Engine
+from humpback_jax.sampling.replicas import Replicas
 
 WINDOW = 512  # places of a slot
 PROMPT = 128  # tokens of each prompt
@@ -106,12 +107,12 @@ def _decode(
 ) -> dict[str, Any]:
     """The cost of a step, as the difference between longer and shorter texts."""
     batch = compute.engine_shape.slots
-    engine = _engine(config, params, compute)
+    alone = _alone(config, params, compute)
     prompts = _prompts(config, batch, PROMPT)
     times = {}
     for new in (BEFORE, BEFORE + STEPS):
-        timed_generation(engine, prompts, new)
-        times[new] = min(timed_generation(engine, prompts, new)[0] for _ in range(2))
+        timed_generation(alone, prompts, new)
+        times[new] = min(timed_generation(alone, prompts, new)[0] for _ in range(2))
     step = (times[BEFORE + STEPS] - times[BEFORE]) / STEPS
     length = PROMPT + BEFORE + STEPS / 2
     cached = np.dtype(compute.precision.activations).itemsize
@@ -128,10 +129,10 @@ def _decode(
 def _prefill(
     config: LlamaConfig, params: Params, compute: Compute, device: Device
 ) -> dict[str, Any]:
-    engine = _engine(config, params, compute)
+    alone = _alone(config, params, compute)
     prompts = _prompts(config, PREFILL_PROMPTS, PREFILL_TOKENS)
-    timed_generation(engine, prompts, 1)
-    seconds = min(timed_generation(engine, prompts, 1)[0] for _ in range(3))
+    timed_generation(alone, prompts, 1)
+    seconds = min(timed_generation(alone, prompts, 1)[0] for _ in range(3))
     rate = PREFILL_PROMPTS * prefill_flops(config, 0, PREFILL_TOKENS) / seconds
     shape = compute.engine_shape
     own_shapes = matmul_rate(config, shape.chunks * shape.chunk_tokens, DTYPE)
@@ -143,10 +144,11 @@ def _prefill(
     }
 
 
-def _engine(config: LlamaConfig, params: Params, compute: Compute) -> Engine:
+def _alone(config: LlamaConfig, params: Params, compute: Compute) -> Replicas:
     """One whose stop token no vocabulary has, so that every row draws to the end."""
     stop_ids = (config.vocab_size,)
-    return Engine(config, params, stop_ids, compute.precision, compute.engine_shape)
+    engine = Engine(config, params, stop_ids, compute.precision, compute.engine_shape)
+    return Replicas([engine])
 
 
 def _prompts(config: LlamaConfig, count: int, tokens: int) -> list[list[int]]:

@@ -59,7 +59,7 @@ def fidelity(
 def _draw(
     reader: Inference, prompts: dict[str, np.ndarray], decoding: Decoding
 ) -> list[Completion]:
-    return reader.engine.generate(
+    return reader.replicas.generate(
         [
             Request(name, prompt, record_key(0, "fidelity", name, 0), decoding)
             for name, prompt in prompts.items()

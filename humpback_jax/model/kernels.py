@@ -66,7 +66,7 @@ class Kernels:
     def cache_partition(self, rows: int, groups: int, precision: Precision) -> P:
         """Where caches [rows, groups, ...] lie on the mesh."""
         shares = Shares.of(self.mesh, rows, groups)
-        return shares.cache if self.cuts_the_cache(precision) else P("data", shares.heads)
+        return shares.cache if self.cuts_the_cache(precision) else P(None, shares.heads)
 
     def prefill(
         self, slots: jax.Array, shared_counts: jax.Array, starts: jax.Array, precision: Precision

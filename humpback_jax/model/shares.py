@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 ROWS = ("data", "fsdp")  # the mesh axes that rows are cut over
@@ -20,22 +20,16 @@ class Shares(NamedTuple):
     Axes of the mesh that are not named hold copies.
     """
 
-    mesh: Mesh | AbstractMesh | None
+    mesh: Mesh | None
     rows: tuple[str, ...] = ()
     heads: str | None = None
 
     @classmethod
     def of(cls, mesh: Mesh | None, rows: int, groups: int) -> Shares:
-        """As many axes as divide the rows, and the key/value heads, evenly.
-
-        Inside a `shard_map` over some of the axes (`parallel/replicas.py`), rows are cut already.
-        """
+        """As many axes as divide the rows, and the key/value heads, evenly."""
         if mesh is None:
             return cls(None)
-        around = jax.sharding.get_abstract_mesh()
         fits = HEADS in mesh.shape and groups % mesh.shape[HEADS] == 0
-        if around.manual_axes:
-            return cls(around, (), HEADS if fits else None)
         axes: tuple[str, ...] = ()
         for name in ROWS:
             size = math.prod(mesh.shape[axis] for axis in (*axes, name) if axis in mesh.shape)
@@ -75,6 +69,5 @@ class Shares(NamedTuple):
             mesh=self.mesh,
             in_specs=in_specs,
             out_specs=out_specs,
-            axis_names=set(self.mesh.axis_names) - set(self.mesh.manual_axes),
             check_vma=False,
         )

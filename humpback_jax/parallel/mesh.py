@@ -65,20 +65,13 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
     """The mesh of all `devices`.
 
     Raises:
-      HumpbackError: they do not divide into the shape, or XLA does not compile for it.
+      HumpbackError: they do not divide into the shape.
     """
     data = shape.data or len(devices) // shape.replica
     if data * shape.replica != len(devices):
         raise HumpbackError(
             f"the mesh data={shape.data or 'rest'}, fsdp={shape.fsdp}, tensor={shape.tensor} does "
             f"not fit {len(devices)} devices; the product of its sizes must be their number."
-        )
-    if devices[0].platform == "tpu" and data > 1 and shape.replica > 1:
-        # The partitioner aborts the process (libtpu of jax 0.10.2), so that nobody can be told.
-        raise HumpbackError(
-            f"the mesh data={data}, fsdp={shape.fsdp}, tensor={shape.tensor} makes several copies "
-            "of several devices each, for which XLA does not compile on TPU. Use one copy, e.g. "
-            f"tensor={len(devices)}, or data={len(devices)} where a device holds the model."
         )
     sizes = (data, shape.fsdp, shape.tensor)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -89,12 +82,13 @@ class Share:
     """This process's part in a job whose parts need nothing of each other.
 
     Attributes:
-      mesh: the devices that work together; None for a single one.
+      meshes: of each copy of the model that the process drives, the devices that hold it together;
+        None for JAX's default device.
       number, count: this part's, of so many.
       leads: whether this process writes the part's results; several may compute them together.
     """
 
-    mesh: Mesh | None = None
+    meshes: tuple[Mesh | None, ...] = (None,)
     number: int = 0
     count: int = 1
     leads: bool = True
@@ -105,12 +99,11 @@ class Share:
 
 
 def our_share(shape: MeshShape | None, parts: int = 1, kv_heads: int = 1) -> Share:
-    """Splits all devices into parts that work alone: a host's devices, or as many hosts as one
-    copy of the model needs.
+    """Splits all devices into copies of the model that work alone, and these among the processes.
 
     Args:
-      shape: None puts a copy of the model on each accelerator; where it needs `parts` > 1 of them,
-        on all of a host, or of as many hosts as it takes; and a single one on a CPU.
+      shape: None puts a copy on each device; where it needs `parts` > 1 of them, on all
+        accelerators of a host, or of as many hosts as it takes, and on a single CPU.
       kv_heads: of the model, see `one_copy`.
 
     Raises:
@@ -118,11 +111,11 @@ def our_share(shape: MeshShape | None, parts: int = 1, kv_heads: int = 1) -> Sha
     """
     local, number = jax.local_devices(), jax.process_index()
     if shape is None:
-        if local[0].platform == "cpu":
-            shape, local = MeshShape(), local[:1]
-        else:
-            alone = parts == 1
-            shape = MeshShape() if alone else one_copy(max(parts, len(local)), kv_heads)
+        shape = MeshShape()
+        if parts > 1 and local[0].platform == "cpu":
+            local = local[:1]
+        elif parts > 1:
+            shape = one_copy(max(parts, len(local)), kv_heads)
     elif shape.data:
         wanted = shape.data * shape.replica
         if wanted > jax.device_count():
@@ -132,10 +125,15 @@ def our_share(shape: MeshShape | None, parts: int = 1, kv_heads: int = 1) -> Sha
             )
         if jax.process_count() == 1:
             local = local[:wanted]
+    alone = dataclasses.replace(shape, data=1)
     if shape.replica <= len(local):
-        per_host = dataclasses.replace(shape, data=len(local) // shape.replica)
-        mesh = make_mesh(per_host, local) if len(local) > 1 else None
-        return Share(mesh, number, jax.process_count())
+        if len(local) % shape.replica:
+            make_mesh(shape, local)  # raises
+        if len(local) == 1:
+            return Share((None,), number, jax.process_count())
+        starts = range(0, len(local), shape.replica)
+        meshes = [make_mesh(alone, local[start : start + shape.replica]) for start in starts]
+        return Share(tuple(meshes), number, jax.process_count())
     together, rest = divmod(shape.replica, len(local))
     if rest or jax.process_count() % together:
         raise HumpbackError(
@@ -145,8 +143,8 @@ def our_share(shape: MeshShape | None, parts: int = 1, kv_heads: int = 1) -> Sha
     ours, place = divmod(number, together)
     hosts = range(ours * together, (ours + 1) * together)
     devices = [device for device in jax.devices() if device.process_index in hosts]
-    mesh = make_mesh(dataclasses.replace(shape, data=1), devices)
-    return Share(mesh, ours, jax.process_count() // together, leads=place == 0)
+    mesh = make_mesh(alone, devices)
+    return Share((mesh,), ours, jax.process_count() // together, leads=place == 0)
 
 
 def axis_size(mesh: Mesh | None, axis: str) -> int:

@@ -135,18 +135,18 @@ class Engine:
         """`params` are in layout "unrolled" and, for speed, in `precision.compute`.
 
         Args:
-          mesh: where `params` lie, if not on one device; each copy along data has its own slots.
+          mesh: the devices that hold `params` together, if not one alone.
           memory: bytes of one device that weights and slots may take; None for what it has.
           kernels: how tokens attend.
         """
         self.config, self.precision, self.shape, self.mesh = config, precision, shape, mesh
-        self.copies = axis_size(mesh, "data")
         self.stop_ids = tuple(sorted(set(stop_ids)))
         if not self.stop_ids:
             raise HumpbackError("the model names no end-of-turn token, so text would never stop.")
         self.work = Work()
         self.memory, self.kernels = memory, kernels
-        self._params = params if mesh else jax.tree.map(jnp.asarray, params)
+        self.params = params if mesh else jax.tree.map(jnp.asarray, params)
+        self._prefixes: dict[tuple[int, ...], Prefix] = {}
         self._prefill = prefill_program(config, precision, mesh, kernels)
         self._decode = decode_program(config, precision, shape.steps, shape.drafts, mesh, kernels)
 
@@ -170,9 +170,18 @@ class Engine:
           HumpbackError: a prompt is empty or leaves no room in the model's window, or the model's
             probabilities are not numbers.
         """
-        prefix = prefix or compute_prefix(self.config, self._params, (), self.precision)
+        prefix = prefix or self.prefix(())
         checked = (self._row(index, each, prefix) for index, each in enumerate(requests))
         yield from _Run(self, prefix).all(_by_length(checked))
+
+    def prefix(self, tokens: Sequence[int]) -> Prefix:
+        """Tokens that prompts may begin with, computed when first asked for."""
+        tokens = tuple(tokens)
+        if tokens not in self._prefixes:
+            self._prefixes[tokens] = compute_prefix(
+                self.config, self.params, tokens, self.precision, mesh=self.mesh
+            )
+        return self._prefixes[tokens]
 
     def programs(self) -> int:
         """How many programs have been compiled for engines of this model, precision and steps."""
@@ -189,20 +198,20 @@ class Engine:
             )
 
     def slots_of(self, capacity: int) -> int:
-        """How many slots of so many places each copy of the model gets.
+        """How many slots of so many places there are.
 
         Raises:
           HumpbackError: not even one fits into the memory.
         """
         shape = self.shape
-        device = jax.tree.leaves(self._params)[0].addressable_shards[0].device
+        device = jax.tree.leaves(self.params)[0].addressable_shards[0].device
         return rows_that_fit(
             self.config,
             self.precision.kv or self.precision.activations,
             capacity,
             shape.slots,
             self.memory or device_bytes(device),
-            tree_bytes(self._params),
+            tree_bytes(self.params),
             shape.chunks * shape.chunk_tokens,
             axis_size(self.mesh, "tensor"),
             axis_size(self.mesh, "fsdp") if self.kernels.cuts_the_cache(self.precision) else 1,
@@ -266,21 +275,15 @@ def _windows(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
 
 
 class _Run:
-    """One pass over a stream of rows: which row is in which slot, and what comes next.
-
-    Slots are numbered through all copies of the model; a copy's pieces wait in a queue of its own.
-    """
+    """One pass over a stream of rows: which row is in which slot, and what comes next."""
 
     def __init__(self, engine: Engine, prefix: Prefix) -> None:
         self.engine, self.shape, self.work = engine, engine.shape, engine.work
         self.prefix = prefix.arrays
         self.capacity = 0
-        self.each = 0  # slots of one copy
         self.slots: Slots | None = None
         self.rows: list[_Row | None] = []
-        self.pieces: list[collections.deque[_Piece]] = [
-            collections.deque() for _ in range(engine.copies)
-        ]
+        self.pieces: collections.deque[_Piece] = collections.deque()
         self.live = 0
         self.ended = np.zeros(0, bool)  # by the host; the device does not know yet
 
@@ -310,8 +313,7 @@ class _Run:
 
     def _allocate(self, capacity: int) -> None:
         engine = self.engine
-        self.capacity, self.each = capacity, engine.slots_of(capacity)
-        count = engine.copies * self.each
+        self.capacity, count = capacity, engine.slots_of(capacity)
         self.rows, self.ended = [None] * count, np.zeros(count, bool)
         self.slots = None  # the old ones go before the new ones come
         self.slots = empty_slots(
@@ -319,12 +321,9 @@ class _Run:
         )
 
     def _enter(self, row: _Row) -> None:
-        """Takes the first free slot of the copy with the least work ahead."""
-        free = [slot for slot, other in enumerate(self.rows) if other is None]
-        slot = min(free, key=lambda slot: len(self.pieces[slot // self.each]))
+        slot, width = self.rows.index(None), self.shape.chunk_tokens
         self.rows[slot] = row
-        width = self.shape.chunk_tokens
-        self.pieces[slot // self.each].extend(
+        self.pieces.extend(
             _Piece(row, slot, start, row.own[start : start + width])
             for start in range(0, len(row.own), width)
         )
@@ -335,17 +334,12 @@ class _Run:
         Pieces that would not fill a call wait for the next rows, while others are drawing.
         """
         calls = []
-        while (longest := max(map(len, self.pieces))) and (
-            longest >= self.shape.chunks or not (more and self.live)
-        ):
-            pieces = [
-                queue.popleft() if queue else None
-                for queue in self.pieces
-                for _ in range(self.shape.chunks)
-            ]
+        count = self.shape.chunks
+        while self.pieces and (len(self.pieces) >= count or not (more and self.live)):
+            pieces = [self.pieces.popleft() if self.pieces else None for _ in range(count)]
             assert self.slots is not None
             self.slots, drawn = self.engine._prefill(
-                self.engine._params, self.slots, self.prefix, self._chunks(pieces)
+                self.engine.params, self.slots, self.prefix, self._chunks(pieces)
             )
             finals = [piece.slot if piece and piece.final else -1 for piece in pieces]
             began = [slot for slot in finals if slot >= 0]
@@ -360,14 +354,14 @@ class _Run:
         tokens = np.zeros((count, width), np.int32)
         numbers = np.zeros((5, count), np.int32)
         counts, slots, offsets, starts, final = numbers
-        counts[:], slots[:] = 1, self.each
+        counts[:], slots[:] = 1, len(self.rows)
         requests: list[Request | None] = []
         for place, piece in enumerate(pieces):
             requests.append(piece.row.request if piece else None)
             if piece is not None:
                 size = counts[place] = len(piece.tokens)
                 tokens[place, :size] = piece.tokens
-                slots[place] = piece.slot % self.each
+                slots[place] = piece.slot
                 offsets[place], starts[place] = piece.row.shared, piece.start
                 final[place] = piece.final
         self.work.prefilled_places += count * width
@@ -378,10 +372,10 @@ class _Run:
         return Chunks._make((tokens, counts, slots, offsets, starts, final.astype(bool), controls))
 
     def _decode(self, more: bool) -> Drawn:
-        patience = self.shape.refill * self.engine.copies if more else len(self.rows)
+        patience = self.shape.refill if more else len(self.rows)
         assert self.slots is not None
         self.slots, drawn = self.engine._decode(
-            self.engine._params, self.slots, self.prefix, self.ended.copy(), np.int32(patience)
+            self.engine.params, self.slots, self.prefix, self.ended.copy(), np.int32(patience)
         )
         self.ended[:] = False
         return drawn

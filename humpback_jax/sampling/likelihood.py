@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.blockwise import CHUNK, scoring_attention
@@ -18,7 +18,6 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Llama, Params, bind
 from humpback_jax.parallel.mesh import axis_size
-from humpback_jax.parallel.replicas import per_replica
 from humpback_jax.sampling.prefix import Prefix, PrefixArrays, compute_prefix
 from humpback_jax.training.packing import TrainingExample, best_fit
 
@@ -114,16 +113,13 @@ def log_probs(
     shared = [shared_tokens(query, prefix) for query in queries]
     program = _program(config, precision, layout, lora, mesh)
     results = [np.zeros(len(query.targets), np.float32) for query in queries]
-    for width, packed in _packed(queries, shared, axis_size(mesh, "data")):
-        batches = [_lay_out(queries, shared, members, width) for members in packed]
-        asked = max(sum(len(queries[index].targets) for index in members) for members in packed)
-        together = _Batch._make(np.stack(arrays) for arrays in zip(*batches, strict=True))
-        found = np.asarray(program(params, prefix.arrays, together, np.int32(asked)))
-        for members, values in zip(packed, found, strict=True):
-            start = 0
-            for index in members:
-                end = start + len(queries[index].targets)
-                results[index], start = values[start:end], end
+    for width, members in _packed(queries, shared):
+        batch = _lay_out(queries, shared, members, width)
+        asked = sum(len(queries[index].targets) for index in members)
+        values, start = np.asarray(program(params, prefix.arrays, batch, np.int32(asked))), 0
+        for index in members:
+            end = start + len(queries[index].targets)
+            results[index], start = values[start:end], end
     for query, values in zip(queries, results, strict=True):
         if not np.isfinite(values).all():
             raise HumpbackError(
@@ -182,10 +178,8 @@ def shared_tokens(query: Query, prefix: Prefix) -> int:
     return prefix.shared_by(trunk[: int(query.after.min(initial=len(trunk) - 1)) + 1])
 
 
-def _packed(
-    queries: Sequence[Query], shared: Sequence[int], copies: int
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """(width, for each copy of the model the indices of its queries) of each program call."""
+def _packed(queries: Sequence[Query], shared: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """(width, the indices of the queries) of each program call."""
     sizes = []
     for query, count in zip(queries, shared, strict=True):
         chunks = -(-(len(query.tokens) - count) // CHUNK)
@@ -194,10 +188,8 @@ def _packed(
     little, much = WIDTHS
     longest = max(sizes, default=1)
     width = little if sum(sizes) <= little else max(much, 1 << (longest - 1).bit_length())
-    rows = best_fit(sizes, width)
-    for start in range(0, len(rows), copies):
-        call = rows[start : start + copies]
-        yield width, call + [[]] * (copies - len(call))
+    for members in best_fit(sizes, width):
+        yield width, members
 
 
 class _Batch(NamedTuple):
@@ -250,15 +242,11 @@ def _program(
     lora: LoraSpec | None,
     mesh: Mesh | None,
 ) -> Callable[[Params, PrefixArrays, _Batch, np.int32], jax.Array]:
-    """(params, prefix, one batch for each copy of the model, asked) -> float32 [copies, T].
-
-    `asked`: how many targets some copy has at most.
-    """
+    """(params, prefix, batch, how many targets it has) -> float32 [T]."""
     # Parts of the vocabulary that lie on other devices are not worth cutting further.
     piece = VOCABULARY if axis_size(mesh, "tensor") == 1 else config.vocab_size
 
-    def run(params: Params, prefix: PrefixArrays, batches: _Batch, asked: jax.Array) -> jax.Array:
-        batch: _Batch = jax.tree.map(lambda x: x[0], batches)
+    def run(params: Params, prefix: PrefixArrays, batch: _Batch, asked: jax.Array) -> jax.Array:
         model = bind(config, params, layout, lora)
         attend = scoring_attention(
             batch.places, batch.branches, batch.starts, batch.lengths, batch.shared, precision
@@ -266,9 +254,10 @@ def _program(
         hidden, _ = model.hidden_states(
             batch.tokens[None], batch.positions[None], attend, prefix.layers, precision=precision
         )
-        return _target_log_probs(model, hidden[0], batch, asked, piece, precision)[None]
+        return _target_log_probs(model, hidden[0], batch, asked, piece, precision)
 
-    return jax.jit(per_replica(run, mesh, (False, False, True, False)))
+    # Every process of a copy reads the result.
+    return jax.jit(run, out_shardings=mesh and NamedSharding(mesh, PartitionSpec()))
 
 
 def _target_log_probs(

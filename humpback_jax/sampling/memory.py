@@ -17,15 +17,18 @@ KEPT_FREE = 0.1  # of the device's memory, for the compiler's own buffers
 LOGITS = 4  # float32 arrays of [rows, vocabulary] that drawing holds at a time
 
 
-def device_bytes(device: Any) -> int:
+def device_bytes(device: Any, sharing: int = 1) -> int:
     """Memory that a plan may count on: the accelerator's, or a device's part of the machine's.
 
     What other programs take now is not considered: a job that is continued gets the same plan.
+
+    Args:
+      sharing: devices in use, where they are parts of one machine's CPU.
     """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] * (1 - KEPT_FREE))
-    return int(_machine_bytes() * (1 - KEPT_FREE) / jax.local_device_count())
+    return int(_machine_bytes() * (1 - KEPT_FREE) / sharing)
 
 
 def _machine_bytes() -> int:

@@ -17,7 +17,6 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Llama, Params, bind
-from humpback_jax.parallel.replicas import over_replicas, per_replica, whole
 from humpback_jax.sampling.drafts import accepted, look_up, with_drafts
 from humpback_jax.sampling.prefix import PrefixArrays
 from humpback_jax.sampling.sampler import (
@@ -105,11 +104,7 @@ def empty_slots(
     mesh: Mesh | None = None,
     kernels: Kernels = XLA,
 ) -> Slots:
-    """Free slots for `rows` rows of at most `capacity` tokens each after the shared prefix.
-
-    Args:
-      mesh: `rows` are those of all copies along data, in order.
-    """
+    """Free slots for `rows` rows of at most `capacity` tokens each after the shared prefix."""
     if mesh is None:
         return _empty_slots(config, precision, rows, capacity)
     return _empty_program(config, precision, rows, capacity, mesh, kernels)()
@@ -148,10 +143,10 @@ def _empty_program(
 def _slot_shardings(
     config: LlamaConfig, precision: Precision, rows: int, mesh: Mesh, kernels: Kernels
 ) -> Any:
-    """Rows over data, the cache's key/value heads over tensor, its rows as the kernels want."""
+    """The cache's heads over tensor, its rows as the kernels want; all else on every device."""
     attention = dataclasses.replace(kernels, mesh=mesh)
     cache = attention.cache_partition(rows, config.num_key_value_heads, precision)
-    rest = NamedSharding(mesh, PartitionSpec("data"))
+    rest = NamedSharding(mesh, PartitionSpec())
     return Slots._make([NamedSharding(mesh, cache), *[rest] * (len(Slots._fields) - 1)])
 
 
@@ -183,11 +178,7 @@ def _empty_slots(config: LlamaConfig, precision: Precision, rows: int, capacity:
 def prefill_program(
     config: LlamaConfig, precision: Precision, mesh: Mesh | None = None, kernels: Kernels = XLA
 ) -> Callable[[Params, Slots, PrefixArrays, Chunks], tuple[Slots, Drawn]]:
-    """(params, slots, prefix, chunks) -> (slots, the first token of each chunk that is final).
-
-    On a mesh, slots and chunks hold those of all copies along data; a chunk's slot counts from its
-    copy's first.
-    """
+    """(params, slots, prefix, chunks) -> (slots, the first token of each chunk that is final)."""
 
     attention = dataclasses.replace(kernels, mesh=mesh)
 
@@ -221,8 +212,7 @@ def prefill_program(
         def skip(_: jax.Array) -> tuple[jax.Array, jax.Array]:
             return jnp.zeros_like(last), jnp.zeros(last.shape, jnp.float32)
 
-        begins_somewhere = over_replicas(chunks.final.sum(), mesh) > 0
-        token, logprob = jax.lax.cond(begins_somewhere, draw, skip, hidden)
+        token, logprob = jax.lax.cond(chunks.final.any(), draw, skip, hidden)
         place = jnp.where(chunks.final, chunks.slots, slots.live.shape[0])
         one = jnp.ones_like(last)
         lengths = chunks.starts + chunks.counts
@@ -247,7 +237,7 @@ def prefill_program(
         )
         return slots, Drawn(token[:, None], logprob[:, None], one, one, live)
 
-    return _compiled(config, precision, prefill, attention, (False, True, False, True))
+    return _compiled(config, precision, prefill, attention)
 
 
 @functools.lru_cache(maxsize=32)
@@ -279,12 +269,12 @@ def decode_program(
         slots = slots._replace(live=slots.live & ~ended)
         rows = slots.live.shape[0]
         capacity = sum(values.shape[2] for values in slots.caches[0].values)
-        started = over_replicas(slots.live.sum(), mesh)
+        started = slots.live.sum()
         Loop = tuple[jax.Array, Slots, Drawn]
 
         def unfinished(loop: Loop) -> jax.Array:
             step, slots, _ = loop
-            left = over_replicas(slots.live.sum(), mesh)
+            left = slots.live.sum()
             return (step < steps) & (left > 0) & (started - left < patience)
 
         def body(loop: Loop) -> Loop:
@@ -350,7 +340,7 @@ def decode_program(
         _, slots, new = jax.lax.while_loop(unfinished, body, (jnp.int32(0), slots, nothing))
         return slots, new
 
-    return _compiled(config, precision, decode, attention, (False, True, False, True, False))
+    return _compiled(config, precision, decode, attention)
 
 
 def _draw_places(
@@ -372,16 +362,22 @@ def _compiled(
     precision: Precision,
     program: Callable[..., Any],
     attention: Kernels,
-    batched: tuple[bool, ...],
 ) -> Callable[..., tuple[Slots, Drawn]]:
     mesh, where = attention.mesh, None
     if mesh is not None:
-        slots = _slot_shardings(config, precision, mesh.shape["data"], mesh, attention)
+        slots = _slot_shardings(config, precision, 1, mesh, attention)
         if attention.cuts_the_cache(precision):
             # How depends on the number of rows; they stay where attention leaves them.
             slots = slots._replace(caches=None)
         where = slots, slots.live
-    return jax.jit(per_replica(program, mesh, batched), donate_argnums=1, out_shardings=where)
+    return jax.jit(program, donate_argnums=1, out_shardings=where)
+
+
+def whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """x on every device, not in parts."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def _run(
