@@ -51,6 +51,13 @@ def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     result = json.loads((ROOT / "benchmarks" / "cpu_cases_float32.json").read_text())
     assert "\n".join(line.rstrip() for line in sample_lines(result)) in page
+    rates = [
+        json.loads((ROOT / "benchmarks" / f"cpu_single_{name}.json").read_text())["ours"]
+        for name in ("drafts", "no_drafts")
+    ]
+    assert [rate["drafts"] for rate in rates] == [3, 0]
+    with_drafts, without = (f"{rate['rows_per_s']:.2f}" for rate in rates)
+    assert f"{with_drafts} rows/s, and\n{without} with `--drafts=0`" in page
 
 
 @pytest.mark.slow
