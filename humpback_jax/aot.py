@@ -152,7 +152,7 @@ def compile_decode(
     at the published bandwidth, and of its products at the published rate: what XLA adds is unknown.
     """
     mesh = plan.mesh
-    params = abstract_params(config, mesh, PRECISION.compute)
+    params = abstract_params(config, PRECISION.compute, "unrolled", mesh=mesh)
     slots = abstract_slots(config, PRECISION, plan.slots, plan.capacity, mesh, kernels)
     prefix = abstract_prefix(config, PRECISION, mesh)
     ended = jax.ShapeDtypeStruct((plan.slots,), bool)

@@ -6,13 +6,14 @@ import argparse
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from humpback_jax.allocator import use_huge_pages
-from humpback_jax.errors import HumpbackError
+from humpback_jax.errors import HumpbackError, Preempted
 
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = getattr(verbs, arguments.function)(arguments)
     except HumpbackError as error:
         return _fail(f"error: {error}", arguments)
+    except Preempted as stop:
+        return _fail(f"stopped by SIGTERM: {stop}", arguments, 128 + signal.SIGTERM)
     except BrokenPipeError:  # the reader has seen enough
         os._exit(0)
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ class Compute:
       fraction of the time on accelerators, so the platform decides.
     engine_shape: of generation.
     weights: dtype of kernels and embeddings in sampling and scoring; never in training.
-    mesh: of scoring and generation; None for what the model needs on the devices at hand.
+    mesh: of all that computes; None for what each kind of work needs on the devices at hand.
     memory: bytes of each device for weights and rows; None for what it has.
     kernels: how training and generation attend.
     """

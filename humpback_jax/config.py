@@ -127,6 +127,8 @@ def train_section() -> dict[str, Any]:
         "weight_decay": 0.1,
         "clip_norm": 1.0,
         "dropout": 0.1,
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
         "lora": {"rank": 0, "alpha": 32.0, "dropout": 0.0, "targets": ("q", "v")},
         "remat": False,
         "log_every": 1,

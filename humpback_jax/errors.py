@@ -8,3 +8,7 @@ class HumpbackError(Exception):
 
     The message names the place (file, row, field, config key), the problem and the remedy.
     """
+
+
+class Preempted(Exception):
+    """The machine asked this process to end (SIGTERM); what it was doing is saved."""

@@ -96,9 +96,23 @@ def load_config(name: str) -> LlamaConfig:
 
 
 def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any]) -> None:
-    """Writes weights (Orbax), tokenizer, template and config; `humpback.json` last."""
+    """Writes weights (Orbax), tokenizer, template and config; `humpback.json` last.
+
+    Processes that hold the weights together call it together; the first writes what is small.
+    """
+    import jax
+
+    from humpback_jax.parallel.processes import on_host, wait_for_all
+
     folder.mkdir(parents=True, exist_ok=True)
     save_params(folder / "weights", model.params)
+    model = dataclasses.replace(model, params=on_host(model.params))
+    if jax.process_index() == 0:
+        _describe(folder, model, details)
+    wait_for_all(f"{folder} is written")
+
+
+def _describe(folder: Path, model: LanguageModel, details: dict[str, Any]) -> None:
     model.tokenizer.save(folder / "tokenizer")
     description = {
         "name": model.name,

@@ -37,11 +37,12 @@ def start(arguments: argparse.Namespace) -> None:
 
     use_cores()
     use_compilation_cache()
-    in_many = arguments.verb == "score" or (arguments.verb == "sample" and arguments.out)
+    in_many = arguments.verb in ("score", "train")
+    in_many |= arguments.verb == "sample" and bool(arguments.out)
     if join_processes() > 1 and not in_many:
         raise HumpbackError(
-            f"{arguments.verb} runs in one process; score, and sample with --prompts and --out, "
-            "run in several."
+            f"{arguments.verb} runs in one process; train, score, and sample with --prompts and "
+            "--out, run in several."
         )
 
 
@@ -73,8 +74,11 @@ def run(arguments: argparse.Namespace) -> Result:
 
 def train(arguments: argparse.Namespace) -> Result:
     """SFT on a file of rows; writes one of our checkpoints."""
+    import jax
+
     from humpback_jax.checkpoint import ResumeFolder
     from humpback_jax.metrics import MetricsLog
+    from humpback_jax.parallel.preemption import StopSignal
     from humpback_jax.records import stable_id
     from humpback_jax.rows import read_examples
     from humpback_jax.stages.train import TAGS_BY_SOURCE, Direction, render, tune, tuned_model
@@ -96,8 +100,11 @@ def train(arguments: argparse.Namespace) -> Result:
         print(line)
     resume = ResumeFolder(out / "resume" / stable_id(config.to_json(), str(len(examples))))
     started, say, metrics = time.monotonic(), timed_lines(), MetricsLog(out)
+    leads = jax.process_index() == 0
 
     def report_row(row: Result) -> None:
+        if not leads:
+            return
         metrics.write("train", row)
         if "loss" in row:
             say(
@@ -105,30 +112,32 @@ def train(arguments: argparse.Namespace) -> Result:
                 f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s"
             )
 
-    trained, used, dropped = tune(
-        base,
-        examples,
-        section,
-        direction,
-        compute,
-        config.seed,
-        resume=resume,
-        on_metrics=report_row,
-        on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
-    )
-    tags = "none" if arguments.reverse else TAGS_BY_SOURCE.get(arguments.source, "none")
-    model = tuned_model(base, out.name, trained, tags)
-    losses = [row["loss"] for row in trained.history if "loss" in row]
-    details = {
-        "examples": len(used),
-        "dropped": dropped,
-        "bad_rows": report.bad,
-        "supervised_tokens": sum(example.supervised for example in used),
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
-    }
-    save_checkpoint(out, model, details)
-    resume.delete()
+    with StopSignal() as stop:
+        trained, used, dropped = tune(
+            base,
+            examples,
+            section,
+            direction,
+            compute,
+            config.seed,
+            resume=resume,
+            on_metrics=report_row,
+            on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
+            stops=stop.reached,
+        )
+        tags = "none" if arguments.reverse else TAGS_BY_SOURCE.get(arguments.source, "none")
+        model = tuned_model(base, out.name, trained, tags)
+        losses = [row["loss"] for row in trained.history if "loss" in row]
+        details = {
+            "examples": len(used),
+            "dropped": dropped,
+            "bad_rows": report.bad,
+            "supervised_tokens": sum(example.supervised for example in used),
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+        }
+        save_checkpoint(out, model, details)
+        resume.delete()
     say(f"saved {out}: {details}")
     return {"out": str(out), "seconds": round(time.monotonic() - started, 1), **details}
 

@@ -34,8 +34,9 @@ from humpback_jax.model.llama import Params, init_params, stack_layers, unstack_
 from humpback_jax.model.lora import PROJECTIONS, join, lora_spec, merge_adapter, split_adapter
 from humpback_jax.training.optimizer import OptimizerSpec
 from humpback_jax.training.packing import best_fit, lay_out
-from humpback_jax.training.step import StepSpec, batch_nll
-from humpback_jax.training.trainer import TrainSpec, initial_state, train
+from humpback_jax.training.state import StepSpec, initial_state
+from humpback_jax.training.step import batch_nll
+from humpback_jax.training.trainer import TrainSpec, train
 
 TARGETS = {"q_and_v": ("q", "v"), "all_linear": PROJECTIONS}
 RANK, ALPHA = 4, 8.0
@@ -164,8 +165,8 @@ def test_a_fresh_adapter_changes_nothing_and_is_the_same_in_both_layouts() -> No
     lora = lora_spec(RANK, ALPHA, 0.0, PROJECTIONS)
     adapters = []
     for layout in ("scan", "unrolled"):
-        spec = TrainSpec(steps=1, lora=lora, layout=layout, seed=3)
-        state = initial_state(config, params, spec, optax.sgd(1.0))
+        spec = StepSpec(config, layout, FLOAT32, 1, 1, lora)
+        state = initial_state(spec, params, optax.sgd(1.0), seed=3)
         adapters.append(stack_layers(state.trainable) if layout == "unrolled" else state.trainable)
     assert trees_equal(*adapters)
     assert_trees_close(merge_adapter(params, adapters[0], lora), params, 0.0)

@@ -32,10 +32,11 @@ from humpback_jax.model.linear import Precision, dropout
 from humpback_jax.model.llama import flatten, init_params, stack_layers, unflatten, unstack_layers
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.training import loss as loss_module
-from humpback_jax.training.loss import Batch
+from humpback_jax.training.loss import Batch, Objective
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
 from humpback_jax.training.packing import TrainingExample, best_fit, lay_out
-from humpback_jax.training.step import StepSpec, TrainState, batch_nll, make_train_step
+from humpback_jax.training.state import StepSpec, TrainState
+from humpback_jax.training.step import batch_nll, make_train_step
 
 SOURCES = ("seed", "web")
 ROWS, WIDTH = 8, 96
@@ -167,21 +168,37 @@ def test_the_mask_alone_decides_what_is_learnt() -> None:
     assert value == pytest.approx(expected, rel=1e-5)
 
 
+OBJECTIVES = (Objective(), Objective(label_smoothing=0.1), Objective(z_loss=1e-3))
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("chunk", [7, 65, 10_000])
-def test_chunking_the_vocabulary_loss_does_not_change_it(tied, chunk, monkeypatch) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["nll", "smoothed", "with_z_loss"])
+def test_chunking_the_vocabulary_loss_does_not_change_it(
+    tied, chunk, objective, monkeypatch
+) -> None:
     hidden, kernel, targets, weights = _projection(tied)
 
     def plain(hidden, kernel):
         logits = jnp.matmul(hidden, kernel.T if tied else kernel, precision="highest")
-        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+        log_z = jax.nn.logsumexp(logits, -1)
+        wanted = jax.nn.one_hot(targets, 37) * (1 - objective.label_smoothing)
+        wanted = wanted + objective.label_smoothing / 37
+        nll = -(wanted * (logits - log_z[:, None])).sum(-1) + objective.z_loss * log_z**2
         return 3 * (nll * weights).sum()
 
     def chunked(hidden, kernel):
         return (
             3
             * loss_module._projected_nll(
-                hidden, kernel, targets, weights, 0 if tied else 1, "float32"
+                hidden[None],
+                kernel,
+                targets[None],
+                weights[None],
+                0 if tied else 1,
+                "float32",
+                None,
+                objective,
             )[0]
         )
 
@@ -205,10 +222,12 @@ def _projection(tied: bool):
 
 def test_a_target_far_from_the_mode_has_a_finite_exact_loss() -> None:
     """Logits of order 1,000: a loss through exp, then log, would be infinite."""
-    hidden = np.array([[1000.0, 0.0]], np.float32)
+    hidden = np.array([[[1000.0, 0.0]]], np.float32)
     kernel = np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
-    arguments = hidden, kernel, np.array([1], np.int32), np.ones(1, np.float32), 1, "float32"
-    total, _ = loss_module._projected_nll(*arguments)
+    target, weight = np.array([[1]], np.int32), np.ones((1, 1), np.float32)
+    total, _ = loss_module._projected_nll(
+        hidden, kernel, target, weight, 1, "float32", None, Objective()
+    )
     assert float(total) == pytest.approx(2000.0)
 
 

@@ -126,7 +126,7 @@ def test_decoding_takes_much_memory_that_is_in_no_plan() -> None:
         tie_word_embeddings=True,
     )
     mesh = make_mesh(MeshShape(), jax.devices()[:1])
-    params = abstract_params(config, mesh, "float32")
+    params = abstract_params(config, "float32", "unrolled", mesh=mesh)
     arguments = (
         params,
         abstract_slots(config, FLOAT32, 32, 1024, mesh, XLA),

@@ -143,8 +143,8 @@ def test_two_axes_of_an_array_on_one_axis_of_the_mesh_are_an_error() -> None:
     assert set(RULES.values()) <= {*AXES, None}
 
 
-def several(count: int, arguments: list[str], devices: int) -> list[str]:
-    """Runs a verb in `count` processes; returns what each printed."""
+def start_several(count: int, arguments: list[str], devices: int) -> list[subprocess.Popen[str]]:
+    """A verb in `count` processes of so many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -167,8 +167,13 @@ def several(count: int, arguments: list[str], devices: int) -> list[str]:
                 stderr=subprocess.PIPE,
             )
         )
+    return processes
+
+
+def several(count: int, arguments: list[str], devices: int) -> list[str]:
+    """Runs a verb in `count` processes; returns what each printed."""
     printed = []
-    for process in processes:
+    for process in start_several(count, arguments, devices):
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
         printed.append(output)

@@ -41,7 +41,8 @@ from humpback_jax.sampling.engine import Engine, Request, Shape
 from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.training.packing import BatchOrder, batch_at, plan_packing
-from humpback_jax.training.step import StepSpec, batch_nll
+from humpback_jax.training.state import StepSpec
+from humpback_jax.training.step import batch_nll
 
 TESTS = Path(__file__).parent
 ROWS, PREFIX = 5, 128

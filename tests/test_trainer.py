@@ -27,13 +27,8 @@ from humpback_jax.model.lora import lora_spec
 from humpback_jax.sampling.likelihood import sequence_nll
 from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
 from humpback_jax.training.packing import BatchOrder, TrainingExample
-from humpback_jax.training.trainer import (
-    Trained,
-    TrainSpec,
-    finished_params,
-    initial_state,
-    train,
-)
+from humpback_jax.training.state import StepSpec, finished_params, initial_state
+from humpback_jax.training.trainer import Trained, TrainSpec, train
 
 EXAMPLES = random_examples(10)
 SPEC = TrainSpec(
@@ -49,6 +44,10 @@ LORA = lora_spec(2, 4, 0.1, ("q", "v"))
 @functools.cache
 def base():
     return from_torch(torch_llama(num_hidden_layers=1))
+
+
+def step_spec(spec: TrainSpec) -> StepSpec:
+    return StepSpec(base()[0], spec.layout, spec.precision, 1, 1, spec.lora)
 
 
 def run(spec: TrainSpec = SPEC, examples=EXAMPLES, **arguments) -> Trained:
@@ -304,9 +303,9 @@ def test_epochs_are_handed_out_when_their_last_example_is_seen(variant, tmp_path
     run(spec, resume=resume, on_metrics=lambda row: steps.append(row["step"]), on_epoch=on_epoch)
     assert {epoch: step for epoch, (step, _) in epochs.items()} == {1: 3, 2: 5}
     optimizer = make_optimizer(spec.optimizer, spec.steps)
-    state = resume.restore(initial_state(*base(), spec, optimizer))
+    state = resume.restore(initial_state(step_spec(spec), base()[1], optimizer, spec.seed))
     assert int(state.step) == 5
-    assert trees_equal(epochs[2][1], finished_params(state, spec)[0])
+    assert trees_equal(epochs[2][1], finished_params(state, step_spec(spec))[0])
     assert not trees_equal(epochs[1][1], epochs[2][1])
 
 
@@ -317,9 +316,10 @@ def test_without_the_setting_no_epoch_is_handed_out() -> None:
 
 
 def test_fresh_state_holds_one_copy_of_what_is_trained() -> None:
-    config, params = base()
-    full = initial_state(config, params, SPEC, optax.sgd(1.0))
-    adapted = initial_state(config, params, dataclasses.replace(SPEC, lora=LORA), optax.sgd(1.0))
+    _, params = base()
+    with_adapter = step_spec(dataclasses.replace(SPEC, lora=LORA))
+    full = initial_state(step_spec(SPEC), params, optax.sgd(1.0), seed=0)
+    adapted = initial_state(with_adapter, params, optax.sgd(1.0), seed=0)
     assert full.frozen == {}
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     assert sum(leaf.size for leaf in jax.tree.leaves(full.trainable)) == size

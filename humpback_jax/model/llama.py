@@ -218,6 +218,7 @@ class Llama(nnx.Module):
         dropout_rate: float = 0.0,
         dropout_key: jax.Array | None = None,
         remat: bool = False,
+        placed: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> tuple[jax.Array, Any]:
         """Runs the decoder up to the final norm.
 
@@ -228,17 +229,19 @@ class Llama(nnx.Module):
             when `attend` keeps none.
           dropout_key: None switches dropout off.
           remat: recompute each layer in the backward pass instead of keeping its activations.
+          placed: tells XLA where [B, T, D] between the layers lies.
 
         Returns:
           hidden [B, T, D] in `precision.activations`, and the new caches in the form given.
         """
         rope = rope_tables(self.config, positions)
-        x = self.embed(tokens).astype(precision.activations)
+        x = placed(self.embed(tokens).astype(precision.activations))
 
         def run(
             block: Block, x: jax.Array, cache: Cache, key: jax.Array | None
         ) -> tuple[jax.Array, Cache]:
-            return block(x, rope, attend, cache, precision, dropout_rate, key)
+            x, cache = block(x, rope, attend, cache, precision, dropout_rate, key)
+            return placed(x), cache
 
         if remat:
             run = nnx.remat(run, prevent_cse=not isinstance(self.layers, Block))

@@ -77,6 +77,28 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def training_mesh(shape: MeshShape | None) -> Mesh | None:
+    """The devices that train together, of all processes; None for a single one.
+
+    Args:
+      shape: None cuts weights and rows over all accelerators (fsdp), and takes one CPU, or one of
+        each process.
+
+    Raises:
+      HumpbackError: the devices do not divide into the shape.
+    """
+    devices = jax.devices()
+    if shape is None:
+        if devices[0].platform == "cpu":
+            firsts = {device.process_index: device for device in reversed(devices)}
+            devices = [firsts[process] for process in sorted(firsts)]
+        shape = MeshShape(data=1, fsdp=len(devices))
+    elif shape.data and jax.process_count() == 1:
+        devices = devices[: shape.data * shape.replica]
+    mesh = make_mesh(shape, devices)
+    return mesh if mesh.size > 1 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Share:
     """This process's part in a job whose parts need nothing of each other.

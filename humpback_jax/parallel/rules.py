@@ -85,15 +85,23 @@ def param_shardings(
     )
 
 
-def abstract_params(config: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
-    """Shapes of the parameters as sampling holds them: layers apart, matrices in `dtype`."""
-    _, state = abstract_model(config, "unrolled")
-    where = flatten(param_shardings(config, mesh, "unrolled"))
+def abstract_params(
+    config: LlamaConfig,
+    dtype: str,
+    layout: Layout,
+    lora: LoraSpec | None = None,
+    mesh: Mesh | None = None,
+) -> Params:
+    """Shapes of the parameters, and where they lie; norms and biases are float32 in any case."""
+    _, state = abstract_model(config, layout, lora)
+    where = {} if mesh is None else flatten(param_shardings(config, mesh, layout, lora))
+
+    def kept(path: tuple[Any, ...]) -> str:
+        return "float32" if path[-1] in ("scale", "bias") else dtype
+
     return unflatten(
         {
-            path: jax.ShapeDtypeStruct(
-                leaf.shape, dtype if len(leaf.shape) > 1 else "float32", sharding=where[path]
-            )
+            path: jax.ShapeDtypeStruct(leaf.shape, kept(path), sharding=where.get(path))
             for path, leaf in nnx.to_flat_state(state)
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ from humpback_jax.config import effective_fields
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.models import LanguageModel, save_checkpoint
+from humpback_jax.parallel.mesh import training_mesh
+from humpback_jax.parallel.preemption import StopSignal
 from humpback_jax.records import Example
 from humpback_jax.stages.context import Context
 from humpback_jax.text.template import Rendered, Tags, Template
 from humpback_jax.text.tokenize import tokenize_batch
+from humpback_jax.training.loss import Objective
 from humpback_jax.training.optimizer import OptimizerSpec
 from humpback_jax.training.packing import TrainingExample
 from humpback_jax.training.trainer import Trained, TrainSpec, train
@@ -66,6 +70,7 @@ def train_stage(
             resume=resume,
             on_metrics=lambda row: _report(context, name, row),
             on_epoch=lambda epoch, model: save_checkpoint(folder / f"epoch_{epoch}", model, {}),
+            stops=stop.reached,
         )
         model = tuned_model(context.base, name, trained, tags)
         steps = [row for row in trained.history if "loss" in row]
@@ -88,7 +93,10 @@ def train_stage(
         return model.hash, details
 
     all_parents = [context.base_artifact, *parents]
-    return context.folder.model(name, stage, all_parents, make)
+    with StopSignal() as stop:
+        artifact = context.folder.model(name, stage, all_parents, make)
+    stop.obey(f"{name} is done")
+    return artifact
 
 
 def tune(
@@ -103,11 +111,13 @@ def tune(
     resume: Any = None,
     on_metrics: Any = lambda row: None,
     on_epoch: Any = lambda epoch, model: None,
+    stops: Any = lambda step: False,
 ) -> tuple[Trained, list[TrainingExample], dict[str, int]]:
     """Tokenises and trains; returns the result, the examples used and the rows dropped by reason.
 
     Raises:
       HumpbackError: no example is left, or one is refused (`on_long="error"`).
+      Preempted: `stops` said so; see `trainer.train`.
     """
     rows = render(base.template, examples, direction)
     limit = min(section.row_tokens + 1, base.config.max_position_embeddings)
@@ -123,6 +133,7 @@ def tune(
         base.tokenizer, render(base.template, validation, direction), limit, "drop"
     )
     spec = train_spec(section, compute, seed, len(tokenized))
+    spec = dataclasses.replace(spec, mesh=training_mesh(compute.mesh))
     trained = train(
         base.config,
         base.params,
@@ -134,6 +145,7 @@ def tune(
         on_epoch=lambda epoch, params: on_epoch(
             epoch, LanguageModel("epoch", base.config, params, base.tokenizer, base.template)
         ),
+        stops=stops,
     )
     return trained, tokenized, batch.drop_counts()
 
@@ -189,6 +201,7 @@ def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSp
         ),
         lora=lora_spec(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora.rank else None,
         dropout=section.dropout,
+        objective=Objective(section.label_smoothing, section.z_loss),
         precision=compute.precision,
         layout=compute.train_layout,
         kernels=compute.kernels,

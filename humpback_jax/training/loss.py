@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Llama
+from humpback_jax.model.shares import ROWS
+from humpback_jax.parallel.batches import constrain, row_parts
+from humpback_jax.parallel.rules import partition
 
-CHUNK = 512  # positions whose logits exist at one time
+CHUNK = 512  # positions whose logits exist at one time, on each device
 
 
 class Batch(NamedTuple):
@@ -28,6 +34,41 @@ class Batch(NamedTuple):
     segment_ids: jax.Array
     sources: jax.Array
     mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised, for each supervised token: nll, and what is added to it.
+
+    label_smoothing: share e of the target's weight that all tokens get alike, so that the loss is
+      (1 - e) nll + e (log Z - mean logit) (Szegedy et al., 2016).
+    z_loss: weight of (log Z)^2, which keeps logits from drifting (PaLM, section 5).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def value(self, logits: jax.Array, picked: jax.Array, log_z: jax.Array) -> jax.Array:
+        """[...] of logits [..., V], and those of the targets [...]."""
+        value = log_z - picked
+        if self.label_smoothing:
+            value = value + self.label_smoothing * (picked - logits.mean(-1))
+        if self.z_loss:
+            value = value + self.z_loss * jnp.square(log_z)
+        return value
+
+    def gradient(self, logits: jax.Array, is_target: jax.Array, log_z: jax.Array) -> jax.Array:
+        """Of `value` by the logits: [..., V]."""
+        probabilities = jnp.exp(logits - log_z[..., None])
+        if self.z_loss:
+            probabilities = probabilities * (1 + 2 * self.z_loss * log_z[..., None])
+        if not self.label_smoothing:
+            return probabilities - is_target
+        shared = self.label_smoothing / logits.shape[-1]
+        return probabilities - (1 - self.label_smoothing) * is_target - shared
+
+
+NLL = Objective()
 
 
 class Targets(NamedTuple):
@@ -52,35 +93,44 @@ def supervised_targets(batch: Batch, max_targets: int) -> Targets:
 
 
 def token_nll(
-    model: Llama, hidden: jax.Array, chosen: Targets, precision: Precision
+    model: Llama,
+    hidden: jax.Array,
+    chosen: Targets,
+    precision: Precision,
+    mesh: Mesh | None = None,
+    objective: Objective = NLL,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihoods of the supervised tokens.
+    """Negative log-likelihoods of the supervised tokens, and what is minimised.
 
     Args:
-      hidden: [rows, tokens, D] from `Llama.hidden_states`.
+      hidden: [rows, tokens, D] from `Llama.hidden_states`. On a mesh, rows are a multiple of
+        `row_parts(mesh)`.
 
     Returns:
-      (sum over supervised tokens, nll [rows, M] with 0 at unused places), float32, in nats. The
-      gradient flows through the sum alone.
+      (the objective's sum over supervised tokens, nll [rows, M] with 0 at unused places), float32,
+      in nats. The gradient flows through the sum alone.
     """
     rows, count = chosen.columns.shape
+    parts = row_parts(mesh)
     picked = jnp.take_along_axis(hidden, chosen.columns[..., None], axis=1)
     if model.config.tie_word_embeddings:
         kernel, vocab_axis = model.embed.embedding[...], 0
     else:
         kernel, vocab_axis = model.lm_head.kernel[...], 1
     total, nll = _projected_nll(
-        picked.reshape(rows * count, -1),
+        picked.reshape(parts, rows // parts * count, -1),
         kernel,
-        chosen.targets.reshape(-1),
-        chosen.weights.reshape(-1),
+        chosen.targets.reshape(parts, -1),
+        chosen.weights.reshape(parts, -1),
         vocab_axis,
         precision.compute,
+        mesh,
+        objective,
     )
     return total, nll.reshape(rows, count)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _projected_nll(
     hidden: jax.Array,
     kernel: jax.Array,
@@ -88,21 +138,30 @@ def _projected_nll(
     weights: jax.Array,
     vocab_axis: int,
     compute: str,
+    mesh: Mesh | None,
+    objective: Objective,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted cross-entropy of softmax(hidden @ kernel), chunk by chunk.
 
-    The forward pass of differentiation computes the gradient at once, while a chunk's logits
-    exist: they are neither kept nor computed twice.
+    Args:
+      hidden: [P, N, D], for each of P devices the places of its rows; targets, weights: [P, N].
+
+    Returns:
+      (the objective's sum [], nll [P, N]). The forward pass of a gradient computes the gradient
+      at once, while a chunk's logits exist: they are neither kept nor computed twice.
     """
+    cast = _head(kernel, vocab_axis, compute, mesh)
 
-    def chunk_nll(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+    def chunk_nll(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         h, target, weight = chunk
-        logits = _logits(h, kernel, vocab_axis, compute)
-        return None, weight * (jax.nn.logsumexp(logits, axis=-1) - _pick(logits, target))
+        logits = _logits(h, cast, vocab_axis)
+        log_z, picked = jax.nn.logsumexp(logits, axis=-1), _pick(logits, target, mesh)
+        total += (weight * objective.value(logits, picked, log_z)).sum()
+        return total, weight * (log_z - picked)
 
-    _, nll = jax.lax.scan(chunk_nll, None, _chunks(hidden, targets, weights))
-    nll = nll.reshape(-1)[: hidden.shape[0]]
-    return nll.sum(), nll
+    chunks = _chunks(compute, hidden, targets, weights)
+    total, nll = jax.lax.scan(chunk_nll, jnp.float32(0), chunks)
+    return total, _unchunked(nll, hidden.shape[1])
 
 
 def _forward(
@@ -112,34 +171,42 @@ def _forward(
     weights: jax.Array,
     vocab_axis: int,
     compute: str,
+    mesh: Mesh | None,
+    objective: Objective,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    cast = kernel.astype(compute)
+    cast = _head(kernel, vocab_axis, compute, mesh)
 
     def chunk_gradient(
-        dkernel: jax.Array, chunk: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        total, dkernel = sums
         h, target, weight = chunk
-        logits = _logits(h, cast, vocab_axis, compute)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        nll = weight * (log_z - _pick(logits, target))
-        probabilities = jnp.exp(logits - log_z[:, None])
-        is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
-        dlogits = ((probabilities - is_target) * weight[:, None]).astype(compute)
-        dhidden = _dot(dlogits, cast, (1, vocab_axis))
-        pair = (dlogits, h.astype(compute)) if vocab_axis == 0 else (h.astype(compute), dlogits)
-        return dkernel + _dot(*pair, (0, 0)), (nll, dhidden)
+        logits = _logits(h, cast, vocab_axis)
+        log_z, picked = jax.nn.logsumexp(logits, axis=-1), _pick(logits, target, mesh)
+        total += (weight * objective.value(logits, picked, log_z)).sum()
+        dlogits = objective.gradient(logits, _is_target(logits, target), log_z)
+        dlogits = (dlogits * weight[..., None]).astype(compute)
+        dhidden = _dot(dlogits, cast, (2, vocab_axis))
+        pair = (dlogits, h) if vocab_axis == 0 else (h, dlogits)
+        dkernel += _dot(*pair, (1, 1), batch=(0,))
+        return (total, dkernel), (weight * (log_z - picked), dhidden)
 
-    start = jnp.zeros(kernel.shape, jnp.float32)
-    dkernel, (nll, dhidden) = jax.lax.scan(chunk_gradient, start, _chunks(hidden, targets, weights))
-    nll = nll.reshape(-1)[: hidden.shape[0]]
-    dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    residuals = dhidden.astype(hidden.dtype), dkernel.astype(kernel.dtype), targets
-    return (nll.sum(), nll), residuals
+    # Each device sums over its own places, so that all devices add up once and not in every chunk.
+    start = jnp.zeros((hidden.shape[0], *kernel.shape), jnp.float32)
+    start = constrain(start, mesh, P(ROWS, *_vocab_parts(kernel, vocab_axis, mesh)))
+    chunks = _chunks(compute, hidden, targets, weights)
+    sums, (nll, dhidden) = jax.lax.scan(chunk_gradient, (jnp.float32(0), start), chunks)
+    total, dkernel = sums
+    nll, dhidden = _unchunked(nll, hidden.shape[1]), _unchunked(dhidden, hidden.shape[1])
+    residuals = dhidden.astype(hidden.dtype), dkernel.sum(0).astype(kernel.dtype), targets
+    return (total, nll), residuals
 
 
 def _backward(
     vocab_axis: int,
     compute: str,
+    mesh: Mesh | None,
+    objective: Objective,
     residuals: tuple[jax.Array, jax.Array, jax.Array],
     gradients: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None, None]:
@@ -151,25 +218,55 @@ def _backward(
 _projected_nll.defvjp(_forward, _backward)
 
 
-def _logits(hidden: jax.Array, kernel: jax.Array, vocab_axis: int, compute: str) -> jax.Array:
-    return _dot(hidden.astype(compute), kernel.astype(compute), (1, 1 - vocab_axis))
+def _head(kernel: jax.Array, vocab_axis: int, compute: str, mesh: Mesh | None) -> jax.Array:
+    """The head for products: along fsdp it is put together once, not in every chunk."""
+    return constrain(kernel.astype(compute), mesh, P(*_vocab_parts(kernel, vocab_axis, mesh)))
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+def _vocab_parts(kernel: jax.Array, vocab_axis: int, mesh: Mesh | None) -> list[str | None]:
+    """The mesh axis of each of the kernel's axes, where only the vocabulary is cut."""
+    axes: list[str | None] = [None, None]
+    if mesh is not None:
+        axes[vocab_axis] = partition(("vocab",), kernel.shape[vocab_axis : vocab_axis + 1], mesh)[0]
+    return axes
+
+
+def _logits(hidden: jax.Array, kernel: jax.Array, vocab_axis: int) -> jax.Array:
+    return _dot(hidden, kernel, (2, 1 - vocab_axis))
+
+
+def _dot(
+    a: jax.Array, b: jax.Array, contract: tuple[int, int], batch: tuple[int, ...] = ()
+) -> jax.Array:
+    dimensions = (((contract[0],), (contract[1],)), (batch, batch))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type="float32")
 
 
-def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
 
 
-def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[N, ...] -> [ceil(N / CHUNK), CHUNK, ...], zero-padded: padding carries weight 0."""
-    size = min(CHUNK, arrays[0].shape[0])
-    count = -(-arrays[0].shape[0] // size)
-    padded = []
-    for array in arrays:
-        widths = [(0, count * size - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
-        padded.append(jnp.pad(array, widths).reshape(count, size, *array.shape[1:]))
-    return tuple(padded)
+def _pick(logits: jax.Array, targets: jax.Array, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # Along a vocabulary that is cut, a sum stays where the logits are; XLA would move them to look
+    # one up.
+    return jnp.where(_is_target(logits, targets), logits, 0).sum(-1)
+
+
+def _chunks(compute: str, hidden: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[P, N, ...] -> [ceil(N / CHUNK), P, CHUNK, ...], zero-padded: padding carries weight 0."""
+    size = min(CHUNK, hidden.shape[1])
+    count = -(-hidden.shape[1] // size)
+    cut = []
+    for array in (hidden.astype(compute), *arrays):
+        widths = [(0, 0), (0, count * size - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
+        padded = jnp.pad(array, widths)
+        cut.append(jnp.moveaxis(padded.reshape(-1, count, size, *array.shape[2:]), 1, 0))
+    return tuple(cut)
+
+
+def _unchunked(chunks: jax.Array, places: int) -> jax.Array:
+    """[count, P, CHUNK, ...] -> [P, N, ...]."""
+    joined = jnp.moveaxis(chunks, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :places]

@@ -12,6 +12,8 @@ import numpy as np
 from humpback_jax.errors import HumpbackError
 from humpback_jax.training.loss import Batch
 
+BOUNDS = 128  # static bounds are multiples of it
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingExample:
@@ -145,7 +147,7 @@ class PackingPlan:
     """The one shape that fits every batch of a training run.
 
     Attributes:
-      num_rows: rows of a batch, a multiple of the accumulation count.
+      num_rows: rows of a batch, a multiple of the parts that it is cut into.
       max_targets: no row has more supervised positions (static bound for the loss).
       longest: no example takes more places (static bound for attention).
       efficiency: share of row places that hold tokens, over the planned steps.
@@ -163,10 +165,13 @@ def plan_packing(
     order: BatchOrder,
     steps: int,
     row_tokens: int,
-    accumulation: int = 1,
-    multiple_of: int = 128,
+    rows_in: int = 1,
+    multiple_of: int = BOUNDS,
 ) -> PackingPlan:
     """Packs every batch of the run once, on lengths alone, to find the shape that fits them all.
+
+    Args:
+      rows_in: parts that a batch is cut into, micro-batches times devices with rows of their own.
 
     The bounds are multiples of `multiple_of`, so that similar runs share a compiled program.
 
@@ -187,13 +192,17 @@ def plan_packing(
         used += sum(lengths[i] for i in indices)
         for row in rows:
             max_targets = max(max_targets, sum(supervised[indices[place]] for place in row))
-    num_rows = -(-num_rows // accumulation) * accumulation
+    num_rows = -(-num_rows // rows_in) * rows_in
     efficiency = used / (steps * num_rows * row_tokens)
     max_targets, longest = (
-        min(-(-bound // multiple_of) * multiple_of, row_tokens)
-        for bound in (max_targets, max(lengths))
+        static_bound(bound, row_tokens, multiple_of) for bound in (max_targets, max(lengths))
     )
     return PackingPlan(num_rows, row_tokens, max_targets, longest, efficiency)
+
+
+def static_bound(bound: int, row_tokens: int, multiple_of: int = BOUNDS) -> int:
+    """At least `bound`, coarse enough that similar data share a compiled program."""
+    return min(-(-bound // multiple_of) * multiple_of, row_tokens)
 
 
 def _packed_steps(

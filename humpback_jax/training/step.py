@@ -10,21 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.kernels import XLA, Kernels
-from humpback_jax.model.linear import LoraSpec, Precision
-from humpback_jax.model.llama import Layout, Params, bind
+from humpback_jax.model.llama import Params, bind
 from humpback_jax.model.lora import join
+from humpback_jax.parallel.batches import keep_rows_apart
 from humpback_jax.training.loss import Batch, supervised_targets, token_nll
-
-
-class TrainState(NamedTuple):
-    """`trainable` is what the optimizer sees: all parameters, or the adapter's alone."""
-
-    step: jax.Array
-    trainable: Params
-    frozen: Params
-    optimizer: Any
+from humpback_jax.training.state import StepSpec, TrainState, state_shardings
 
 
 class StepMetrics(NamedTuple):
@@ -36,38 +26,24 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array  # [], before clipping
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """Everything static about a step; `PackingPlan` says what the two bounds are."""
-
-    config: LlamaConfig
-    layout: Layout
-    precision: Precision
-    max_targets: int
-    num_sources: int
-    lora: LoraSpec | None = None
-    dropout: float = 0.0
-    remat: bool = False
-    longest: int | None = None
-    kernels: Kernels = XLA
-
-
 def batch_nll(
     spec: StepSpec, params: Params, batch: Batch, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of nll over supervised tokens, nll by source [sources]) of rows [rows, tokens]."""
+    """(the objective's sum over supervised tokens, nll by source [sources]) of rows [rows, T]."""
     model = bind(spec.config, params, spec.layout, spec.lora)
+    kernels = dataclasses.replace(spec.kernels, mesh=spec.mesh)
     hidden, _ = model.hidden_states(
         batch.tokens,
         batch.positions,
-        spec.kernels.packed(batch.segment_ids, batch.positions, spec.precision, spec.longest),
+        kernels.packed(batch.segment_ids, batch.positions, spec.precision, spec.longest),
         precision=spec.precision,
         dropout_rate=spec.dropout,
         dropout_key=dropout_key,
         remat=spec.remat,
+        placed=lambda x: keep_rows_apart(x, spec.mesh),
     )
     chosen = supervised_targets(batch, spec.max_targets)
-    total, nll = token_nll(model, hidden, chosen, spec.precision)
+    total, nll = token_nll(model, hidden, chosen, spec.precision, spec.mesh, spec.objective)
     sources = jnp.take_along_axis(batch.sources, chosen.columns, axis=1)
     by_source = jnp.zeros((spec.num_sources,), jnp.float32).at[sources].add(nll)
     return total, by_source
@@ -76,7 +52,7 @@ def batch_nll(
 def make_train_step(
     spec: StepSpec, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]:
-    """Builds the jitted step. The state is donated.
+    """Builds the jitted step. The state is donated, and stays where it lies.
 
     The step takes a batch [micro-batches, rows, tokens] and the run's dropout key, from which the
     key of a micro-batch is folded by (step, index).
@@ -96,7 +72,11 @@ def make_train_step(
             )
             return total / count, by_source
 
-        gradient = jax.grad(mean_nll, has_aux=True)
+        def gradient(*arguments: Any) -> tuple[Params, jax.Array]:
+            grads, nll = jax.grad(mean_nll, has_aux=True)(*arguments)
+            if where is not None:
+                grads = jax.lax.with_sharding_constraint(grads, where.trainable)
+            return grads, nll
 
         def accumulate(carry: Any, item: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, gradient(state.trainable, *item)), None
@@ -117,4 +97,7 @@ def make_train_step(
         )
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    where = None if spec.mesh is None else state_shardings(spec, optimizer)
+    # The step's number is on every device, and so are the metrics.
+    results = None if where is None else (where, where.step)
+    return jax.jit(step, donate_argnums=0, out_shardings=results)

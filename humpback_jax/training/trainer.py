@@ -8,17 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from humpback_jax.errors import HumpbackError
+from humpback_jax.errors import HumpbackError, Preempted
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import LoraSpec, Precision
-from humpback_jax.model.llama import Layout, Params, init_params, stack_layers, unstack_layers
-from humpback_jax.model.lora import join, merge_adapter, split_adapter
-from humpback_jax.sampling.likelihood import sequence_nll
-from humpback_jax.training.loss import Batch
+from humpback_jax.model.llama import Layout, Params
+from humpback_jax.parallel.batches import place_rows, row_parts
+from humpback_jax.training.loss import NLL, Batch, Objective
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
 from humpback_jax.training.packing import (
     BatchOrder,
@@ -27,7 +26,9 @@ from humpback_jax.training.packing import (
     batch_at,
     plan_packing,
 )
-from humpback_jax.training.step import StepMetrics, StepSpec, TrainState, make_train_step
+from humpback_jax.training.state import TrainState, finished_params, initial_state
+from humpback_jax.training.step import StepMetrics, StepSpec, make_train_step
+from humpback_jax.training.validation import make_validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class TrainSpec:
       accumulation: micro-batches a step. dropout: residual dropout.
       eval_every, resume_every, log_every: in steps; 0 switches off.
       checkpoint_epochs: also hand out the parameters at the end of every epoch.
+      mesh: the devices that share the work; a batch's rows are filled up to a multiple of those
+        with rows of their own.
     """
 
     steps: int
@@ -57,6 +60,8 @@ class TrainSpec:
     resume_every: int = 0
     checkpoint_epochs: bool = False
     kernels: Kernels = XLA
+    mesh: Mesh | None = None
+    objective: Objective = NLL
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_examples", "row_tokens", "accumulation"):
@@ -92,6 +97,7 @@ def train(
     resume: Resume | None = None,
     on_metrics: Callable[[dict[str, Any]], None] = lambda row: None,
     on_epoch: Callable[[int, Params], None] = lambda epoch, params: None,
+    stops: Callable[[int], bool] = lambda step: False,
 ) -> Trained:
     """Tunes `base` on `examples`.
 
@@ -100,8 +106,10 @@ def train(
       on_metrics: receives one row per logged step and per validation.
       on_epoch: receives an epoch's number, from 1, and the parameters as `Trained` would hold them.
         The next step overwrites them in place: they are valid until the callback returns.
+      stops: whether to stop after so many steps, having saved the state in `resume`.
 
     Raises:
+      Preempted: `stops` said so.
       HumpbackError: too little data, an example without supervised tokens or longer than the
         model's window, or a loss that is not finite (the message names the step and the ids of its
         examples).
@@ -117,7 +125,8 @@ def train(
                     "or truncate it."
                 )
     order = BatchOrder([example.id for example in examples], spec.batch_examples, spec.seed)
-    plan = plan_packing(examples, order, spec.steps, spec.row_tokens, spec.accumulation)
+    parts = spec.accumulation * row_parts(spec.mesh)
+    plan = plan_packing(examples, order, spec.steps, spec.row_tokens, parts)
     sources = sorted({example.source for example in examples})
     step_spec = StepSpec(
         config,
@@ -130,13 +139,17 @@ def train(
         spec.remat,
         plan.longest,
         spec.kernels,
+        spec.mesh,
+        spec.objective,
     )
     optimizer = make_optimizer(spec.optimizer, spec.steps)
     rate = learning_rate(spec.optimizer, spec.steps)
     step_fn = make_train_step(step_spec, optimizer)
-    state = initial_state(config, base, spec, optimizer)
+    state = initial_state(step_spec, base, optimizer, spec.seed)
     state = (resume.restore(state) if resume else None) or state
     dropout_key = jax.random.key(spec.seed)
+    rows = plan.num_rows // spec.accumulation
+    mean_nll = make_validation(step_spec, validation, spec.row_tokens, rows) if validation else None
     history: list[dict[str, Any]] = []
     pending: list[tuple[int, list[str], StepMetrics]] = []
     clock = time.monotonic()
@@ -155,16 +168,8 @@ def train(
 
     def validate(done: int) -> None:
         flush()
-        params = join(state.frozen, state.trainable)
-        nll, counts = sequence_nll(
-            config,
-            params,
-            validation,
-            step_spec.precision,
-            layout=step_spec.layout,
-            lora=step_spec.lora,
-        )
-        row = {"step": done, "validation_nll": float(nll.sum() / counts.sum())}
+        assert mean_nll is not None
+        row = {"step": done, "validation_nll": mean_nll(state)}
         history.append(row)
         on_metrics(row)
 
@@ -172,56 +177,36 @@ def train(
         if not pending:
             clock = time.monotonic()
         batch, ids = batch_at(examples, order, step, plan, sources)
-        state, metrics = step_fn(state, _micro_batches(batch, spec.accumulation), dropout_key)
+        state, metrics = step_fn(state, _micro_batches(batch, spec), dropout_key)
         pending.append((step, ids, metrics))
         done = step + 1
         if (spec.log_every and done % spec.log_every == 0) or done == spec.steps:
             flush()
         if validation and spec.eval_every and done % spec.eval_every == 0:
             validate(done)
-        if resume and spec.resume_every and done % spec.resume_every == 0 and done < spec.steps:
+        stopping = stops(done) and done < spec.steps
+        regular = spec.resume_every and done % spec.resume_every == 0 and done < spec.steps
+        if resume and (regular or stopping):
             flush()
             resume.save(state)
         if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, len(examples)):
             flush()
             epoch = done * spec.batch_examples // len(examples)
-            on_epoch(epoch, finished_params(state, spec)[0])
-    params, adapter = finished_params(state, spec)
+            on_epoch(epoch, finished_params(state, step_spec)[0])
+        if stopping:
+            fate = "saved; run it again to continue" if resume else "lost: nothing saves them"
+            raise Preempted(f"{done} of {spec.steps} steps are {fate}.")
+    params, adapter = finished_params(state, step_spec)
     return Trained(params, adapter, history, plan)
 
 
-def initial_state(config: LlamaConfig, base: Params, spec: TrainSpec, optimizer: Any) -> TrainState:
-    """Float32 copies of the base weights in the training layout, with fresh optimizer state."""
-    arrange = unstack_layers if spec.layout == "unrolled" else lambda params: params
-    convert = jax.jit(lambda params: arrange(jax.tree.map(lambda x: x.astype(jnp.float32), params)))
-    params = convert(base)
-    if spec.lora is None:
-        return TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+def _micro_batches(batch: Batch, spec: TrainSpec) -> Batch:
+    """[rows, tokens] -> [accumulation, rows / accumulation, tokens], on the mesh."""
 
-    def fresh_adapter() -> Params:
-        # Drawn stacked in either layout, so that the layout does not change the result. Compiled,
-        # the weights beside the adapter are never made.
-        fresh = init_params(config, jax.random.key(spec.seed), lora=spec.lora)
-        return arrange(split_adapter(fresh)[1])
+    def cut(x: jax.Array) -> jax.Array:
+        return place_rows(x.reshape(spec.accumulation, -1, x.shape[-1]), spec.mesh, 1)
 
-    adapter = jax.jit(fresh_adapter)()
-    return TrainState(jnp.int32(0), adapter, params, optimizer.init(adapter))
-
-
-def finished_params(state: TrainState, spec: TrainSpec) -> tuple[Params, Params | None]:
-    """(full stacked parameters with the adapter merged, the stacked adapter or None)."""
-    stack = stack_layers if spec.layout == "unrolled" else lambda params: params
-    if spec.lora is None:
-        return stack(state.trainable), None
-    return (
-        stack(merge_adapter(state.frozen, state.trainable, spec.lora)),
-        stack(state.trainable),
-    )
-
-
-def _micro_batches(batch: Batch, accumulation: int) -> Batch:
-    """[rows, tokens] -> [accumulation, rows / accumulation, tokens]."""
-    return Batch(*(np.asarray(x).reshape(accumulation, -1, x.shape[-1]) for x in batch))  # type: ignore[arg-type]
+    return Batch._make(map(cut, batch))
 
 
 def _ends_epoch(done: int, batch_examples: int, count: int) -> bool:

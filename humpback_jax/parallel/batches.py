@@ -1,0 +1,36 @@
+"""Training batches on a mesh: rows lie over data and fsdp, as does all that is computed of them."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from humpback_jax.model.shares import ROWS
+
+
+def row_parts(mesh: Mesh | None) -> int:
+    """How many devices have rows of their own."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def keep_rows_apart(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """x [rows, ...], each device's rows on that device and nowhere else."""
+    return constrain(x, mesh, P(ROWS))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
+    """x, which XLA is told where to put."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def place_rows(array: jax.Array, mesh: Mesh | None, axis: int) -> jax.Array:
+    """An array of the host that all processes know, whose rows lie along `axis`, onto the mesh."""
+    if mesh is None:
+        return array
+    where = NamedSharding(mesh, P(*[None] * axis, ROWS))
+    return jax.make_array_from_callback(array.shape, where, array.__getitem__)

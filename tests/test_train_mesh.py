@@ -1,0 +1,168 @@
+"""Training on meshes: if these fail, the number of chips decides what a model learns."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_mesh import several, start_several
+
+from humpback_jax.checkpoint import load_params
+from humpback_jax.errors import HumpbackError, Preempted
+from humpback_jax.model.llama import flatten
+from humpback_jax.parallel.mesh import parse_mesh, training_mesh
+from humpback_jax.parallel.preemption import StopSignal
+
+ROOT = Path(__file__).parent.parent
+ONE = "data=1"
+SOME = ("fsdp=8", "data=2,fsdp=2,tensor=2")
+ALL = (
+    *("data=8", "fsdp=8", "tensor=8,data=1", "data=2,fsdp=4", "fsdp=4,tensor=2,data=1"),
+    *("data=4,tensor=2", "fsdp=2,tensor=4,data=1", "data=2,fsdp=2,tensor=2", "fsdp=2,data=1"),
+)
+
+
+@functools.cache
+def on_meshes(model: str, steps: int, *meshes: str) -> dict[str, Any]:
+    """What `tests/train_on_meshes.py` prints."""
+    done = subprocess.run(
+        [sys.executable, "train_on_meshes.py", model, str(steps), *meshes],
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_alike(found: dict[str, Any], tolerance: float) -> None:
+    continued = found.pop("continued")
+    for variant, meshes in found.items():
+        expected = meshes[ONE]
+        assert expected["loss"][-1] < expected["loss"][0], "nothing was learnt"
+        for mesh, figures in meshes.items():
+            # The first step is a function of the rows alone; later ones carry rounding along.
+            name = f"{variant} on {mesh}"
+            assert figures["loss"][0] == pytest.approx(expected["loss"][0], rel=tolerance), name
+            assert figures["loss"] == pytest.approx(expected["loss"], rel=10 * tolerance), name
+            assert figures["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=1e-4)
+            assert figures["validation"] == pytest.approx(expected["validation"], rel=1e-5), name
+            assert figures["apart"] <= 1e-2, name
+    for change, apart in continued.items():
+        before, _, after = change.partition(" then ")
+        assert apart == 0 if before == after else apart <= 1e-2, change
+
+
+def test_chips_that_train_together_learn_something_else_than_one() -> None:
+    check_alike(dict(on_meshes("tiny", 4, ONE, *SOME)), 1e-6)
+
+
+@pytest.mark.slow
+def test_on_some_mesh_shape_training_learns_something_else() -> None:
+    check_alike(dict(on_meshes("tiny", 4, ONE, *ALL)), 1e-6)
+
+
+def test_a_mesh_for_training_larger_than_the_machine_is_an_error() -> None:
+    with pytest.raises(HumpbackError, match="does not fit"):
+        training_mesh(parse_mesh("data=64"))
+    assert training_mesh(None) is None, "one CPU trains alone"
+
+
+DATA = [{"instruction": f"Say {i}", "output": f"{i} " * (i % 9 + 1)} for i in range(64)]
+TRAIN = ["train", "--model=tiny-random", "--config.train.batch_examples=8"]
+TRAIN += ["--config.train.row_tokens=256", "--config.compute.precision=float32"]
+TRAIN += ["--config.train.learning_rate=1e-3", "--config.train.dropout=0.1"]
+
+
+def data_file(folder: Path) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in DATA), encoding="utf-8")
+    return path
+
+
+def weights(folder: Path) -> dict[Any, np.ndarray]:
+    return {
+        path: np.asarray(leaf) for path, leaf in flatten(load_params(folder / "weights")).items()
+    }
+
+
+def apart(left: Path, right: Path) -> float:
+    a, b, start = weights(left), weights(right), weights(left.parent / "start")
+    change = sum(((a[k] - start[k]).astype(np.float64) ** 2).sum() for k in a)
+    return float(sum(((a[k] - b[k]).astype(np.float64) ** 2).sum() for k in a) / change) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=8,data=1"])
+def test_two_hosts_train_another_model_than_one(mesh: str, tmp_path: Path) -> None:
+    """Two processes with four devices each. `start` has learnt nothing."""
+    common = [*TRAIN, f"--data={data_file(tmp_path)}", "--config.train.steps=6"]
+    several(1, [*common, f"--out={tmp_path / 'start'}", "--config.train.learning_rate=0"], 1)
+    several(1, [*common, f"--out={tmp_path / 'alone'}"], 1)
+    several(2, [*common, f"--out={tmp_path / 'both'}", f"--config.compute.mesh={mesh}"], 4)
+    assert apart(tmp_path / "alone", tmp_path / "both") <= 1e-2
+    rows = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("alone", "both")
+    ]
+    assert len(rows[0]) == 6
+    assert rows[1] == pytest.approx(rows[0], rel=1e-5)
+
+
+def steps_in(log: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()]
+
+
+def preempt(processes: list[subprocess.Popen[str]], told: subprocess.Popen[str], log: Path) -> None:
+    """SIGTERM to one process between two steps; all of them end with exit code 143."""
+    while told.poll() is None and not (log.exists() and len(steps_in(log)) > 2):
+        time.sleep(0.02)
+    told.send_signal(signal.SIGTERM)
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGTERM, errors[-3000:]
+        assert "run it again to continue" in errors
+
+
+@pytest.mark.parametrize(
+    ("hosts", "devices", "mesh", "steps"),
+    [
+        (1, 1, "auto", 200),
+        pytest.param(2, 4, "data=2,fsdp=2,tensor=2", 60, marks=pytest.mark.slow),
+    ],
+)
+def test_a_preempted_run_loses_a_step(
+    hosts: int, devices: int, mesh: str, steps: int, tmp_path: Path
+) -> None:
+    """The last host alone hears SIGTERM, and the same command goes on where all of them stopped."""
+    common = [*TRAIN, f"--data={data_file(tmp_path)}", f"--config.train.steps={steps}"]
+    common += [f"--config.compute.mesh={mesh}"]
+    command = [*common, f"--out={tmp_path / 'model'}"]
+    log = tmp_path / "model" / "metrics.jsonl"
+    processes = start_several(hosts, command, devices)
+    preempt(processes, processes[-1], log)
+    assert steps_in(log)[-1] < steps
+    several(hosts, command, devices)
+    assert steps_in(log) == list(range(1, steps + 1)), "a step was lost or done twice"
+    several(hosts, [*common, f"--out={tmp_path / 'unbroken'}"], devices)
+    ours, theirs = weights(tmp_path / "model"), weights(tmp_path / "unbroken")
+    assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
+
+
+def test_sigterm_while_the_model_is_saved_loses_the_model_or_starts_the_next_stage() -> None:
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="M_0 is done; run it again"):
+        stop.obey("M_0 is done")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -1,0 +1,135 @@
+"""One model tuned on several meshes, as JSON: `python train_on_meshes.py MODEL STEPS MESH ...`.
+
+A program of its own, because a process has as many CPU devices as it started with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+DEVICES = 8
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from on_meshes import model_of  # noqa: E402
+
+from humpback_jax.checkpoint import ResumeFolder  # noqa: E402
+from humpback_jax.compute import use_compilation_cache  # noqa: E402
+from humpback_jax.errors import Preempted  # noqa: E402
+from humpback_jax.model.llama import Params, flatten  # noqa: E402
+from humpback_jax.model.lora import lora_spec  # noqa: E402
+from humpback_jax.models import LanguageModel  # noqa: E402
+from humpback_jax.parallel.mesh import make_mesh, parse_mesh  # noqa: E402
+from humpback_jax.stages.sources import packaged_pairs  # noqa: E402
+from humpback_jax.stages.train import render  # noqa: E402
+from humpback_jax.text.tokenize import tokenize_batch  # noqa: E402
+from humpback_jax.training.optimizer import OptimizerSpec  # noqa: E402
+from humpback_jax.training.packing import TrainingExample  # noqa: E402
+from humpback_jax.training.trainer import TrainSpec, train  # noqa: E402
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "accumulated": {"accumulation": 2},
+    "scan": {"layout": "scan"},
+    "dropout": {"dropout": 0.1},
+    "adapter": {"lora": lora_spec(4, 8, 0.1, ("q", "v", "down"))},
+}
+STOPPED = 2  # steps after which a run is stopped, to be continued on another mesh
+
+
+def examples_of(model: LanguageModel, count: int, longest: int) -> list[TrainingExample]:
+    rows = render(model.template, packaged_pairs("train")[:count], "forward")
+    batch = tokenize_batch(model.tokenizer, rows, longest, "truncate")
+    return [TrainingExample(e.id, e.ids, e.mask) for e in batch.examples]
+
+
+def spec_of(mesh: str, steps: int, **changes: Any) -> TrainSpec:
+    shape = parse_mesh(mesh)
+    assert shape is not None
+    devices = jax.devices()[: (shape.data or 1) * shape.replica]
+    return TrainSpec(
+        steps=steps,
+        batch_examples=8,
+        row_tokens=256,
+        layout=changes.pop("layout", "unrolled"),
+        optimizer=OptimizerSpec(1e-3, 1e-4),
+        mesh=make_mesh(shape, devices) if len(devices) > 1 else None,
+        eval_every=steps,
+        **changes,
+    )
+
+
+def results(model: LanguageModel, examples: list[TrainingExample], spec: TrainSpec) -> Any:
+    params = jax.tree.map(np.asarray, model.params)
+    done = train(model.config, params, examples[8:], spec, validation=examples[:8])
+    losses = [row["loss"] for row in done.history if "loss" in row]
+    norms = [row["grad_norm"] for row in done.history if "loss" in row]
+    validation = [row["validation_nll"] for row in done.history if "validation_nll" in row]
+    return {"loss": losses, "grad_norm": norms, "validation": validation}, done.params
+
+
+def continued(
+    model: LanguageModel, examples: list[TrainingExample], before: TrainSpec, after: TrainSpec
+) -> Params:
+    """The weights of a run stopped under `before` and continued under `after`."""
+    params = jax.tree.map(np.asarray, model.params)
+    with tempfile.TemporaryDirectory() as folder:
+        resume = ResumeFolder(Path(folder))
+        with contextlib.suppress(Preempted):
+            train(
+                model.config,
+                params,
+                examples[8:],
+                before,
+                resume=resume,
+                stops=lambda done: done == STOPPED,
+            )
+        rest = train(model.config, params, examples[8:], after, resume=resume)
+        assert next(row["step"] for row in rest.history if "loss" in row) == STOPPED + 1
+    return rest.params
+
+
+def apart(left: Params, right: Params, start: Params) -> float:
+    """How far two tuned models are from each other, by how far `right` is from where it began."""
+
+    def squared(a: Params, b: Params) -> float:
+        one, other = flatten(a), flatten(b)
+        return float(
+            sum(((np.asarray(one[k], np.float64) - np.asarray(other[k])) ** 2).sum() for k in one)
+        )
+
+    return (squared(left, right) / squared(right, start)) ** 0.5
+
+
+if __name__ == "__main__":
+    use_compilation_cache()
+    assert jax.device_count() == DEVICES
+    chosen, steps = model_of(sys.argv[1]), int(sys.argv[2])
+    rows = examples_of(chosen, 40, 200)
+    meshes = sys.argv[3:]
+    found: dict[str, Any] = {}
+    unbroken: dict[str, Params] = {}
+    for name, changes in VARIANTS.items():
+        found[name] = {}
+        for mesh in meshes:
+            figures, params = results(chosen, rows, spec_of(mesh, steps, **changes))
+            params = jax.tree.map(np.asarray, params)
+            if mesh == meshes[0]:
+                alone = params
+            figures["apart"] = apart(params, alone, chosen.params)
+            found[name][mesh] = figures
+            if not changes:
+                unbroken[mesh] = params
+    found["continued"] = {}
+    for before, after in [*zip(meshes, [*meshes[1:], meshes[0]], strict=True), (meshes[-1],) * 2]:
+        other = continued(chosen, rows, spec_of(before, steps), spec_of(after, steps))
+        distance = apart(other, unbroken[before], chosen.params)
+        found["continued"][f"{before} then {after}"] = distance
+    print(json.dumps(found))
