@@ -125,8 +125,8 @@ COPIES = 2  # of the model on a CPU
 def use_cores() -> None:
     """Makes two devices of a CPU with several cores; has to run before devices are used.
 
-    A program of small operations keeps few cores busy: two copies of the model that generate side
-    by side wrote 1.1 (float32) to 1.2 (bfloat16) times the rows of one on two cores (measured).
+    A program of small operations leaves cores idle in between, which a second copy of the model
+    beside it fills.
     """
     import jax
 

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from humpback_jax.model.shares import ROWS
+from humpback_jax.parallel.rules import constrain
 
 
 def row_parts(mesh: Mesh | None) -> int:
@@ -19,13 +20,6 @@ def row_parts(mesh: Mesh | None) -> int:
 def keep_rows_apart(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """x [rows, ...], each device's rows on that device and nowhere else."""
     return constrain(x, mesh, P(ROWS))
-
-
-def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
-    """x, which XLA is told where to put."""
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def place_rows(array: jax.Array, mesh: Mesh | None, axis: int) -> jax.Array:

@@ -124,6 +124,13 @@ def place(params: Params, shardings: Params, convert: Callable[[np.ndarray], np.
     return unflatten(placed)
 
 
+def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
+    """x inside a program, which XLA is told where to put."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def everywhere(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     """The whole array on every device."""
     if mesh is None:

@@ -17,6 +17,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Llama, Params, bind
+from humpback_jax.parallel.rules import constrain
 from humpback_jax.sampling.drafts import accepted, look_up, with_drafts
 from humpback_jax.sampling.prefix import PrefixArrays
 from humpback_jax.sampling.sampler import (
@@ -206,7 +207,7 @@ def prefill_program(
 
         def draw(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-            logits = whole(model.logits(ends, precision), mesh)
+            logits = constrain(model.logits(ends, precision), mesh, PartitionSpec())
             return draw_tokens(logits, seen[chunks.slots], jnp.zeros_like(last), chunks.controls)
 
         def skip(_: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -295,7 +296,7 @@ def decode_program(
                 prefix,
                 precision,
             )
-            logits = whole(model.logits(hidden, precision), mesh)
+            logits = constrain(model.logits(hidden, precision), mesh, PartitionSpec())
             drawn = slots.drawn[:, None] + ahead
             token, logprob = _draw_places(
                 logits, with_drafts(slots.seen, guessed), drawn, slots.controls
@@ -371,13 +372,6 @@ def _compiled(
             slots = slots._replace(caches=None)
         where = slots, slots.live
     return jax.jit(program, donate_argnums=1, out_shardings=where)
-
-
-def whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """x on every device, not in parts."""
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def _run(

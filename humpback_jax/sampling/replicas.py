@@ -43,11 +43,6 @@ class Replicas:
         """See `Engine.check`."""
         self.engines[0].check(name, length)
 
-    def prepare(self, tokens: Sequence[int]) -> None:
-        """Computes tokens that prompts may begin with, which happens anyway when they are met."""
-        for engine in self.engines:
-            engine.prefix(tokens)
-
     def generate(self, requests: Sequence[Request], tokens: Sequence[int] = ()) -> list[Completion]:
         """Completions in the order of `requests`; see `stream`."""
         results = dict(self.stream(requests, tokens))
@@ -66,68 +61,76 @@ class Replicas:
             yield from engine.stream(requests, engine.prefix(tokens))
             return
         dealer = _Dealer(requests, len(self.engines))
-        ended: queue.Queue[tuple[int, Completion] | BaseException | None] = queue.Queue()
-
-        def drive(number: int) -> None:
-            try:
-                engine, places = self.engines[number], []
-
-                def dealt() -> Iterator[Request]:
-                    for place, request in dealer.hand(number):
-                        places.append(place)
-                        yield request
-
-                for index, completion in engine.stream(dealt(), engine.prefix(tokens)):
-                    ended.put((places[index], completion))
-                ended.put(None)
-            except BaseException as error:
-                ended.put(error)
-
-        numbers = range(len(self.engines))
-        threads = [threading.Thread(target=drive, args=(n,), daemon=True) for n in numbers]
+        ended: queue.Queue[_Ended] = queue.Queue()
+        for number, engine in enumerate(self.engines):
+            arguments = engine, dealer, number, tokens, ended
+            threading.Thread(target=_drive, args=arguments, daemon=True).start()
+        running = len(self.engines)
         try:
-            for thread in threads:
-                thread.start()
-            running = len(threads)
             while running:
-                result = ended.get()
-                if isinstance(result, BaseException):
-                    raise result
-                if result is None:
-                    running -= 1
-                else:
-                    yield result
+                match ended.get():
+                    case None:
+                        running -= 1
+                    case BaseException() as error:
+                        raise error
+                    case result:
+                        yield result
         finally:
-            dealer.stop()
+            dealer.stopped = True
 
     def log_probs(self, queries: Sequence[Query], tokens: Sequence[int] = ()) -> list[np.ndarray]:
         """See `likelihood.log_probs`; `tokens` as in `stream`."""
-        count = len(self.engines)
+        copies = min(len(self.engines), max(len(queries), 1))
         # Dealt by length, so that all copies get the same work.
         order = sorted(range(len(queries)), key=lambda index: -len(queries[index].tokens))
-        parts = [order[number::count] for number in range(count)]
 
         def score(number: int) -> list[np.ndarray]:
             engine = self.engines[number]
+            mine = [queries[index] for index in order[number::copies]]
             return log_probs(
                 engine.config,
                 engine.params,
-                [queries[index] for index in parts[number]],
+                mine,
                 engine.precision,
                 prefix=engine.prefix(tokens),
                 mesh=engine.mesh,
             )
 
-        if count == 1 or len(queries) < count:
-            parts = [list(range(len(queries)))]
-            return score(0)
-        with ThreadPoolExecutor(count) as pool:
-            found = list(pool.map(score, range(count)))
-        results: list[np.ndarray] = [np.zeros(0)] * len(queries)
-        for members, values in zip(parts, found, strict=True):
-            for index, value in zip(members, values, strict=True):
-                results[index] = value
-        return results
+        with ThreadPoolExecutor(copies) as pool:
+            found = list(pool.map(score, range(copies)))
+        results: dict[int, np.ndarray] = {}
+        for number, values in enumerate(found):
+            results |= zip(order[number::copies], values, strict=True)
+        return [results[index] for index in range(len(queries))]
+
+
+# What a thread reports: (place, text) of a row, why it failed, or that it is through.
+_Ended = tuple[int, Completion] | BaseException | None
+
+
+def _drive(
+    engine: Engine,
+    dealer: _Dealer,
+    number: int,
+    tokens: Sequence[int],
+    ended: queue.Queue[_Ended],
+) -> None:
+    """Generates copy `number`'s rows, until there are none or nobody wants them."""
+    places: list[int] = []
+
+    def dealt() -> Iterator[Request]:
+        for place, request in dealer.hand(number):
+            places.append(place)
+            yield request
+
+    try:
+        for index, completion in engine.stream(dealt(), engine.prefix(tokens)):
+            if dealer.stopped:
+                break
+            ended.put((places[index], completion))
+        ended.put(None)
+    except BaseException as error:
+        ended.put(error)
 
 
 class _Dealer:
@@ -137,22 +140,18 @@ class _Dealer:
         self._rest = enumerate(requests)
         self._hands: list[list[tuple[int, Request]]] = [[] for _ in range(copies)]
         self._lock = threading.Lock()
-        self._stopped = False
+        self.stopped = False  # by who takes the results
 
     def hand(self, number: int) -> Iterator[tuple[int, Request]]:
         """The requests of one copy."""
         while True:
             with self._lock:
-                if not self._hands[number] and not self._stopped:
+                if not self._hands[number] and not self.stopped:
                     self._deal()
                 mine, self._hands[number] = self._hands[number], []
             if not mine:
                 return
             yield from mine
-
-    def stop(self) -> None:
-        """No copy gets more."""
-        self._stopped = True
 
     def _deal(self) -> None:
         """Of a window's rows, by length, each copy gets every so-manyth."""

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Llama
 from humpback_jax.model.shares import ROWS
-from humpback_jax.parallel.batches import constrain, row_parts
-from humpback_jax.parallel.rules import partition
+from humpback_jax.parallel.batches import row_parts
+from humpback_jax.parallel.rules import constrain, partition
 
 CHUNK = 512  # positions whose logits exist at one time, on each device
 

@@ -139,7 +139,7 @@ def lay_out(
             source_ids[r, place] = source_index.get(example.source, 0)
             mask[r, place] = example.mask[1:]
             start += example.length
-    return Batch(tokens, targets, positions, segment_ids, source_ids, mask)  # type: ignore[arg-type]
+    return Batch._make((tokens, targets, positions, segment_ids, source_ids, mask))
 
 
 @dataclasses.dataclass(frozen=True)
