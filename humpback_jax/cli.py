@@ -235,6 +235,9 @@ def _bench_verbs(bench: argparse.ArgumentParser) -> None:
     sample.add_argument("--precision", choices=("float32", "bfloat16", "best"), default="float32")
     sample.add_argument("--batch-size", type=int, default=32)
     sample.add_argument("--drafts", default="auto", help="tokens guessed in each step: auto, or N")
+    sample.add_argument(
+        "--mesh", default="auto", help="auto, or e.g. data=1: one copy of the model"
+    )
     sample.add_argument("--vs", action="append", default=[], help="hf (transformers), llamacpp")
 
     score = kind("score", "what each curator costs on real pairs")

@@ -96,7 +96,7 @@ def default_config() -> ConfigDict:
             "compute": {
                 "precision": "auto",  # auto | float32 | bfloat16
                 "batch_size": 16,  # rows decoded together, by each copy of the model
-                "mesh": "auto",  # devices of scoring and generation: auto, or data=2,tensor=4
+                "mesh": "auto",  # devices of all that computes: auto, or data=2,tensor=4
                 "drafts": "auto",  # tokens guessed in each step: auto (where it pays), or N
                 "memory_gb": 0.0,  # GiB of each device for weights and rows; 0: what it has
                 "weights": "auto",  # auto | int8, of sampling and scoring
@@ -147,6 +147,7 @@ POSITIVE = (
     *("max_new_tokens", "answer_tokens", "shard_rows", "pairs"),
 )
 SHARES = ("top_p", "fraction")
+PARTS = ("dropout", "label_smoothing")
 ANY_NUMBER = ("seed", "curate.threshold", "meters.min_lift")
 
 
@@ -232,6 +233,8 @@ def check_config(config: ConfigDict) -> None:
 def _check_number(key: str, name: str, value: float) -> None:
     if name in SHARES:
         fine, limits = 0 < value <= 1, "above 0 and at most 1"
+    elif name in PARTS:
+        fine, limits = 0 <= value < 1, "at least 0 and below 1"
     else:
         least = 1 if name in POSITIVE else 0
         fine, limits = value >= least, f"at least {least}"

@@ -336,6 +336,7 @@ def bench(arguments: argparse.Namespace) -> Result:
             arguments.longest,
             arguments.batch_size,
             arguments.drafts,
+            arguments.mesh,
         )
         result = bench_sample(
             arguments.model,

@@ -157,6 +157,8 @@ def test_a_mistyped_override_is_refused_with_its_key(key, value, message):
         ("curate.fraction", "1.5", "above 0 and at most 1"),
         ("augment.shard_rows", "0", "must be at least 1"),
         ("train.batch_examples", "0", "must be at least 1"),
+        ("train.dropout", "1.0", "must be at least 0 and below 1"),
+        ("train.label_smoothing", "1.5", "must be at least 0 and below 1"),
         ("train.log_every", "0", "must be at least 1"),
         ("corpus.min_chars", "9000", "is above config.corpus.max_chars"),
         ("curate.select", "count", "needs config.curate.count"),

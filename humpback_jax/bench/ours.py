@@ -30,7 +30,7 @@ def measure(workload: Workload, precision: str, slots: int) -> dict[str, Any]:
     before = peak_bytes()
     started = time.perf_counter()
     model = load_model(workload.model)
-    compute = choose_compute(precision, slots, drafts=workload.drafts)
+    compute = choose_compute(precision, slots, drafts=workload.drafts, mesh=workload.mesh)
     reader = Inference(model, compute)
     opening = workload.prompts[0][: workload.shared]
     # The longest prompts decide how long the slots are, and with it the programs.
@@ -54,6 +54,7 @@ def measure(workload: Workload, precision: str, slots: int) -> dict[str, Any]:
         "tokens_per_s": tokens / seconds,
         "precision": precision,
         "batch": slots,
+        "copies": len(reader.replicas.engines),
         "drafts": compute.engine_shape.drafts,
         "prompt_tokens": work.prompt_tokens + work.shared_tokens,
         "shared_tokens": work.shared_tokens,

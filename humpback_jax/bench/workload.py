@@ -24,7 +24,8 @@ CASES = ("mixed", "single", "short", "long")
 class Case:
     """So many segments of `shortest` to `longest` tokens, `slots` of them decoded together.
 
-    `drafts`: tokens that we guess in each step, as `choose_compute` takes it.
+    `drafts`, `mesh`: tokens that we guess in each step, and our devices, as `choose_compute` takes
+    them; each of our copies of the model has so many slots.
     """
 
     name: str
@@ -33,10 +34,17 @@ class Case:
     longest: int
     slots: int
     drafts: str = "auto"
+    mesh: str = "auto"
 
 
 def choose_cases(
-    name: str, rows: int, shortest: int, longest: int, slots: int, drafts: str = "auto"
+    name: str,
+    rows: int,
+    shortest: int,
+    longest: int,
+    slots: int,
+    drafts: str = "auto",
+    mesh: str = "auto",
 ) -> list[Case]:
     """The case of that name, or with "all" every one, the main case first.
 
@@ -46,10 +54,10 @@ def choose_cases(
       HumpbackError: no such case.
     """
     known = {
-        "mixed": Case("mixed", rows, shortest, longest, slots, drafts),
-        "single": Case("single", -(-rows // 8), shortest, longest, 1, drafts),
-        "short": Case("short", rows, *SHORT, slots, drafts),
-        "long": Case("long", rows, *LONG, slots, drafts),
+        "mixed": Case("mixed", rows, shortest, longest, slots, drafts, mesh),
+        "single": Case("single", -(-rows // 8), shortest, longest, 1, drafts, mesh),
+        "short": Case("short", rows, *SHORT, slots, drafts, mesh),
+        "long": Case("long", rows, *LONG, slots, drafts, mesh),
     }
     if name == "all":
         return list(known.values())
@@ -68,7 +76,7 @@ class Workload:
       data: name of the documents' file.
       prompts: ids of each prompt. shared: how many of them all prompts begin with.
       max_new_tokens, stop_ids: when a text ends.
-      drafts: as in `Case`.
+      drafts, mesh: as in `Case`.
     """
 
     model: str
@@ -80,6 +88,7 @@ class Workload:
     max_new_tokens: int
     stop_ids: list[int]
     drafts: str = "auto"
+    mesh: str = "auto"
 
     def figures(self, seconds: float, outputs: dict[int, list[int]]) -> dict[str, Any]:
         """Rates of a peer that drew `outputs`, by the prompt's place, without stop tokens.
@@ -120,6 +129,7 @@ def backward_workload(
         max_new_tokens=max_new_tokens,
         stop_ids=list(model.stop_ids),
         drafts=case.drafts,
+        mesh=case.mesh,
     )
 
 
