@@ -246,3 +246,13 @@ def _bench_verbs(bench: argparse.ArgumentParser) -> None:
     score.add_argument("--max-tokens", type=int, default=256, help="of the reasoned rubric")
     score.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     score.add_argument("--batch-size", type=int, default=32)
+
+    train = kind("train", "SFT on real rows, the responses supervised")
+    train.add_argument("--data", default="builtin", help="rows; builtin: the packaged pairs")
+    train.add_argument("--rows", type=int, default=64, help="of the data, to draw batches from")
+    train.add_argument("--steps", type=int, default=6, help="batches; the first is not timed")
+    train.add_argument("--batch-size", type=int, default=8, help="rows of a batch")
+    train.add_argument("--row-tokens", type=int, default=2048, help="of the longest row")
+    train.add_argument("--lora", type=int, default=0, help="rank of an adapter; 0: full tuning")
+    train.add_argument("--precision", choices=("float32", "bfloat16", "best"), default="float32")
+    train.add_argument("--vs", action="append", default=[], help="trl, trl_default, torch")

@@ -22,6 +22,8 @@ class Compute:
     precision: number formats of training, scoring and generation.
     train_layout: a scanned gradient loses a quarter of the speed on CPU and compiles in a
       fraction of the time on accelerators, so the platform decides.
+    accumulation: micro-batches of a step where a config leaves it open. On CPU one row at a time
+      is as fast as several, and rows that a batch leaves empty are not computed.
     engine_shape: of generation.
     weights: dtype of kernels and embeddings in sampling and scoring; never in training.
     mesh: of all that computes; None for what each kind of work needs on the devices at hand.
@@ -36,6 +38,7 @@ class Compute:
     mesh: MeshShape | None = None
     memory: int | None = None
     kernels: Kernels = XLA
+    accumulation: int | None = None
 
     @property
     def scoring_formats(self) -> str:
@@ -116,6 +119,7 @@ def choose_compute(
         parse_mesh(mesh),
         int(memory_gb * GIB) or None,
         Kernels.of_platform(platform),
+        None if on_cpu else 1,
     )
 
 

@@ -115,7 +115,7 @@ def train_section() -> dict[str, Any]:
         "step_table": STEP_TABLE,
         "batch_examples": 32,  # with the step table: its batch
         "row_tokens": 2048,
-        "accumulation": 1,
+        "accumulation": 0,  # micro-batches; 0: on CPU one for each row, else 1
         "on_long": "drop",  # error | drop | truncate
         "learning_rate": 1e-5,
         "end_learning_rate": 9e-6,
@@ -143,7 +143,7 @@ WITHOUT_EFFECT = ("log_every", "eval_every", "resume_every", "checkpoint_epochs"
 
 # Limits of numbers, by the name of the field; all others are at least 0.
 POSITIVE = (
-    *("max_chars", "row_tokens", "batch_examples", "accumulation", "log_every", "batch_size"),
+    *("max_chars", "row_tokens", "batch_examples", "log_every", "batch_size"),
     *("max_new_tokens", "answer_tokens", "shard_rows", "pairs"),
 )
 SHARES = ("top_p", "fraction")
@@ -166,7 +166,7 @@ def apply_tiny(config: ConfigDict) -> None:
         config.corpus.max_chars = 800
         for section in (config.backward, config.train):
             section.update({"steps": 8, "epochs": 0.0, "batch_examples": 4, "row_tokens": 1024})
-            section.update({"learning_rate": 1e-2, "end_learning_rate": 1e-2, "accumulation": 1})
+            section.update({"learning_rate": 1e-2, "end_learning_rate": 1e-2})
             section.update({"resume_every": 3, "eval_every": 4, "on_long": "drop"})
         config.backward.steps = 12
         config.augment.update({"max_new_tokens": 128, "min_chars": 0, "shard_rows": 4})

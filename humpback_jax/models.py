@@ -126,6 +126,26 @@ def _describe(folder: Path, model: LanguageModel, details: dict[str, Any]) -> No
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")
 
 
+def export_hf(folder: Path, model: LanguageModel, dtype: str | None = None) -> None:
+    """Weights, config and tokenizer as a folder that `transformers` loads.
+
+    Args:
+      dtype: of the weights; None keeps each tensor's own.
+    """
+    from humpback_jax.text.template import baked_chat_template
+    from humpback_jax.weights.safetensors_io import save_hf
+
+    save_hf(folder, model.config, model.params, dtype)
+    source = baked_chat_template(model.template, model.tags)
+    model.tokenizer.with_chat_template(source).save(folder)
+    generation = {
+        "bos_token_id": model.config.bos_token_id,
+        "eos_token_id": list(model.stop_ids),
+        "pad_token_id": model.tokenizer.pad_id,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
+
+
 def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
     """Reads what `save_checkpoint` wrote.
 

@@ -171,8 +171,7 @@ class _Planner:
         order = BatchOrder([example.id for example in kept], spec.batch_examples, seed)
         packing = plan_packing(kept, order, spec.steps, spec.row_tokens, spec.accumulation)
         tokens = sum(kept[i].length for step in range(spec.steps) for i in order.indices(step))
-        places = spec.steps * packing.num_rows * packing.row_tokens
-        cost = places * self.train_factor * (REMAT_FACTOR if spec.remat else 1)
+        cost = tokens / packing.efficiency * self.train_factor * (REMAT_FACTOR if spec.remat else 1)
         if spec.eval_every:
             held_out = self._tokens(render(self.template, self.context.heldout, direction))
             cost += spec.steps // spec.eval_every * held_out

@@ -305,54 +305,86 @@ SUITES = {"nll": _nll, "fidelity": _fidelity}
 
 
 def bench(arguments: argparse.Namespace) -> Result:
-    """Measures generation or scoring; prints a table and writes the results file."""
+    """Measures generation, scoring or training; prints a table and writes the results file."""
     from humpback_jax.artifacts import write_json
-    from humpback_jax.bench.sample import bench_sample
-    from humpback_jax.bench.score import bench_score
-    from humpback_jax.bench.table import sample_lines, score_lines
-    from humpback_jax.bench.workload import choose_cases
+    from humpback_jax.bench import table
 
-    counts = {name: getattr(arguments, name) for name in ("rows", "max_tokens", "rounds")}
-    for name, count in {**counts, "batch_size": arguments.batch_size}.items():
+    for name in ("rows", "max_tokens", "rounds", "batch_size", "steps", "row_tokens"):
+        count = getattr(arguments, name, 1)
         if count < 1:
             raise HumpbackError(f"--{name.replace('_', '-')}={count} has to be 1 or more.")
-    if arguments.what == "score":
-        result = bench_score(
-            arguments.model,
-            arguments.data,
-            arguments.rows,
-            arguments.max_tokens,
-            arguments.precision,
-            arguments.batch_size,
-            arguments.rounds,
-            timed_lines(),
-        )
-        lines = score_lines(result)
-    else:
-        cases = choose_cases(
-            arguments.case,
-            arguments.rows,
-            arguments.shortest,
-            arguments.longest,
-            arguments.batch_size,
-            arguments.drafts,
-            arguments.mesh,
-        )
-        result = bench_sample(
-            arguments.model,
-            arguments.data,
-            cases,
-            arguments.max_tokens,
-            arguments.precision,
-            [peer for given in arguments.vs for peer in given.split(",")],
-            arguments.rounds,
-            timed_lines(),
-        )
-        lines = sample_lines(result)
-    print("\n".join(lines))
+    measure, lines = {
+        "sample": (_bench_sample, table.sample_lines),
+        "score": (_bench_score, table.score_lines),
+        "train": (_bench_train, table.train_lines),
+    }[arguments.what]
+    result = measure(arguments)
+    print("\n".join(lines(result)))
     if arguments.out:
         write_json(Path(arguments.out), result)
     return result
+
+
+def _bench_sample(arguments: argparse.Namespace) -> Result:
+    from humpback_jax.bench.sample import bench_sample
+    from humpback_jax.bench.workload import choose_cases
+
+    cases = choose_cases(
+        arguments.case,
+        arguments.rows,
+        arguments.shortest,
+        arguments.longest,
+        arguments.batch_size,
+        arguments.drafts,
+        arguments.mesh,
+    )
+    return bench_sample(
+        arguments.model,
+        arguments.data,
+        cases,
+        arguments.max_tokens,
+        arguments.precision,
+        _peers(arguments),
+        arguments.rounds,
+        timed_lines(),
+    )
+
+
+def _bench_score(arguments: argparse.Namespace) -> Result:
+    from humpback_jax.bench.score import bench_score
+
+    return bench_score(
+        arguments.model,
+        arguments.data,
+        arguments.rows,
+        arguments.max_tokens,
+        arguments.precision,
+        arguments.batch_size,
+        arguments.rounds,
+        timed_lines(),
+    )
+
+
+def _bench_train(arguments: argparse.Namespace) -> Result:
+    from humpback_jax.bench.train import bench_train
+
+    return bench_train(
+        arguments.model,
+        arguments.data,
+        arguments.rows,
+        arguments.steps,
+        arguments.batch_size,
+        arguments.row_tokens,
+        arguments.lora,
+        arguments.precision,
+        _peers(arguments),
+        arguments.rounds,
+        timed_lines(),
+    )
+
+
+def _peers(arguments: argparse.Namespace) -> list[str]:
+    return [peer for given in arguments.vs for peer in given.split(",")]
 
 
 def aot(arguments: argparse.Namespace) -> Result:
@@ -384,21 +416,12 @@ def aot(arguments: argparse.Namespace) -> Result:
 
 def export(arguments: argparse.Namespace) -> Result:
     """Weights, config and tokenizer as a folder that `transformers` loads."""
-    from humpback_jax.text.template import baked_chat_template
-    from humpback_jax.weights.safetensors_io import save_hf
+    from humpback_jax.models import export_hf
 
     model = load_model(arguments.model)
     out = Path(arguments.out)
     _writable_folder(out)
-    save_hf(out, model.config, model.params, arguments.dtype)
-    source = baked_chat_template(model.template, model.tags)
-    model.tokenizer.with_chat_template(source).save(out)
-    generation = {
-        "bos_token_id": model.config.bos_token_id,
-        "eos_token_id": list(model.stop_ids),
-        "pad_token_id": model.tokenizer.pad_id,
-    }
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=1))
+    export_hf(out, model, arguments.dtype)
     print(f"exported {arguments.model} to {out}")
     return {"out": str(out), "format": arguments.format, "hash": model.hash}
 

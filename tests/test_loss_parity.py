@@ -24,6 +24,7 @@ from tiny_llama import (
     random_examples,
     torch_llama,
     torch_nll,
+    trees_equal,
 )
 
 from humpback_jax.errors import HumpbackError
@@ -142,6 +143,19 @@ def test_unequal_micro_batches_weigh_every_token_alike() -> None:
         assert metrics.nll.sum() == pytest.approx(nll, rel=1e-6)
 
 
+def test_empty_micro_batches_change_nothing() -> None:
+    """A batch of short examples fills fewer rows than the longest batch of the run."""
+    _, config, params = model_of(False)
+    examples = random_examples(4, 40, 30)
+    full = packed(examples, 2)
+    assert (full.segment_ids > 0).any(axis=1).all()
+    wide = Batch(*(np.concatenate([x, np.zeros_like(x), np.zeros_like(x)]) for x in full))
+    expected, metrics = step_gradient(spec_for(config), params, full, 2)
+    gradient, others = step_gradient(spec_for(config), params, wide, 6)
+    assert trees_equal(gradient, expected)
+    assert np.array_equal(metrics.nll, others.nll)
+
+
 def test_losses_by_source_sum_to_the_whole() -> None:
     model, config, params = model_of(False)
     examples = random_examples(6)
@@ -178,6 +192,8 @@ def test_chunking_the_vocabulary_loss_does_not_change_it(
     tied, chunk, objective, monkeypatch
 ) -> None:
     hidden, kernel, targets, weights = _projection(tied)
+    count = 50  # later places have weight 0
+    weights[count:] = 0
 
     def plain(hidden, kernel):
         logits = jnp.matmul(hidden, kernel.T if tied else kernel, precision="highest")
@@ -195,6 +211,7 @@ def test_chunking_the_vocabulary_loss_does_not_change_it(
                 kernel,
                 targets[None],
                 weights[None],
+                np.int32(count),
                 0 if tied else 1,
                 "float32",
                 None,
@@ -226,7 +243,7 @@ def test_a_target_far_from_the_mode_has_a_finite_exact_loss() -> None:
     kernel = np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]], np.float32)
     target, weight = np.array([[1]], np.int32), np.ones((1, 1), np.float32)
     total, _ = loss_module._projected_nll(
-        hidden, kernel, target, weight, 1, "float32", None, Objective()
+        hidden, kernel, target, weight, np.int32(1), 1, "float32", None, Objective()
     )
     assert float(total) == pytest.approx(2000.0)
 

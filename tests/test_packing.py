@@ -100,28 +100,53 @@ def test_rows_hold_each_example_s_tokens_targets_mask_and_positions(lengths) -> 
     assert (~padding).sum() == sum(each.length for each in examples)
 
 
-@given(some_lengths, st.integers(0, 5), st.integers(1, 8), st.integers(1, 3))
-def test_the_plan_fits_every_batch_of_the_run_exactly(lengths, seed, size, accumulation) -> None:
+@given(
+    some_lengths,
+    st.integers(0, 5),
+    st.integers(1, 8),
+    st.sampled_from([None, 1, 2, 3]),
+    st.integers(1, 2),
+)
+def test_the_plan_fits_every_batch_of_the_run_exactly(
+    lengths, seed, size, accumulation, parts
+) -> None:
     assume(size <= len(lengths))
     examples, steps = examples_of(lengths), 7
     order = BatchOrder([e.id for e in examples], size, seed)
-    plan = plan_packing(examples, order, steps, WIDTH, accumulation, multiple_of=8)
-    assert plan.num_rows % accumulation == 0
+    plan = plan_packing(examples, order, steps, WIDTH, accumulation, parts, multiple_of=8)
+    if accumulation is None:
+        assert plan.micro_rows == parts
+    else:
+        assert plan.num_rows == accumulation * plan.micro_rows
+    assert plan.micro_rows % parts == 0
     longest = max(example.length for example in examples)
     assert longest <= plan.longest < longest + 8
-    most_rows, fullest, used = 0, 0, 0
+    assert longest <= plan.row_tokens <= WIDTH
+    most_rows, fullest, used, computed = 0, 0, 0, 0
     for step in range(steps):
         batch, ids = batch_at(examples, order, step, plan, SOURCES)
-        assert batch.tokens.shape == (plan.num_rows, WIDTH)
+        assert batch.tokens.shape == (plan.num_rows, plan.row_tokens)
         assert sorted(ids) == sorted(examples[i].id for i in order.indices(step))
         per_row = batch.mask.sum(axis=1)
-        assert per_row.max() <= plan.max_targets <= WIDTH
+        assert per_row.max() <= plan.max_targets <= plan.row_tokens
         fullest = max(fullest, per_row.max())
-        most_rows = max(most_rows, int((batch.segment_ids > 0).any(axis=1).sum()))
+        in_use = (batch.segment_ids > 0).any(axis=1)
+        assert not in_use[in_use.sum() :].any(), "rows are filled from the first on"
+        most_rows = max(most_rows, int(in_use.sum()))
+        computed += plan.micro_rows * int(in_use.reshape(-1, plan.micro_rows).any(axis=1).sum())
         used += int((batch.segment_ids > 0).sum())
-    assert plan.num_rows < most_rows + accumulation
+    assert plan.num_rows < most_rows + (accumulation or 1) * parts
     assert plan.max_targets < fullest + 8
-    assert plan.efficiency == pytest.approx(used / (steps * plan.num_rows * WIDTH))
+    assert plan.efficiency == pytest.approx(used / (computed * plan.row_tokens))
+
+
+def test_short_texts_fill_a_fraction_of_rows_made_for_long_ones() -> None:
+    """Eight examples of 150 places in rows of 2,048 would compute 850 places for nothing."""
+    examples = [example(index, 151) for index in range(64)]
+    order = BatchOrder([e.id for e in examples], 8, 0)
+    plan = plan_packing(examples, order, 8, 2048, None)
+    assert plan.row_tokens < 2048
+    assert plan.efficiency > 0.9
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 3))

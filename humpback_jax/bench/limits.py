@@ -31,6 +31,18 @@ def prefill_flops(config: LlamaConfig, shared: int, own: int, logits: int = 1) -
     return depth * (2.0 * layer * own + 4.0 * heads * keys) + head
 
 
+def training_flops(config: LlamaConfig, tokens: int, supervised: int, pairs: float) -> float:
+    """Model floating-point operations of a full training step, nothing computed twice.
+
+    3 x those of the forward pass: 2 x the layers' matmul parameters x tokens, 4 x H x K for each
+    pair of a query and a key that it sees, 2 x D x V for each supervised place.
+    """
+    depth, heads = config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    layer = sum(a * b for a, b in layer_shapes(config))
+    head = 2.0 * config.hidden_size * config.vocab_size * supervised
+    return 3.0 * (depth * (2.0 * layer * tokens + 4.0 * heads * pairs) + head)
+
+
 def layer_shapes(config: LlamaConfig) -> list[tuple[int, int]]:
     """[d_in, d_out] of each matrix of a layer."""
     heads = config.num_attention_heads * config.head_dim
@@ -56,6 +68,31 @@ def matmul_rate(config: LlamaConfig, rows: int, dtype: str) -> float:
 
     seconds = fastest(lambda: products(kernels, inputs))
     return layers * sum(2.0 * rows * a * b for a, b in shapes) / seconds
+
+
+def training_matmul_rate(config: LlamaConfig, rows: int, dtype: str) -> float:
+    """FLOP/s of a layer's products in training: forward, input gradient and weight gradient.
+
+    Each is as many operations, so that this is the harmonic mean of the three rates.
+    """
+    shapes = layer_shapes(config)
+    kernels = [jnp.ones(shape, dtype) for shape in shapes]
+    inputs = [jnp.ones((rows, shape[0]), dtype) for shape in shapes]
+    outputs = [jnp.ones((rows, shape[1]), dtype) for shape in shapes]
+
+    def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+        dimensions = (((contract[0],), (contract[1],)), ((), ()))
+        return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+    @jax.jit
+    def products(kernels: Any, inputs: Any, outputs: Any) -> Any:
+        return [
+            (product(x, kernel, (1, 0)), product(y, kernel, (1, 1)), product(x, y, (0, 0)))
+            for kernel, x, y in zip(kernels, inputs, outputs, strict=True)
+        ]
+
+    seconds = fastest(lambda: products(kernels, inputs, outputs))
+    return 3 * sum(2.0 * rows * a * b for a, b in shapes) / seconds
 
 
 def square_matmul_rate(size: int, dtype: str) -> float:

@@ -69,6 +69,40 @@ def score_lines(result: Result) -> list[str]:
     return [*lines, f"log p(y) was computed {once}"]
 
 
+def train_lines(result: Result) -> list[str]:
+    """A row for each system's best setting."""
+    rows = [
+        [
+            "system",
+            "setting",
+            "precision",
+            "supervised tokens/s",
+            "tokens/s",
+            "peak MB",
+            "ours / it",
+        ]
+    ]
+    for name, figures in {"ours": result["ours"], **result["peers"]}.items():
+        ratio = result["ratio"].get(name)
+        rows.append(
+            [
+                name,
+                figures["setting"],
+                figures["precision"],
+                f"{figures['supervised_tokens_per_s']:.1f}",
+                f"{figures['tokens_per_s']:.1f}",
+                f"{figures['peak_bytes'] / 1e6:.0f}",
+                "" if ratio is None else f"{ratio:.2f}",
+            ]
+        )
+    ours = result["ours"]
+    return [
+        *_aligned(rows),
+        f"our step: {ours['matmul_share']:.0%} of the rate of a step's matrix products measured in "
+        f"its process, {ours['packing_efficiency']:.0%} of the computed places hold tokens",
+    ]
+
+
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

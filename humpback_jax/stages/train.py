@@ -187,7 +187,7 @@ def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSp
         steps=steps,
         batch_examples=batch,
         row_tokens=section.row_tokens,
-        accumulation=section.accumulation,
+        accumulation=section.accumulation or compute.accumulation,
         optimizer=OptimizerSpec(
             section.learning_rate,
             section.end_learning_rate,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,24 +73,40 @@ NLL = Objective()
 
 
 class Targets(NamedTuple):
-    """The supervised positions of a batch, gathered to the front of each row: [rows, M]."""
+    """The supervised positions of a batch, gathered to the front: for each of P devices, N places.
 
-    columns: jax.Array
+    Attributes:
+      places: int32 [P, N], of the device's rows laid end to end. Supervised ones come first.
+      targets, weights: [P, N]; weights are 1 or 0, float32.
+      most: int32 [], no device has more supervised positions.
+    """
+
+    places: jax.Array
     targets: jax.Array
     weights: jax.Array
+    most: jax.Array
+
+    def pick(self, x: jax.Array) -> jax.Array:
+        """x [rows, tokens, ...] -> [P, N, ...]."""
+        parts, count = self.places.shape
+        by_device = x.reshape(parts, -1, *x.shape[2:])
+        places = self.places.reshape(parts, count, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(by_device, places, axis=1)
 
 
-def supervised_targets(batch: Batch, max_targets: int) -> Targets:
-    """Gathers at most `max_targets` supervised positions a row, in order.
+def supervised_targets(batch: Batch, max_targets: int, mesh: Mesh | None = None) -> Targets:
+    """Gathers the supervised positions, in order.
 
-    The caller guarantees that no row has more (`packing.max_targets`).
+    The caller guarantees that no row has more than `max_targets` (`PackingPlan.max_targets`), and
+    on a mesh that rows are a multiple of `row_parts(mesh)`.
     """
-    order = jnp.argsort(~batch.mask, axis=1, stable=True)[:, :max_targets]
-    return Targets(
-        columns=order,
-        targets=jnp.take_along_axis(batch.targets, order, axis=1),
-        weights=jnp.take_along_axis(batch.mask, order, axis=1).astype(jnp.float32),
-    )
+    parts = row_parts(mesh)
+    mask = batch.mask.reshape(parts, -1)
+    most = batch.mask.shape[0] // parts * max_targets
+    places = jnp.argsort(~mask, axis=1, stable=True)[:, :most]
+    weights = jnp.take_along_axis(mask, places, axis=1).astype(jnp.float32)
+    targets = jnp.take_along_axis(batch.targets.reshape(parts, -1), places, axis=1)
+    return Targets(places, targets, weights, mask.sum(axis=1).max())
 
 
 def token_nll(
@@ -103,39 +120,36 @@ def token_nll(
     """Negative log-likelihoods of the supervised tokens, and what is minimised.
 
     Args:
-      hidden: [rows, tokens, D] from `Llama.hidden_states`. On a mesh, rows are a multiple of
-        `row_parts(mesh)`.
+      hidden: [rows, tokens, D] from `Llama.hidden_states`.
 
     Returns:
-      (the objective's sum over supervised tokens, nll [rows, M] with 0 at unused places), float32,
-      in nats. The gradient flows through the sum alone.
+      (the objective's sum over supervised tokens, nll [P, N] with 0 at unused places), float32, in
+      nats. The gradient flows through the sum alone.
     """
-    rows, count = chosen.columns.shape
-    parts = row_parts(mesh)
-    picked = jnp.take_along_axis(hidden, chosen.columns[..., None], axis=1)
     if model.config.tie_word_embeddings:
         kernel, vocab_axis = model.embed.embedding[...], 0
     else:
         kernel, vocab_axis = model.lm_head.kernel[...], 1
-    total, nll = _projected_nll(
-        picked.reshape(parts, rows // parts * count, -1),
+    return _projected_nll(
+        chosen.pick(hidden),
         kernel,
-        chosen.targets.reshape(parts, -1),
-        chosen.weights.reshape(parts, -1),
+        chosen.targets,
+        chosen.weights,
+        chosen.most,
         vocab_axis,
         precision.compute,
         mesh,
         objective,
     )
-    return total, nll.reshape(rows, count)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _projected_nll(
     hidden: jax.Array,
     kernel: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
+    count: jax.Array,
     vocab_axis: int,
     compute: str,
     mesh: Mesh | None,
@@ -145,22 +159,25 @@ def _projected_nll(
 
     Args:
       hidden: [P, N, D], for each of P devices the places of its rows; targets, weights: [P, N].
+      count: int32 []: places from there on have weight 0, and cost nothing.
 
     Returns:
       (the objective's sum [], nll [P, N]). The forward pass of a gradient computes the gradient
       at once, while a chunk's logits exist: they are neither kept nor computed twice.
     """
     cast = _head(kernel, vocab_axis, compute, mesh)
+    chunks = _chunks(compute, hidden, targets, weights)
 
-    def chunk_nll(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        h, target, weight = chunk
+    def chunk_nll(index: jax.Array, sums: tuple[jax.Array, jax.Array]) -> Any:
+        total, nll = sums
+        h, target, weight = (_at(x, index) for x in chunks)
         logits = _logits(h, cast, vocab_axis)
         log_z, picked = jax.nn.logsumexp(logits, axis=-1), _pick(logits, target, mesh)
         total += (weight * objective.value(logits, picked, log_z)).sum()
-        return total, weight * (log_z - picked)
+        return total, _put(nll, index, weight * (log_z - picked))
 
-    chunks = _chunks(compute, hidden, targets, weights)
-    total, nll = jax.lax.scan(chunk_nll, jnp.float32(0), chunks)
+    start = jnp.float32(0), _zeros_like(chunks[2], mesh)
+    total, nll = jax.lax.fori_loop(0, _used(chunks, count), chunk_nll, start)
     return total, _unchunked(nll, hidden.shape[1])
 
 
@@ -169,37 +186,40 @@ def _forward(
     kernel: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
+    count: jax.Array,
     vocab_axis: int,
     compute: str,
     mesh: Mesh | None,
     objective: Objective,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     cast = _head(kernel, vocab_axis, compute, mesh)
+    chunks = _chunks(compute, hidden, targets, weights)
 
-    def chunk_gradient(
-        sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-        total, dkernel = sums
-        h, target, weight = chunk
+    def chunk_gradient(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        total, dkernel, nll, dhidden = sums
+        h, target, weight = (_at(x, index) for x in chunks)
         logits = _logits(h, cast, vocab_axis)
         log_z, picked = jax.nn.logsumexp(logits, axis=-1), _pick(logits, target, mesh)
         total += (weight * objective.value(logits, picked, log_z)).sum()
         dlogits = objective.gradient(logits, _is_target(logits, target), log_z)
         dlogits = (dlogits * weight[..., None]).astype(compute)
-        dhidden = _dot(dlogits, cast, (2, vocab_axis))
         pair = (dlogits, h) if vocab_axis == 0 else (h, dlogits)
         dkernel += _dot(*pair, (1, 1), batch=(0,))
-        return (total, dkernel), (weight * (log_z - picked), dhidden)
+        dhidden = _put(dhidden, index, _dot(dlogits, cast, (2, vocab_axis)))
+        return total, dkernel, _put(nll, index, weight * (log_z - picked)), dhidden
 
     # Each device sums over its own places, so that all devices add up once and not in every chunk.
-    start = jnp.zeros((hidden.shape[0], *kernel.shape), jnp.float32)
-    start = constrain(start, mesh, P(ROWS, *_vocab_parts(kernel, vocab_axis, mesh)))
-    chunks = _chunks(compute, hidden, targets, weights)
-    sums, (nll, dhidden) = jax.lax.scan(chunk_gradient, (jnp.float32(0), start), chunks)
-    total, dkernel = sums
+    sums = jnp.zeros((hidden.shape[0], *kernel.shape), jnp.float32)
+    start = (
+        jnp.float32(0),
+        constrain(sums, mesh, P(ROWS, *_vocab_parts(kernel, vocab_axis, mesh))),
+        _zeros_like(chunks[2], mesh),
+        _zeros_like(chunks[0], mesh),
+    )
+    used = _used(chunks, count)
+    total, dkernel, nll, dhidden = jax.lax.fori_loop(0, used, chunk_gradient, start)
     nll, dhidden = _unchunked(nll, hidden.shape[1]), _unchunked(dhidden, hidden.shape[1])
-    residuals = dhidden.astype(hidden.dtype), dkernel.sum(0).astype(kernel.dtype), targets
-    return (total, nll), residuals
+    return (total, nll), (dhidden.astype(hidden.dtype), dkernel.sum(0).astype(kernel.dtype))
 
 
 def _backward(
@@ -207,12 +227,13 @@ def _backward(
     compute: str,
     mesh: Mesh | None,
     objective: Objective,
-    residuals: tuple[jax.Array, jax.Array, jax.Array],
+    residuals: tuple[jax.Array, jax.Array],
     gradients: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array, None, None]:
-    dhidden, dkernel, _ = residuals
+) -> tuple[jax.Array, jax.Array, None, None, None]:
+    dhidden, dkernel = residuals
     scale, _ = gradients
-    return dhidden * scale.astype(dhidden.dtype), dkernel * scale.astype(dkernel.dtype), None, None
+    dhidden, dkernel = dhidden * scale.astype(dhidden.dtype), dkernel * scale.astype(dkernel.dtype)
+    return dhidden, dkernel, None, None, None
 
 
 _projected_nll.defvjp(_forward, _backward)
@@ -264,6 +285,23 @@ def _chunks(compute: str, hidden: jax.Array, *arrays: jax.Array) -> tuple[jax.Ar
         padded = jnp.pad(array, widths)
         cut.append(jnp.moveaxis(padded.reshape(-1, count, size, *array.shape[2:]), 1, 0))
     return tuple(cut)
+
+
+def _used(chunks: Sequence[jax.Array], count: jax.Array) -> jax.Array:
+    size = chunks[0].shape[2]
+    return (count + size - 1) // size
+
+
+def _at(chunks: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(chunks, index, keepdims=False)
+
+
+def _put(chunks: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(chunks, value, index, 0)
+
+
+def _zeros_like(chunks: jax.Array, mesh: Mesh | None) -> jax.Array:
+    return constrain(jnp.zeros(chunks.shape, jnp.float32), mesh, P(None, ROWS))
 
 
 def _unchunked(chunks: jax.Array, places: int) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.training.loss import Batch
 
 BOUNDS = 128  # static bounds are multiples of it
+PLANNED = 64  # steps that are looked at to find the best length of rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +148,18 @@ class PackingPlan:
     """The one shape that fits every batch of a training run.
 
     Attributes:
-      num_rows: rows of a batch, a multiple of the parts that it is cut into.
+      num_rows: rows of a batch, a multiple of those of a micro-batch.
+      row_tokens: places of a row.
+      micro_rows: rows that are computed at one time. A batch that fills fewer rows than `num_rows`
+        leaves its last micro-batches empty, and they cost nothing.
       max_targets: no row has more supervised positions (static bound for the loss).
       longest: no example takes more places (static bound for attention).
-      efficiency: share of row places that hold tokens, over the planned steps.
+      efficiency: share of the computed places that hold tokens, over the planned steps.
     """
 
     num_rows: int
     row_tokens: int
+    micro_rows: int
     max_targets: int
     longest: int
     efficiency: float
@@ -165,15 +170,19 @@ def plan_packing(
     order: BatchOrder,
     steps: int,
     row_tokens: int,
-    rows_in: int = 1,
+    accumulation: int | None = 1,
+    parts: int = 1,
     multiple_of: int = BOUNDS,
 ) -> PackingPlan:
     """Packs every batch of the run once, on lengths alone, to find the shape that fits them all.
 
-    Args:
-      rows_in: parts that a batch is cut into, micro-batches times devices with rows of their own.
+    Rows are of the length, up to `row_tokens`, with which the least is computed.
 
-    The bounds are multiples of `multiple_of`, so that similar runs share a compiled program.
+    Args:
+      accumulation: micro-batches of a batch; None: each has a single row for each device.
+      parts: devices with rows of their own.
+      multiple_of: of rows' lengths and of the bounds, so that similar runs share a compiled
+        program.
 
     Raises:
       HumpbackError: an example is longer than a row.
@@ -186,18 +195,37 @@ def plan_packing(
             )
     lengths = [example.length for example in examples]
     supervised = [example.supervised for example in examples]
-    num_rows, max_targets, used = 1, 1, 0
-    for indices, rows in _packed_steps(lengths, order, steps, row_tokens):
-        num_rows = max(num_rows, len(rows))
+    longest = static_bound(max(lengths), row_tokens, multiple_of)
+    looked_at = sorted({steps * place // PLANNED for place in range(PLANNED)})
+
+    def cost(width: int) -> tuple[int, int]:
+        counts = [len(rows) for _, rows in _packed(lengths, order, looked_at, width)]
+        return _computed(counts, accumulation, parts)[2] * width, -width
+
+    row_tokens = min({*range(longest, row_tokens, multiple_of), row_tokens}, key=cost)
+    counts, max_targets, used = [], 1, 0
+    for indices, rows in _packed(lengths, order, range(steps), row_tokens):
+        counts.append(len(rows))
         used += sum(lengths[i] for i in indices)
         for row in rows:
             max_targets = max(max_targets, sum(supervised[indices[place]] for place in row))
-    num_rows = -(-num_rows // rows_in) * rows_in
-    efficiency = used / (steps * num_rows * row_tokens)
-    max_targets, longest = (
-        static_bound(bound, row_tokens, multiple_of) for bound in (max_targets, max(lengths))
+    num_rows, micro_rows, computed = _computed(counts, accumulation, parts)
+    return PackingPlan(
+        num_rows,
+        row_tokens,
+        micro_rows,
+        static_bound(max_targets, row_tokens, multiple_of),
+        longest,
+        used / (computed * row_tokens),
     )
-    return PackingPlan(num_rows, row_tokens, max_targets, longest, efficiency)
+
+
+def _computed(counts: Sequence[int], accumulation: int | None, parts: int) -> tuple[int, int, int]:
+    """(rows of a batch, of a micro-batch, all that are computed) where batches fill `counts`."""
+    unit = parts * (accumulation or 1)
+    num_rows = -(-max(counts) // unit) * unit
+    micro_rows = num_rows // accumulation if accumulation else parts
+    return num_rows, micro_rows, sum(-(-count // micro_rows) * micro_rows for count in counts)
 
 
 def static_bound(bound: int, row_tokens: int, multiple_of: int = BOUNDS) -> int:
@@ -205,10 +233,10 @@ def static_bound(bound: int, row_tokens: int, multiple_of: int = BOUNDS) -> int:
     return min(-(-bound // multiple_of) * multiple_of, row_tokens)
 
 
-def _packed_steps(
-    lengths: Sequence[int], order: BatchOrder, steps: int, row_tokens: int
+def _packed(
+    lengths: Sequence[int], order: BatchOrder, steps: Iterable[int], row_tokens: int
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    for step in range(steps):
+    for step in steps:
         indices = order.indices(step)
         yield indices, best_fit([lengths[i] for i in indices], row_tokens)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,16 +41,14 @@ def batch_nll(
         remat=spec.remat,
         placed=lambda x: keep_rows_apart(x, spec.mesh),
     )
-    chosen = supervised_targets(batch, spec.max_targets)
+    chosen = supervised_targets(batch, spec.max_targets, spec.mesh)
     total, nll = token_nll(model, hidden, chosen, spec.precision, spec.mesh, spec.objective)
-    sources = jnp.take_along_axis(batch.sources, chosen.columns, axis=1)
+    sources = chosen.pick(batch.sources)
     by_source = jnp.zeros((spec.num_sources,), jnp.float32).at[sources].add(nll)
     return total, by_source
 
 
-def make_train_step(
-    spec: StepSpec, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]:
+def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
     """Builds the jitted step. The state is donated, and stays where it lies.
 
     The step takes a batch [micro-batches, rows, tokens] and the run's dropout key, from which the
@@ -78,16 +75,24 @@ def make_train_step(
                 grads = jax.lax.with_sharding_constraint(grads, where.trainable)
             return grads, nll
 
-        def accumulate(carry: Any, item: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, gradient(state.trainable, *item)), None
-
         micro_batches = batch.mask.shape[0]
         if micro_batches == 1:
             sums = gradient(state.trainable, jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
         else:
+            # Rows are filled from the first on: what a small batch leaves empty are the last ones.
+            filled = (batch.segment_ids > 0).any((1, 2)).sum()
+
+            def accumulate(index: jax.Array, sums: Any) -> Any:
+                micro = jax.tree.map(
+                    lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch
+                )
+                return jax.tree.map(jnp.add, sums, gradient(state.trainable, micro, index))
+
             first = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
+            if where is not None:
+                first = jax.lax.with_sharding_constraint(first, where.trainable)
             start = first, jnp.zeros((spec.num_sources,), jnp.float32)
-            sums, _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(micro_batches)))
+            sums = jax.lax.fori_loop(0, filled, accumulate, start)
         grads, nll = sums
         updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

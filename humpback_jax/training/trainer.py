@@ -36,8 +36,10 @@ class TrainSpec:
     """Settings of one SFT run. All sizes are static, so that a run compiles one program.
 
     Attributes:
-      steps: optimizer steps. batch_examples: examples a step. row_tokens: places of a packed row.
-      accumulation: micro-batches a step. dropout: residual dropout.
+      steps: optimizer steps. batch_examples: examples a step.
+      row_tokens: places of a packed row, at most (`plan_packing`).
+      accumulation: micro-batches a step; None: each has a single row for each device.
+      dropout: residual dropout.
       eval_every, resume_every, log_every: in steps; 0 switches off.
       checkpoint_epochs: also hand out the parameters at the end of every epoch.
       mesh: the devices that share the work; a batch's rows are filled up to a multiple of those
@@ -47,7 +49,7 @@ class TrainSpec:
     steps: int
     batch_examples: int = 32
     row_tokens: int = 2048
-    accumulation: int = 1
+    accumulation: int | None = 1
     optimizer: OptimizerSpec = OptimizerSpec()
     lora: LoraSpec | None = None
     dropout: float = 0.0
@@ -65,8 +67,9 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_examples", "row_tokens", "accumulation"):
-            if getattr(self, name) < 1:
-                raise HumpbackError(f"train.{name}={getattr(self, name)} must be at least 1.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HumpbackError(f"train.{name}={value} must be at least 1.")
 
 
 class Resume(Protocol):
@@ -79,12 +82,16 @@ class Resume(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Full float32 parameters (adapter merged), stacked by layer, and the adapter if any."""
+    """Full float32 parameters (adapter merged), stacked by layer, and the adapter if any.
+
+    compile_s: seconds that the step's program took to compile; 0 where no step was left to do.
+    """
 
     params: Params
     adapter: Params | None
     history: list[dict[str, Any]]
     plan: PackingPlan
+    compile_s: float
 
 
 def train(
@@ -125,8 +132,9 @@ def train(
                     "or truncate it."
                 )
     order = BatchOrder([example.id for example in examples], spec.batch_examples, spec.seed)
-    parts = spec.accumulation * row_parts(spec.mesh)
-    plan = plan_packing(examples, order, spec.steps, spec.row_tokens, parts)
+    plan = plan_packing(
+        examples, order, spec.steps, spec.row_tokens, spec.accumulation, row_parts(spec.mesh)
+    )
     sources = sorted({example.source for example in examples})
     step_spec = StepSpec(
         config,
@@ -144,14 +152,16 @@ def train(
     )
     optimizer = make_optimizer(spec.optimizer, spec.steps)
     rate = learning_rate(spec.optimizer, spec.steps)
-    step_fn = make_train_step(step_spec, optimizer)
+    jitted, step_fn = make_train_step(step_spec, optimizer), None
     state = initial_state(step_spec, base, optimizer, spec.seed)
     state = (resume.restore(state) if resume else None) or state
     dropout_key = jax.random.key(spec.seed)
-    rows = plan.num_rows // spec.accumulation
-    mean_nll = make_validation(step_spec, validation, spec.row_tokens, rows) if validation else None
+    mean_nll = None
+    if validation:
+        mean_nll = make_validation(step_spec, validation, spec.row_tokens, plan.micro_rows)
     history: list[dict[str, Any]] = []
     pending: list[tuple[int, list[str], StepMetrics]] = []
+    compile_s = 0.0
     clock = time.monotonic()
 
     def flush() -> None:
@@ -177,7 +187,11 @@ def train(
         if not pending:
             clock = time.monotonic()
         batch, ids = batch_at(examples, order, step, plan, sources)
-        state, metrics = step_fn(state, _micro_batches(batch, spec), dropout_key)
+        micro_batches = _micro_batches(batch, plan, spec.mesh)
+        if step_fn is None:
+            step_fn = jitted.lower(state, micro_batches, dropout_key).compile()
+            compile_s, clock = time.monotonic() - clock, time.monotonic()
+        state, metrics = step_fn(state, micro_batches, dropout_key)
         pending.append((step, ids, metrics))
         done = step + 1
         if (spec.log_every and done % spec.log_every == 0) or done == spec.steps:
@@ -197,14 +211,14 @@ def train(
             fate = "saved; run it again to continue" if resume else "lost: nothing saves them"
             raise Preempted(f"{done} of {spec.steps} steps are {fate}.")
     params, adapter = finished_params(state, step_spec)
-    return Trained(params, adapter, history, plan)
+    return Trained(params, adapter, history, plan, compile_s)
 
 
-def _micro_batches(batch: Batch, spec: TrainSpec) -> Batch:
-    """[rows, tokens] -> [accumulation, rows / accumulation, tokens], on the mesh."""
+def _micro_batches(batch: Batch, plan: PackingPlan, mesh: Mesh | None) -> Batch:
+    """[rows, tokens] -> [micro-batches, micro_rows, tokens], on the mesh."""
 
     def cut(x: jax.Array) -> jax.Array:
-        return place_rows(x.reshape(spec.accumulation, -1, x.shape[-1]), spec.mesh, 1)
+        return place_rows(x.reshape(-1, plan.micro_rows, x.shape[-1]), mesh, 1)
 
     return Batch._make(map(cut, batch))
 
@@ -231,6 +245,7 @@ def _metrics_row(
         "tokens": int(metrics.tokens),
         "supervised_tokens": int(supervised.sum()),
         "examples": len(ids),
+        "seconds": seconds,
         "tokens_per_s": int(metrics.tokens) / seconds,
         "supervised_tokens_per_s": int(supervised.sum()) / seconds,
     }

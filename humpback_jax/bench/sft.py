@@ -1,0 +1,71 @@
+"""Our own training: `python -m humpback_jax.bench.sft JOB PRECISION`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.bench.limits import matmul_rate, training_flops, training_matmul_rate
+from humpback_jax.bench.process import peak_bytes
+from humpback_jax.bench.training_job import TrainingJob
+from humpback_jax.compute import choose_compute, use_compilation_cache
+from humpback_jax.environment import describe_environment
+from humpback_jax.model.lora import PROJECTIONS, lora_spec
+from humpback_jax.models import load_model
+from humpback_jax.training.optimizer import OptimizerSpec
+from humpback_jax.training.trainer import TrainSpec, train
+
+
+def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
+    """Rates of the job's steps, its first left out; nothing is compiled while the clock runs."""
+    use_compilation_cache()
+    before = peak_bytes()
+    model = load_model(job.model)
+    compute = choose_compute(precision, job.batch_examples)
+    rank = job.lora_rank
+    spec = TrainSpec(
+        steps=job.steps,
+        batch_examples=job.batch_examples,
+        row_tokens=job.row_tokens,
+        optimizer=OptimizerSpec(job.learning_rate, schedule="constant"),
+        lora=lora_spec(rank, 2.0 * rank, 0.0, PROJECTIONS) if rank else None,
+        precision=compute.precision,
+        layout=compute.train_layout,
+        kernels=compute.kernels,
+    )
+    examples = job.examples()
+    trained = train(model.config, model.params, examples, spec)
+    peak = peak_bytes() - before
+    steps = [row for row in trained.history if "loss" in row]
+    timed = steps[1:]
+    seconds = sum(row["seconds"] for row in timed)
+    tokens, supervised = (sum(row[key] for row in timed) for key in ("tokens", "supervised_tokens"))
+    pairs = sum(e.length * (e.length + 1) / 2 for e in examples[job.batch_examples :])
+    flops = training_flops(model.config, tokens, supervised, pairs)
+    dtype = compute.precision.compute
+    rows = trained.plan.micro_rows * trained.plan.row_tokens
+    return {
+        "supervised_tokens_per_s": supervised / seconds,
+        "tokens_per_s": tokens / seconds,
+        "rows_per_s": len(timed) * job.batch_examples / seconds,
+        "seconds": seconds,
+        "steps": len(timed),
+        "precision": precision,
+        "setting": f"LoRA {rank}" if rank else "full",
+        "batch": job.batch_examples,
+        "packing_efficiency": trained.plan.efficiency,
+        "row_tokens": trained.plan.row_tokens,
+        "losses": [row["loss"] for row in steps],
+        "compile_s": trained.compile_s,
+        "peak_bytes": peak,
+        "gflops": flops / seconds / 1e9,
+        "matmul_share": flops / seconds / training_matmul_rate(model.config, rows, dtype),
+        "forward_matmul_share": flops / seconds / matmul_rate(model.config, rows, dtype),
+        "environment": describe_environment(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(TrainingJob.load(Path(sys.argv[1])), sys.argv[2])))

@@ -1,0 +1,97 @@
+"""The rows that training is measured on: real pairs, tokenised once, in the order of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.models import LanguageModel
+from humpback_jax.records import Example
+from humpback_jax.rows import ReadReport, stream_examples
+from humpback_jax.stages.sources import packaged_pairs
+from humpback_jax.stages.train import render
+from humpback_jax.text.tokenize import tokenize_batch
+from humpback_jax.training.packing import BatchOrder, TrainingExample
+
+UNLABELLED = -100  # what transformers takes for no label
+Row = tuple[str, list[int], list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingJob:
+    """Full tuning, or that of an adapter, for a number of equal batches.
+
+    Attributes:
+      model: name or folder of the model, as we load it. hf: its folder in Hugging Face's format, ""
+        where no peer needs it.
+      row_tokens: places of a packed row, and the longest example. batch_examples: of each step.
+      lora_rank: of an adapter on all projections; 0 for full tuning.
+      rows: (id, tokens, labels); labels are the tokens, but `UNLABELLED` where a token is not
+        supervised. `batch_examples` rows after another are a batch.
+    """
+
+    model: str
+    hf: str
+    row_tokens: int
+    batch_examples: int
+    lora_rank: int
+    learning_rate: float
+    rows: list[Row]
+
+    @property
+    def steps(self) -> int:
+        return len(self.rows) // self.batch_examples
+
+    def batches(self) -> list[list[Row]]:
+        size = self.batch_examples
+        return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
+
+    def examples(self) -> list[TrainingExample]:
+        return [
+            TrainingExample(name, np.array(ids, np.int32), np.array(labels) >= 0)
+            for name, ids, labels in self.rows
+        ]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> TrainingJob:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def training_rows(
+    model: LanguageModel, data: str, count: int, steps: int, batch_examples: int, row_tokens: int
+) -> list[Row]:
+    """The rows of the first `steps` batches of a run on the first `count` pairs, with seed 0.
+
+    Rows that are too long are left out.
+
+    Args:
+      data: a file of rows, or "builtin" for the packaged pairs.
+
+    Raises:
+      HumpbackError: unreadable rows, or too few of them.
+    """
+    if data == "builtin":
+        pairs: list[Example] = packaged_pairs("train")[:count]
+    else:
+        pairs = list(itertools.islice(stream_examples(Path(data), "seed", ReadReport()), count))
+    if len(pairs) < count:
+        raise HumpbackError(f"--data={data}: {len(pairs)} rows, {count} are wanted by --rows.")
+    limit = min(row_tokens + 1, model.config.max_position_embeddings)
+    rendered = render(model.template, pairs, "forward")
+    examples = tokenize_batch(model.tokenizer, rendered, limit, "drop").examples
+    if len(examples) < steps * batch_examples:
+        raise HumpbackError(
+            f"--data={data}: {len(examples)} rows of at most {limit} tokens, and {steps} steps of "
+            f"{batch_examples} want {steps * batch_examples}. Raise --rows or lower --steps."
+        )
+    order = BatchOrder([example.id for example in examples], batch_examples, 0)
+    chosen = [examples[index] for step in range(steps) for index in order.indices(step)]
+    return [(e.id, e.ids.tolist(), np.where(e.mask, e.ids, UNLABELLED).tolist()) for e in chosen]
