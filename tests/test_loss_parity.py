@@ -57,7 +57,7 @@ def packed(examples, rows: int = ROWS, one_each: bool = False) -> Batch:
 
 
 def spec_for(config: LlamaConfig, **changes) -> StepSpec:
-    plain = StepSpec(config, "unrolled", FLOAT32, max_targets=WIDTH, num_sources=len(SOURCES))
+    plain = StepSpec(config, "unrolled", FLOAT32, num_sources=len(SOURCES))
     return dataclasses.replace(plain, **changes)
 
 
@@ -105,14 +105,11 @@ def test_response_only_loss_and_every_gradient_equal_torch(tied) -> None:
 
 
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "recomputed"])
-def test_scanned_layers_with_the_tightest_bound_have_the_same_gradient(remat) -> None:
-    """`max_targets` as `plan_packing` finds it: the fullest row fills it to the last place."""
+def test_scanned_layers_have_the_same_gradient(remat) -> None:
     _, config, params = model_of(True)
     batch = packed(random_examples(7))
     value, gradient = mean_and_gradient(spec_for(config), params, batch)
-    most = int(np.asarray(batch.mask).sum(axis=1).max())
-    assert most < WIDTH
-    scanned = spec_for(config, layout="scan", max_targets=most, remat=remat)
+    scanned = spec_for(config, layout="scan", remat=remat)
     other, stacked = mean_and_gradient(scanned, stack_layers(params), batch)
     assert other == pytest.approx(value, rel=1e-6)
     assert_trees_close(unstack_layers(stacked), gradient, 1e-5)
@@ -154,6 +151,16 @@ def test_empty_micro_batches_change_nothing() -> None:
     gradient, others = step_gradient(spec_for(config), params, wide, 6)
     assert trees_equal(gradient, expected)
     assert np.array_equal(metrics.nll, others.nll)
+
+
+def test_rows_cut_to_what_they_hold_have_the_same_gradient() -> None:
+    _, config, params = model_of(False)
+    batch = packed(random_examples(5, 40, 8), 5, one_each=True)
+    expected, metrics = step_gradient(spec_for(config), params, batch, 5)
+    narrow = spec_for(config, widths=(12, 24, WIDTH))
+    gradient, others = step_gradient(narrow, params, batch, 5)
+    assert_trees_close(gradient, expected, 1e-5)
+    np.testing.assert_allclose(metrics.nll, others.nll, rtol=1e-6)
 
 
 def test_losses_by_source_sum_to_the_whole() -> None:

@@ -379,7 +379,6 @@ def test_a_model_trains_on_the_gradients_of_xla_with_layers_scanned_and_recomput
             config,
             "scan",
             Precision(),
-            plan.max_targets,
             2,
             remat=True,
             longest=plan.longest,

@@ -19,19 +19,26 @@ def packed_attention(
 ) -> Attend:
     """Causal attention inside each packed example.
 
-    Queries attend in blocks, each to the keys that its examples can reach, and the backward pass
-    computes a block's weights again: memory grows with the row, not with its square, and so does
-    time where `longest` is given.
+    Queries attend in blocks, each to the keys that its examples reach, and the backward pass
+    computes a block's weights again: memory grows with the row, not with its square, and time with
+    the examples' lengths.
 
     Args:
       segment_ids: int32 [B, T]; 0 marks padding, which nothing attends to.
       positions: int32 [B, T], restarting at 0 with each segment.
       longest: no example has more tokens; T where not given.
+
+    Positions tell how far back an example began; where a block of queries needs few keys, it meets
+    the fewest of some static numbers that hold them.
     """
     rows, length = segment_ids.shape
     blocks = -(-length // BLOCK)
-    reach = min((longest or length) + BLOCK - 1, length)
     padding = blocks * BLOCK - length
+    starts = jnp.arange(blocks) * BLOCK
+    windows = _windows(min((longest or length) + BLOCK - 1, length))
+    # Only the example of a block's first query can have begun before the block.
+    needed = positions[:, ::BLOCK].max(axis=0) + BLOCK
+    choices = jnp.searchsorted(jnp.array(windows[:-1], jnp.int32), needed)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         queries = q, segment_ids, positions
@@ -40,20 +47,34 @@ def packed_attention(
             return _attend_block(queries, keys, precision), cache
         queries = jax.tree.map(functools.partial(_pad_places, count=padding), queries)
 
-        @jax.checkpoint
-        def block(start: jax.Array) -> jax.Array:
-            first_key = jnp.clip(start + BLOCK - reach, 0, length - reach)
+        def meet(window: int, start: jax.Array) -> jax.Array:
+            first_key = jnp.clip(start + BLOCK - window, 0, length - window)
             return _attend_block(
                 jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, BLOCK, 1), queries),
-                jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first_key, reach, 1), keys),
+                jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first_key, window, 1), keys),
                 precision,
             )
 
-        context = jax.lax.map(block, jnp.arange(blocks) * BLOCK)  # [blocks, B, BLOCK, H, K]
+        @jax.checkpoint
+        def block(place: tuple[jax.Array, jax.Array]) -> jax.Array:
+            start, choice = place
+            return jax.lax.switch(choice, [functools.partial(meet, w) for w in windows], start)
+
+        context = jax.lax.map(block, (starts, choices))  # [blocks, B, BLOCK, H, K]
         context = jnp.moveaxis(context, 0, 1).reshape(rows, blocks * BLOCK, *q.shape[2:])
         return context[:, :length], cache
 
     return attend
+
+
+def _windows(reach: int) -> list[int]:
+    """How many keys a block of queries may meet: each number twice the one before, then `reach`."""
+    windows = []
+    window = 2 * BLOCK
+    while window < reach:
+        windows.append(window)
+        window *= 2
+    return [*windows, reach]
 
 
 def _pad_places(x: jax.Array, count: int) -> jax.Array:

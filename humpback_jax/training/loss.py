@@ -73,10 +73,10 @@ NLL = Objective()
 
 
 class Targets(NamedTuple):
-    """The supervised positions of a batch, gathered to the front: for each of P devices, N places.
+    """The positions of a batch, the supervised ones first: for each of P devices, N places.
 
     Attributes:
-      places: int32 [P, N], of the device's rows laid end to end. Supervised ones come first.
+      places: int32 [P, N], of the device's rows laid end to end.
       targets, weights: [P, N]; weights are 1 or 0, float32.
       most: int32 [], no device has more supervised positions.
     """
@@ -94,18 +94,15 @@ class Targets(NamedTuple):
         return jnp.take_along_axis(by_device, places, axis=1)
 
 
-def supervised_targets(batch: Batch, max_targets: int, mesh: Mesh | None = None) -> Targets:
+def supervised_targets(batch: Batch, mesh: Mesh | None = None) -> Targets:
     """Gathers the supervised positions, in order.
 
-    The caller guarantees that no row has more than `max_targets` (`PackingPlan.max_targets`), and
-    on a mesh that rows are a multiple of `row_parts(mesh)`.
+    On a mesh, rows are a multiple of `row_parts(mesh)`.
     """
-    parts = row_parts(mesh)
-    mask = batch.mask.reshape(parts, -1)
-    most = batch.mask.shape[0] // parts * max_targets
-    places = jnp.argsort(~mask, axis=1, stable=True)[:, :most]
+    mask = batch.mask.reshape(row_parts(mesh), -1)
+    places = jnp.argsort(~mask, axis=1, stable=True)
     weights = jnp.take_along_axis(mask, places, axis=1).astype(jnp.float32)
-    targets = jnp.take_along_axis(batch.targets.reshape(parts, -1), places, axis=1)
+    targets = jnp.take_along_axis(batch.targets.reshape(mask.shape), places, axis=1)
     return Targets(places, targets, weights, mask.sum(axis=1).max())
 
 

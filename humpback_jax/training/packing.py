@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.training.loss import Batch
 
 BOUNDS = 128  # static bounds are multiples of it
-PLANNED = 64  # steps that are looked at to find the best length of rows
+PLANNED = 64  # batches that are looked at to find the best width of rows
+FRACTIONS = (1, 2, 4)  # of a row that may be computed
+SPARE_ROWS = 4  # of which rows are a multiple where empty ones cost nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,26 +146,58 @@ def lay_out(
     return Batch._make((tokens, targets, positions, segment_ids, source_ids, mask))
 
 
+def pack(lengths: Sequence[int], widths: Sequence[int], micro_rows: int = 1) -> list[list[int]]:
+    """Rows of indices into `lengths`, fullest first, with which the fewest places are computed.
+
+    Rows are packed for each of the widths that hold the longest example, and the best are kept.
+
+    Args:
+      widths: ascending; of the rows of a micro-batch that many places are computed which hold
+        the fullest of them.
+
+    Raises:
+      HumpbackError: an example alone is longer than a row.
+    """
+    longest = max(lengths, default=0)
+    fitting = [width for width in widths if width >= longest] or widths[-1:]
+    packings = []
+    for width in fitting:
+        rows = best_fit(lengths, width)
+        rows.sort(key=lambda row: -sum(lengths[index] for index in row))
+        packings.append(rows)
+    return min(packings, key=lambda rows: _places(rows, lengths, widths, micro_rows))
+
+
+def _places(
+    rows: Sequence[Sequence[int]], lengths: Sequence[int], widths: Sequence[int], micro_rows: int
+) -> int:
+    """Places that are computed, by all devices together."""
+    fullest = [sum(lengths[index] for index in row) for row in rows[::micro_rows]]
+    return micro_rows * sum(widths[bisect.bisect_left(widths, used)] for used in fullest)
+
+
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
-    """The one shape that fits every batch of a training run.
+    """The shapes that fit every batch of a training run.
 
     Attributes:
       num_rows: rows of a batch, a multiple of those of a micro-batch.
-      row_tokens: places of a row.
       micro_rows: rows that are computed at one time. A batch that fills fewer rows than `num_rows`
         leaves its last micro-batches empty, and they cost nothing.
-      max_targets: no row has more supervised positions (static bound for the loss).
+      widths: places of a row that may be computed, ascending; rows are laid out in the last.
       longest: no example takes more places (static bound for attention).
       efficiency: share of the computed places that hold tokens, over the planned steps.
     """
 
     num_rows: int
-    row_tokens: int
     micro_rows: int
-    max_targets: int
+    widths: tuple[int, ...]
     longest: int
     efficiency: float
+
+    @property
+    def row_tokens(self) -> int:
+        return self.widths[-1]
 
 
 def plan_packing(
@@ -174,15 +209,14 @@ def plan_packing(
     parts: int = 1,
     multiple_of: int = BOUNDS,
 ) -> PackingPlan:
-    """Packs every batch of the run once, on lengths alone, to find the shape that fits them all.
-
-    Rows are of the length, up to `row_tokens`, with which the least is computed.
+    """Packs every batch of the run once, on lengths alone, to find the shapes that fit them all.
 
     Args:
-      accumulation: micro-batches of a batch; None: each has a single row for each device.
+      row_tokens: places of a row, at most. Rows are as long as computes the least.
+      accumulation: micro-batches of a batch; None: each has a single row for each device, of which
+        a half or a quarter may be computed.
       parts: devices with rows of their own.
-      multiple_of: of rows' lengths and of the bounds, so that similar runs share a compiled
-        program.
+      multiple_of: of all bounds, so that similar runs share a compiled program.
 
     Raises:
       HumpbackError: an example is longer than a row.
@@ -194,51 +228,44 @@ def plan_packing(
                 f"{row_tokens}; raise row_tokens or let on_long drop or truncate it."
             )
     lengths = [example.length for example in examples]
-    supervised = [example.supervised for example in examples]
     longest = static_bound(max(lengths), row_tokens, multiple_of)
-    looked_at = sorted({steps * place // PLANNED for place in range(PLANNED)})
+    batches = [[lengths[i] for i in order.indices(step)] for step in range(steps)]
+    if accumulation is None:
+        widths = tuple(
+            sorted({static_bound(longest / part, longest, multiple_of) for part in FRACTIONS})
+        )
+        packed = [pack(batch, widths, parts) for batch in batches]
+        num_rows, micro_rows = _multiple(max(map(len, packed)), parts * SPARE_ROWS), parts
+    else:
+        widths = (_best_width(batches, longest, row_tokens, accumulation * parts, multiple_of),)
+        packed = [pack(batch, widths) for batch in batches]
+        num_rows = _multiple(max(map(len, packed)), accumulation * parts)
+        micro_rows = num_rows // accumulation
+    pairs = zip(packed, batches, strict=True)
+    computed = sum(_places(rows, batch, widths, micro_rows) for rows, batch in pairs)
+    return PackingPlan(num_rows, micro_rows, widths, longest, sum(map(sum, batches)) / computed)
+
+
+def _best_width(
+    batches: Sequence[Sequence[int]], longest: int, row_tokens: int, unit: int, multiple_of: int
+) -> int:
+    """The width of rows with which the largest of some batches has the fewest places."""
+    looked_at = [batches[len(batches) * place // PLANNED] for place in range(PLANNED)]
 
     def cost(width: int) -> tuple[int, int]:
-        counts = [len(rows) for _, rows in _packed(lengths, order, looked_at, width)]
-        return _computed(counts, accumulation, parts)[2] * width, -width
+        rows = max(len(best_fit(batch, width)) for batch in looked_at)
+        return _multiple(rows, unit) * width, -width
 
-    row_tokens = min({*range(longest, row_tokens, multiple_of), row_tokens}, key=cost)
-    counts, max_targets, used = [], 1, 0
-    for indices, rows in _packed(lengths, order, range(steps), row_tokens):
-        counts.append(len(rows))
-        used += sum(lengths[i] for i in indices)
-        for row in rows:
-            max_targets = max(max_targets, sum(supervised[indices[place]] for place in row))
-    num_rows, micro_rows, computed = _computed(counts, accumulation, parts)
-    return PackingPlan(
-        num_rows,
-        row_tokens,
-        micro_rows,
-        static_bound(max_targets, row_tokens, multiple_of),
-        longest,
-        used / (computed * row_tokens),
-    )
+    return min({*range(longest, row_tokens, multiple_of), row_tokens}, key=cost)
 
 
-def _computed(counts: Sequence[int], accumulation: int | None, parts: int) -> tuple[int, int, int]:
-    """(rows of a batch, of a micro-batch, all that are computed) where batches fill `counts`."""
-    unit = parts * (accumulation or 1)
-    num_rows = -(-max(counts) // unit) * unit
-    micro_rows = num_rows // accumulation if accumulation else parts
-    return num_rows, micro_rows, sum(-(-count // micro_rows) * micro_rows for count in counts)
+def _multiple(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
-def static_bound(bound: int, row_tokens: int, multiple_of: int = BOUNDS) -> int:
+def static_bound(bound: float, row_tokens: int, multiple_of: int = BOUNDS) -> int:
     """At least `bound`, coarse enough that similar data share a compiled program."""
-    return min(-(-bound // multiple_of) * multiple_of, row_tokens)
-
-
-def _packed(
-    lengths: Sequence[int], order: BatchOrder, steps: Iterable[int], row_tokens: int
-) -> Iterator[tuple[list[int], list[list[int]]]]:
-    for step in steps:
-        indices = order.indices(step)
-        yield indices, best_fit([lengths[i] for i in indices], row_tokens)
+    return min(math.ceil(bound / multiple_of) * multiple_of, row_tokens)
 
 
 def batch_at(
@@ -250,7 +277,7 @@ def batch_at(
 ) -> tuple[Batch, list[str]]:
     """Batch `step` as numpy arrays [num_rows, row_tokens], and the ids of its examples."""
     chosen = [examples[index] for index in order.indices(step)]
-    rows = best_fit([example.length for example in chosen], plan.row_tokens)
+    rows = pack([example.length for example in chosen], plan.widths, plan.micro_rows)
     batch = lay_out(chosen, rows, plan.num_rows, plan.row_tokens, sources)
     if not np.asarray(batch.mask).any():
         raise HumpbackError(

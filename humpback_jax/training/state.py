@@ -31,8 +31,9 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """Everything static about a step; `PackingPlan` says what the two bounds are.
+    """Everything static about a step; `PackingPlan` says what `longest` and `widths` are.
 
+    widths: () for rows as they come.
     mesh: the devices that share the step: rows lie over data and fsdp, parameters and the
       optimizer's state over fsdp and tensor (`parallel/rules.py`).
     """
@@ -40,7 +41,6 @@ class StepSpec:
     config: LlamaConfig
     layout: Layout
     precision: Precision
-    max_targets: int
     num_sources: int
     lora: LoraSpec | None = None
     dropout: float = 0.0
@@ -49,6 +49,7 @@ class StepSpec:
     kernels: Kernels = XLA
     mesh: Mesh | None = None
     objective: Objective = NLL
+    widths: tuple[int, ...] = ()
 
 
 def initial_state(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ def batch_nll(
         remat=spec.remat,
         placed=lambda x: keep_rows_apart(x, spec.mesh),
     )
-    chosen = supervised_targets(batch, spec.max_targets, spec.mesh)
+    chosen = supervised_targets(batch, spec.mesh)
     total, nll = token_nll(model, hidden, chosen, spec.precision, spec.mesh, spec.objective)
     sources = chosen.pick(batch.sources)
     by_source = jnp.zeros((spec.num_sources,), jnp.float32).at[sources].add(nll)
@@ -57,6 +58,7 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepMetrics]:
         count = batch.mask.sum().astype(jnp.float32)
+        widths = spec.widths or batch.mask.shape[-1:]
         step_key = jax.random.fold_in(key, state.step)
 
         def mean_nll(
@@ -69,15 +71,21 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
             )
             return total / count, by_source
 
-        def gradient(*arguments: Any) -> tuple[Params, jax.Array]:
-            grads, nll = jax.grad(mean_nll, has_aux=True)(*arguments)
+        def gradient(micro: Batch, index: jax.Array) -> tuple[Params, jax.Array]:
+            def of_width(width: int) -> tuple[Params, jax.Array]:
+                cut = jax.tree.map(lambda x: x[:, :width], micro)
+                return jax.grad(mean_nll, has_aux=True)(state.trainable, cut, index)
+
+            used = (micro.segment_ids > 0).sum(1).max()
+            choice = jnp.searchsorted(jnp.array(widths[:-1], jnp.int32), used)
+            branches = [functools.partial(of_width, width) for width in widths]
+            grads, nll = jax.lax.switch(choice, branches)
             if where is not None:
                 grads = jax.lax.with_sharding_constraint(grads, where.trainable)
             return grads, nll
 
-        micro_batches = batch.mask.shape[0]
-        if micro_batches == 1:
-            sums = gradient(state.trainable, jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
+        if batch.mask.shape[0] == 1:
+            sums = gradient(jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
         else:
             # Rows are filled from the first on: what a small batch leaves empty are the last ones.
             filled = (batch.segment_ids > 0).any((1, 2)).sum()
@@ -86,7 +94,7 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
                 micro = jax.tree.map(
                     lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch
                 )
-                return jax.tree.map(jnp.add, sums, gradient(state.trainable, micro, index))
+                return jax.tree.map(jnp.add, sums, gradient(micro, index))
 
             first = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
             if where is not None:

@@ -140,7 +140,6 @@ def train(
         config,
         spec.layout,
         spec.precision,
-        plan.max_targets,
         len(sources),
         spec.lora,
         spec.dropout,
@@ -149,6 +148,7 @@ def train(
         spec.kernels,
         spec.mesh,
         spec.objective,
+        plan.widths,
     )
     optimizer = make_optimizer(spec.optimizer, spec.steps)
     rate = learning_rate(spec.optimizer, spec.steps)
@@ -158,7 +158,7 @@ def train(
     dropout_key = jax.random.key(spec.seed)
     mean_nll = None
     if validation:
-        mean_nll = make_validation(step_spec, validation, spec.row_tokens, plan.micro_rows)
+        mean_nll = make_validation(step_spec, validation, plan.micro_rows)
     history: list[dict[str, Any]] = []
     pending: list[tuple[int, list[str], StepMetrics]] = []
     compile_s = 0.0

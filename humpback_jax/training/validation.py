@@ -16,28 +16,24 @@ from humpback_jax.training.step import batch_nll
 
 
 def make_validation(
-    spec: StepSpec, examples: Sequence[TrainingExample], row_tokens: int, rows: int
+    spec: StepSpec, examples: Sequence[TrainingExample], rows: int
 ) -> Callable[[TrainState], float]:
     """Mean nll of the examples' supervised tokens, in nats, computed as a step computes it.
 
-    Without dropout. Examples are packed into rows of `row_tokens` places, `rows` of them at a time.
-
-    Raises:
-      HumpbackError: an example is longer than a row.
+    Without dropout. `rows` rows of packed examples are computed at a time.
     """
     lengths = [example.length for example in examples]
-    packed = best_fit(lengths, row_tokens)
-    targets = max(sum(examples[index].supervised for index in row) for row in packed)
+    width = static_bound(max(lengths), spec.config.max_position_embeddings)
+    packed = best_fit(lengths, width)
     spec = dataclasses.replace(
         spec,
-        max_targets=static_bound(targets, row_tokens),
-        longest=static_bound(max(lengths), row_tokens),
+        longest=width,
         num_sources=1,
         dropout=0.0,
         objective=NLL,
     )
     batches = [
-        lay_out(examples, packed[start : start + rows], rows, row_tokens)
+        lay_out(examples, packed[start : start + rows], rows, width)
         for start in range(0, len(packed), rows)
     ]
     supervised = sum(example.supervised for example in examples)
