@@ -18,6 +18,7 @@ from humpback_jax.weights.names import MODULE_NAMES, LeafPath
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_LISTED = 4  # how many tensor names an error spells out
 # Our leaf -> the suffix of its tensor. peft keeps matrices transposed: [out, in].
 SUFFIXES = {
     "lora_a": "lora_A.weight",
@@ -65,12 +66,13 @@ def read_peft(folder: Path, config: LlamaConfig) -> tuple[LoraSpec, Params]:
     """
     fields, tensors = _read_config(folder), _read_tensors(folder / WEIGHTS)
     _check_options(folder / CONFIG, fields)
-    _check_targets(folder / CONFIG, fields.get("target_modules"))
+    listed = _listed_targets(folder / CONFIG, fields.get("target_modules"))
     layers = range(config.num_hidden_layers)
     targets = tuple(
         name
         for name in PROJECTIONS
-        if any(_tensor(_path(name, "lora_a"), layer) in tensors for layer in layers)
+        if name in listed
+        or any(_tensor(_path(name, leaf), i) in tensors for leaf in SUFFIXES for i in layers)
     )
     if not targets:
         raise HumpbackError(f"{folder / WEIGHTS}: no adapter of a projection; known: {_modules()}.")
@@ -82,16 +84,14 @@ def read_peft(folder: Path, config: LlamaConfig) -> tuple[LoraSpec, Params]:
         "rslora" if fields.get("use_rslora") else "lora",
         bool(fields.get("use_dora")),
     )
-    params: dict[LeafPath, np.ndarray] = {}
-    for path, shape in adapter_shapes(config, spec).items():
-        names = [_tensor(path, layer) for layer in layers]
-        params[path] = np.stack([_taken(folder, tensors, name, shape[1:]) for name in names])
-    if tensors:
-        raise HumpbackError(
-            f"{folder / WEIGHTS}: there is no place for {', '.join(sorted(tensors)[:3])}; only "
-            f"adapters of {_modules()} are known."
-        )
-    return spec, unflatten(dict(params))
+    shapes = adapter_shapes(config, spec)
+    expected = {_tensor(path, i): shape[:0:-1] for path, shape in shapes.items() for i in layers}
+    _check_tensors(folder / WEIGHTS, expected, tensors)
+    params = {
+        path: np.stack([tensors[_tensor(path, i)].T.astype(np.float32) for i in layers])
+        for path in shapes
+    }
+    return spec, unflatten(params)
 
 
 def write_peft(
@@ -149,22 +149,32 @@ def _modules() -> str:
     return ", ".join(f"{name}_proj" for name in PROJECTIONS)
 
 
-def _taken(
-    folder: Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Takes a tensor out of those that are left, as one layer of our leaf."""
-    if name not in tensors:
+def _check_tensors(
+    path: Path, expected: dict[str, tuple[int, ...]], tensors: dict[str, np.ndarray]
+) -> None:
+    missing = [name for name in expected if name not in tensors]
+    if missing:
         raise HumpbackError(
-            f"{folder / WEIGHTS}: the tensor {name} is missing; every layer of the model needs an "
-            "adapter on the same projections."
+            f"{path}: {_some(missing)} missing; every layer of the model needs its adapter on each "
+            "target."
         )
-    found = tensors.pop(name)
-    if found.shape != shape[::-1]:
+    unknown = sorted(tensors.keys() - expected.keys())
+    if unknown:
         raise HumpbackError(
-            f"{folder / WEIGHTS}: {name} has shape {list(found.shape)}, this base and rank need "
-            f"{list(shape[::-1])}. Was the adapter trained on another model?"
+            f"{path}: there is no place for {_some(unknown)}; only adapters of {_modules()} are "
+            "known."
         )
-    return found.T.astype(np.float32)
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise HumpbackError(
+                f"{path}: {name} has shape {list(tensors[name].shape)}, this base and rank need "
+                f"{list(shape)}. Was the adapter trained on another model?"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{', '.join(names[:_LISTED])}{more}"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -211,13 +221,15 @@ def _check_options(path: Path, fields: dict[str, Any]) -> None:
             )
 
 
-def _check_targets(path: Path, targets: Any) -> None:
-    if not isinstance(targets, list):  # a pattern: the tensors tell what it has matched
-        return
-    known = {f"{name}_proj" for name in PROJECTIONS}
-    unknown = sorted(name for name in targets if name.rpartition(".")[2] not in known)
+def _listed_targets(path: Path, targets: Any) -> set[str]:
+    """Our names of the modules that a config lists; a pattern lists none: the tensors tell."""
+    if not isinstance(targets, list):
+        return set()
+    names = {target.rpartition(".")[2] for target in targets}
+    unknown = sorted(names - {f"{name}_proj" for name in PROJECTIONS})
     if unknown:
         raise HumpbackError(
             f"{path}: target_modules names {', '.join(unknown)}, which cannot be adapted here; "
             f"known: {_modules()}."
         )
+    return {name.removesuffix("_proj") for name in names}
