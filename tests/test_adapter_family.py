@@ -205,7 +205,8 @@ def rounded(quantized):
 def test_gradients_through_int8_weights_are_those_of_the_rounded_weights(tied) -> None:
     config, params = from_torch(torch_llama(tie_word_embeddings=tied, num_hidden_layers=1))
     spec = lora_spec(RANK, ALPHA, 0.0, ("q", "down"), dora=True, base="int8")
-    step = StepSpec(config, "scan" if tied else "unrolled", FLOAT32, 96, 2, spec)
+    layout = "scan" if tied else "unrolled"
+    step = StepSpec(config, layout, FLOAT32, 96, 2, spec, remat=tied)
     state = initial_state(step, params, optax.sgd(1.0), seed=0)
     assert_trees_close(
         state.frozen, quantize_params(config, _arranged(params, step), step.layout), 1e-6

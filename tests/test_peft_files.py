@@ -6,6 +6,7 @@ If these fail, adapters cannot leave or enter, or arrive as another model.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 from test_adapter_family import KINDS, adapted, make_adapted
 from tiny_llama import (
@@ -35,6 +37,11 @@ from humpback_jax.models import LanguageModel, load_checkpoint, load_model
 from humpback_jax.weights.peft_io import base_name, read_peft, write_peft
 
 SHAPE = {"attention_bias": True}
+
+
+@pytest.fixture(autouse=True)
+def stay_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,3 +198,80 @@ def test_an_adapter_of_another_model_is_refused() -> None:
     arm = Adapter(adapted("lora")[4], adapted("lora")[3], "the-other-one")
     with pytest.raises(HumpbackError, match=r"fit tiny-random.*the-other-one"):
         with_adapter(plain, arm)
+
+
+def shown_on_the_page() -> list[list[str]]:
+    text = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
+    lines = text.partition("```sh\n")[2].partition("```")[0].splitlines()
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.mark.slow
+def test_every_command_on_the_page_on_adapters_runs_and_they_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("yes", "no", "so")]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    commands = shown_on_the_page()
+    rates = ["--config.train.learning_rate=0.01", "--config.train.end_learning_rate=0.01"]
+    results = {}
+    for command in commands:
+        extra = rates if command[0] == "train" else []
+        assert main([*command, *extra, "--json"]) == 0, command
+        results[command[0]] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    arms = results["evaluate"]["arms"]
+    assert [arm["adapter"] for arm in arms] == ["none", "runs/arm_a", "runs/arm_b"]
+    assert len({arm["results"]["nll"]["nll_per_token"]["value"] for arm in arms}) == 3
+    trained, back = load_checkpoint(Path("runs/arm_b")), load_checkpoint(Path("runs/back"))
+    merged = load_model("runs/merged").params
+    for path, leaf in flatten(trained.params).items():
+        for other in (back.params, merged):
+            assert np.abs(np.asarray(flatten(other)[path]) - leaf).max() < 1e-6, path
+    base = transformers.AutoModelForCausalLM.from_pretrained("runs/merged")
+    assert main(["export", "--model=runs/arm_b", "--adapter=none", "--out=runs/base"]) == 0
+    plain = transformers.AutoModelForCausalLM.from_pretrained("runs/base")
+    adapted_base = peft.PeftModel.from_pretrained(plain, "runs/arm_b_peft")
+    tokens = random_tokens((1, 20))
+    assert np.abs(torch_logits(adapted_base, tokens) - torch_logits(base, tokens)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "--model=tiny-random", "--format=peft"], "no adapter"),
+        (["export", "--model=tiny-random", "--base=org/name"], "--format=peft"),
+        (["export", "--model=tiny-random", "--adapter=BASE"], "no adapter"),
+        (["import", "--from=BASE", "--base=tiny-random"], "no adapter"),
+        (["import", "--from=ADAPTER"], "--base"),
+    ],
+)
+def test_a_missing_adapter_or_base_is_one_readable_message(
+    arguments, message, saved, tmp_path, capsys
+) -> None:
+    config = json.loads((saved / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    folder = changed(saved / "adapter", tmp_path / "nameless", config=config)
+    places = {"BASE": str(saved / "base"), "ADAPTER": str(folder)}
+    for name, place in places.items():
+        arguments = [argument.replace(f"={name}", f"={place}") for argument in arguments]
+    assert main([*arguments, f"--out={tmp_path / 'out'}"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("dora=true", "config.train.lora.dora has no effect without config.train.lora.rank"),
+        ("rank=4 targets=q,qq", "'qq'"),
+        ("rank=4 scaling=rs", "rslora"),
+        ("rank=4 plus_ratio=0.5", "at least 1"),
+    ],
+)
+def test_settings_of_an_adapter_are_refused_before_anything_is_loaded(
+    field, message, tmp_path, capsys
+) -> None:
+    extra = [f"--config.train.lora.{each}" for each in field.split()]
+    assert main(["train", "--data=absent", f"--out={tmp_path}", *extra]) == 1
+    assert message in capsys.readouterr().err
