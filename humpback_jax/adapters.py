@@ -78,18 +78,15 @@ def load_adapter(name: str, model: LanguageModel) -> Adapter:
     found = resolve(name)
     if found.kind == "peft":
         return from_peft(found.path, model)
-    adapter = None
-    if found.kind == "checkpoint":
-        path = found.path / DESCRIPTION
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        adapter = stored_adapter(found.path, raw)
+    raw = _description(found.path) if found.kind == "checkpoint" else {}
+    adapter = stored_adapter(found.path, raw)
     if adapter is None:
         raise HumpbackError(
             f"{name} has no adapter: expected a PEFT folder, or a checkpoint trained with "
             "--config.train.lora.rank."
         )
-    stored = Template.from_json(json.dumps(raw["template"]), str(path))
-    require_same_template(stored, model.template, f"--adapter={name}")
+    template = Template.from_json(json.dumps(raw["template"]), str(found.path))
+    require_same_template(template, model.template, f"--adapter={name}")
     return adapter
 
 
@@ -114,8 +111,23 @@ def stored_adapter(folder: Path, description: dict[str, Any]) -> Adapter | None:
     found = description.get("adapter")
     if found is None:
         return None
-    fields = {**found["spec"], "targets": tuple(found["spec"]["targets"])}
-    return Adapter(LoraSpec(**fields), load_params(folder / ADAPTER), found["base"], found["tags"])
+    try:
+        fields = {**found["spec"], "targets": tuple(found["spec"]["targets"])}
+        spec, base, tags = LoraSpec(**fields), found["base"], found["tags"]
+    except (KeyError, TypeError) as error:
+        raise HumpbackError(
+            f"{folder / DESCRIPTION}: not a readable description of an adapter ({error!r})."
+        ) from error
+    return Adapter(spec, load_params(folder / ADAPTER), base, tags)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HumpbackError(f"{path}: not a readable checkpoint description ({error}).") from error
+    return raw
 
 
 def _check_fit(model: LanguageModel, adapter: Adapter) -> None:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from humpback_jax.compute import Compute, choose_compute, use_compilation_cache, use_cores
 from humpback_jax.config import check_config, default_config, load_config, set_field
 from humpback_jax.errors import HumpbackError
-from humpback_jax.models import LanguageModel, load_model, save_checkpoint
+from humpback_jax.models import load_model, save_checkpoint
 from humpback_jax.progress import timed_lines
 
 if TYPE_CHECKING:
     from humpback_jax.evaluation.statistics import Estimate
     from humpback_jax.inference import Inference
+    from humpback_jax.models import LanguageModel
     from humpback_jax.records import Example
 
 Result = dict[str, Any]

@@ -71,7 +71,11 @@ VARIANTS = {
     "full": {},
     "full_scan": {"layout": "scan"},
     "adapter": {"lora": LORA, "dropout": 0.1},
-    "adapter_scan": {"lora": LORA, "layout": "scan"},
+    "adapter_scan": {
+        "lora": dataclasses.replace(LORA, dora=True, base="int8"),
+        "layout": "scan",
+        "optimizer": dataclasses.replace(SPEC.optimizer, lora_plus_ratio=4.0),
+    },
     "accumulated_with_dropout": {"accumulation": 2, "dropout": 0.1},
 }
 
