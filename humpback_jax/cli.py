@@ -116,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = verb("sample", "batched generation")
     sample.add_argument("--model", default="smollm2-135m-instruct")
+    _add_adapter(sample)
     sample.add_argument("--prompts", help="rows with prompt, instruction or messages")
     sample.add_argument("--prompt", help="one prompt")
     sample.add_argument("--out", help="where to write the rows; without it they are printed")
@@ -140,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     score = verb("score", "rate a file of pairs")
     score.add_argument("--model", default="smollm2-135m-instruct")
+    _add_adapter(score)
     score.add_argument("--data", required=True)
     score.add_argument("--curator", default="rubric_likelihood")
     score.add_argument("--out", required=True)
@@ -152,6 +154,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", "score a model on held-out data")
     evaluate.add_argument("--model", default="smollm2-135m-instruct")
+    evaluate.add_argument(
+        "--adapter", action="append", help="as for sample; several: each in turn on the one base"
+    )
     evaluate.add_argument("--suite", default="nll", help="nll, fidelity (to float32), or both")
     evaluate.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
     evaluate.add_argument(
@@ -170,12 +175,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = verb("export", "write a model for other programs")
     export.add_argument("--model", required=True)
-    export.add_argument("--format", choices=("hf",), default="hf")
+    _add_adapter(export)
+    export.add_argument(
+        "--format", choices=("hf", "peft"), default="hf", help="peft: the adapter alone"
+    )
+    export.add_argument("--base", help="what a PEFT folder is to call its base model")
     export.add_argument("--out", required=True)
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
 
     bring = verb("import", "turn a model into one of our checkpoints")
     bring.add_argument("--from", dest="source", required=True)
+    bring.add_argument("--base", help="the model under a PEFT adapter; else what its config names")
     bring.add_argument("--out", required=True)
 
     fetch = verb("fetch", "bring a named model into the cache, checksum verified")
@@ -193,6 +203,13 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("id", help="a pair, candidate, segment or document id, or MODEL:STEP")
     trace.add_argument("--workdir", required=True)
     return parser
+
+
+def _add_adapter(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--adapter",
+        help="a PEFT folder or a checkpoint with one, in place of the model's own; none: without",
+    )
 
 
 def _add_compute(verb: argparse.ArgumentParser) -> None:

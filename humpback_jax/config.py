@@ -129,7 +129,16 @@ def train_section() -> dict[str, Any]:
         "dropout": 0.1,
         "label_smoothing": 0.0,
         "z_loss": 0.0,
-        "lora": {"rank": 0, "alpha": 32.0, "dropout": 0.0, "targets": ("q", "v")},
+        "lora": {
+            "rank": 0,  # 0: full tuning
+            "alpha": 32.0,
+            "dropout": 0.0,
+            "targets": ("q", "v"),  # projections, all, or patterns like attn.*
+            "scaling": "lora",  # lora: alpha / rank | rslora: alpha / sqrt(rank)
+            "dora": False,
+            "plus_ratio": 1.0,  # LoRA+: the learning rate of B by that of A
+            "base": "auto",  # auto: float32 | int8, the frozen weights in training
+        },
         "remat": False,
         "log_every": 1,
         "eval_every": 0,
@@ -144,7 +153,7 @@ WITHOUT_EFFECT = ("log_every", "eval_every", "resume_every", "checkpoint_epochs"
 # Limits of numbers, by the name of the field; all others are at least 0.
 POSITIVE = (
     *("max_chars", "row_tokens", "batch_examples", "log_every", "batch_size"),
-    *("max_new_tokens", "answer_tokens", "shard_rows", "pairs"),
+    *("max_new_tokens", "answer_tokens", "shard_rows", "pairs", "plus_ratio"),
 )
 SHARES = ("top_p", "fraction")
 PARTS = ("dropout", "label_smoothing")
@@ -224,10 +233,24 @@ def check_config(config: ConfigDict) -> None:
                 )
         if isinstance(value, int | float) and key not in ANY_NUMBER:
             _check_number(key, name, value)
+    for name in ("backward", "train"):
+        _check_lora(f"config.{name}.lora", config[name].lora)
     if config.corpus.min_chars > config.corpus.max_chars:
         raise HumpbackError("config.corpus.min_chars is above config.corpus.max_chars.")
     if config.curate.select == "count" and not config.curate.count:
         raise HumpbackError("config.curate.select=count needs config.curate.count, at least 1.")
+
+
+def _check_lora(key: str, section: ConfigDict) -> None:
+    from humpback_jax.model.lora import lora_spec
+
+    if section.rank:
+        lora_spec(section.rank, section.alpha, section.dropout, section.targets)
+        return
+    unused = train_section()["lora"]
+    given = [name for name, value in section.items() if value != unused[name]]
+    if given:
+        raise HumpbackError(f"{key}.{given[0]} has no effect without {key}.rank.")
 
 
 def _check_number(key: str, name: str, value: float) -> None:
@@ -273,6 +296,8 @@ def _choices() -> dict[str, tuple[str, ...]]:
         "compute.kv": FORMATS,
         "on_long": ("error", "drop", "truncate"),
         "schedule": SCHEDULES,
+        "scaling": ("lora", "rslora"),
+        "base": ("auto", "int8"),
     }
 
 

@@ -9,6 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from humpback_jax.adapters import (
+    ADAPTER,
+    DESCRIPTION,
+    Adapter,
+    from_peft,
+    stored_adapter,
+    with_adapter,
+)
 from humpback_jax.checkpoint import load_params, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
@@ -18,8 +26,6 @@ from humpback_jax.text.template import Tags, Template, require_same_template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 from humpback_jax.weights.hashing import params_hash
 
-DESCRIPTION = "humpback.json"  # marks a folder as one of our checkpoints
-
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
@@ -27,6 +33,7 @@ class LanguageModel:
 
     Attributes:
       tags: the tags it is prompted with by default, those it was trained for.
+      adapter: what has been merged into `params`, if that is known.
     """
 
     name: str
@@ -35,6 +42,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     template: Template
     tags: Tags = "none"
+    adapter: Adapter | None = None
 
     @functools.cached_property
     def hash(self) -> str:
@@ -51,6 +59,8 @@ class LanguageModel:
 def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageModel:
     """Loads a model by name (`weights.named.resolve`), or one of random weights.
 
+    A PEFT adapter is merged into the model that it names as its base.
+
     Args:
       name: also "tiny-random", for rehearsals, or "random:SHAPE" (`model/shapes.py`), to measure.
       template: "auto" (the model's own chat template, else plain), "chat" or "plain". A checkpoint
@@ -63,11 +73,15 @@ def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageMode
         return _random(name, seed, template)
     from humpback_jax.weights.gguf_io import load_gguf
     from humpback_jax.weights.named import resolve
+    from humpback_jax.weights.peft_io import base_name
     from humpback_jax.weights.safetensors_io import load_hf
 
     found = resolve(name)
     if found.kind == "checkpoint":
         return load_checkpoint(found.path, template)
+    if found.kind == "peft":
+        base = load_model(base_name(found.path), template, seed)
+        return with_adapter(base, from_peft(found.path, base))
     if found.kind == "gguf":
         config, params = load_gguf(found.path)
         tokenizer = Tokenizer.from_gguf(found.path)
@@ -106,6 +120,8 @@ def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any])
 
     folder.mkdir(parents=True, exist_ok=True)
     save_params(folder / "weights", model.params)
+    if model.adapter is not None:
+        save_params(folder / ADAPTER, model.adapter.params)
     model = dataclasses.replace(model, params=on_host(model.params))
     if jax.process_index() == 0:
         _describe(folder, model, details)
@@ -120,6 +136,7 @@ def _describe(folder: Path, model: LanguageModel, details: dict[str, Any]) -> No
         "config": dataclasses.asdict(model.config),
         "template": json.loads(model.template.to_json()),
         "hash": model.hash,
+        "adapter": model.adapter and model.adapter.record(),
         "details": details,
     }
     text = json.dumps(description, indent=1, ensure_ascii=False)
@@ -132,18 +149,48 @@ def export_hf(folder: Path, model: LanguageModel, dtype: str | None = None) -> N
     Args:
       dtype: of the weights; None keeps each tensor's own.
     """
-    from humpback_jax.text.template import baked_chat_template
     from humpback_jax.weights.safetensors_io import save_hf
 
     save_hf(folder, model.config, model.params, dtype)
-    source = baked_chat_template(model.template, model.tags)
-    model.tokenizer.with_chat_template(source).save(folder)
+    _export_tokenizer(folder, model)
     generation = {
         "bos_token_id": model.config.bos_token_id,
         "eos_token_id": list(model.stop_ids),
         "pad_token_id": model.tokenizer.pad_id,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
+
+
+def export_peft(
+    folder: Path, model: LanguageModel, base: str | None = None, dtype: str | None = None
+) -> None:
+    """The model's adapter alone, and its tokenizer, as a folder that `peft` loads.
+
+    Args:
+      base: what the folder calls the base model; None: the name it was trained under.
+      dtype: of the weights; None is float32.
+
+    Raises:
+      HumpbackError: the model has no adapter.
+    """
+    from humpback_jax.weights.peft_io import write_peft
+
+    if model.adapter is None:
+        raise HumpbackError(
+            f"{model.name} has no adapter, which --format=peft writes; export it with --format=hf, "
+            "or train with --config.train.lora.rank."
+        )
+    adapter = model.adapter
+    named = (base or adapter.base).removeprefix("hf:")
+    write_peft(folder, model.config, adapter.spec, adapter.params, named, dtype)
+    _export_tokenizer(folder, model)
+
+
+def _export_tokenizer(folder: Path, model: LanguageModel) -> None:
+    from humpback_jax.text.template import baked_chat_template
+
+    source = baked_chat_template(model.template, model.tags)
+    model.tokenizer.with_chat_template(source).save(folder)
 
 
 def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
@@ -166,8 +213,8 @@ def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
     check_vocab(tokenizer, config.vocab_size)
     if template != "auto":
         require_same_template(stored, _choose(tokenizer, template), str(folder))
-    params = load_params(folder / "weights")
-    return LanguageModel(raw["name"], config, params, tokenizer, stored, raw["tags"])
+    params, adapter = load_params(folder / "weights"), stored_adapter(folder, raw)
+    return LanguageModel(raw["name"], config, params, tokenizer, stored, raw["tags"], adapter)
 
 
 def _choose(tokenizer: Tokenizer, template: str) -> Template:

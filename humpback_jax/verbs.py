@@ -20,6 +20,7 @@ from humpback_jax.progress import timed_lines
 if TYPE_CHECKING:
     from humpback_jax.evaluation.statistics import Estimate
     from humpback_jax.inference import Inference
+    from humpback_jax.models import LanguageModel
     from humpback_jax.records import Example
 
 Result = dict[str, Any]
@@ -165,7 +166,7 @@ def sample(arguments: argparse.Namespace) -> Result:
         stop_strings=tuple(arguments.stop),
     )
     started = time.monotonic()
-    model = load_model(arguments.model)
+    model = _adapted(load_model(arguments.model), arguments.adapter)
     job = Job(
         decoding,
         arguments.seed,
@@ -220,7 +221,7 @@ def score(arguments: argparse.Namespace) -> Result:
     check_curator(arguments.curator, 1)
     out = Path(arguments.out)
     check_form(out, arguments.format)
-    model = load_model(arguments.model)
+    model = _adapted(load_model(arguments.model), arguments.adapter)
     reader = Inference(model, _compute(arguments, arguments.batch_size))
     started = time.monotonic()
     rated, report = rate_file(
@@ -261,22 +262,30 @@ def evaluate(arguments: argparse.Namespace) -> Result:
     else:
         examples, _ = read_examples(Path(arguments.data), "seed", arguments.skip_bad)
     model = load_model(arguments.model)
-    tags: Any = model.tags if arguments.tags == "model" else arguments.tags
-    reader = Inference(model, _compute(arguments, 16))
-    found = {suite: SUITES[suite](reader, examples, tags) for suite in suites}
-    print(f"{'suite':<10}{'metric':<16}{'value':>10}{'stderr':>10}{'n':>7}")
-    for suite, metrics in found.items():
-        for metric, e in metrics.items():
-            print(f"{suite:<10}{metric:<16}{e.value:>10.5f}{e.stderr:>10.5f}{e.n:>7}")
-    result: Result = {
-        "results": {
+    arms = []
+    for adapter in arguments.adapter or [None]:
+        arm = _adapted(model, adapter)
+        tags: Any = arm.tags if arguments.tags == "model" else arguments.tags
+        reader = Inference(arm, _compute(arguments, 16))
+        found = {suite: SUITES[suite](reader, examples, tags) for suite in suites}
+        print(f"{'suite':<10}{'metric':<16}{'value':>10}{'stderr':>10}{'n':>7}  {adapter or ''}")
+        for suite, metrics in found.items():
+            for metric, e in metrics.items():
+                print(f"{suite:<10}{metric:<16}{e.value:>10.5f}{e.stderr:>10.5f}{e.n:>7}")
+        results = {
             suite: {metric: estimate.record() for metric, estimate in metrics.items()}
             for suite, metrics in found.items()
-        },
-        "model": arguments.model,
-        "tags": tags,
-        "formats": reader.compute.sampling_formats,
-    }
+        }
+        arms.append(
+            {
+                "results": results,
+                "model": arguments.model,
+                "adapter": adapter,
+                "tags": tags,
+                "formats": reader.compute.sampling_formats,
+            }
+        )
+    result: Result = arms[0] if len(arms) == 1 else {"arms": arms}
     if arguments.out:
         folder = Path(arguments.out)
         _writable_folder(folder)
@@ -415,20 +424,28 @@ def aot(arguments: argparse.Namespace) -> Result:
 
 
 def export(arguments: argparse.Namespace) -> Result:
-    """Weights, config and tokenizer as a folder that `transformers` loads."""
-    from humpback_jax.models import export_hf
+    """A model, or its adapter alone, as a folder that `transformers` or `peft` loads."""
+    from humpback_jax.models import export_hf, export_peft
 
-    model = load_model(arguments.model)
+    if arguments.base and arguments.format != "peft":
+        raise HumpbackError("--base names the base model of --format=peft.")
+    model = _adapted(load_model(arguments.model), arguments.adapter)
     out = Path(arguments.out)
     _writable_folder(out)
-    export_hf(out, model, arguments.dtype)
+    if arguments.format == "peft":
+        export_peft(out, model, arguments.base, arguments.dtype)
+    else:
+        export_hf(out, model, arguments.dtype)
     print(f"exported {arguments.model} to {out}")
     return {"out": str(out), "format": arguments.format, "hash": model.hash}
 
 
 def import_model(arguments: argparse.Namespace) -> Result:
-    """Any model that we can name, as one of our checkpoints."""
-    model = load_model(arguments.source)
+    """Any model that we can name, or a PEFT adapter on its base, as one of our checkpoints."""
+    if arguments.base:
+        model = _adapted(load_model(arguments.base), arguments.source)
+    else:
+        model = load_model(arguments.source)
     out = Path(arguments.out)
     _writable_folder(out)
     save_checkpoint(out, dataclasses.replace(model, name=out.name), {"source": arguments.source})
@@ -486,6 +503,15 @@ def _config(arguments: argparse.Namespace) -> Any:
         set_field(config, key, values)
     check_config(config)
     return config
+
+
+def _adapted(model: LanguageModel, adapter: str | None) -> LanguageModel:
+    """The model as it is, with the named adapter in place of its own, or ("none") without any."""
+    from humpback_jax.adapters import load_adapter, with_adapter
+
+    if adapter is None:
+        return model
+    return with_adapter(model, None if adapter == "none" else load_adapter(adapter, model))
 
 
 def _compute(arguments: argparse.Namespace, rows: int) -> Compute:

@@ -103,6 +103,7 @@ def test_overrides_take_the_type_of_the_field():
             "name": ["12"],
             "corpus.documents": ["a.txt,b.txt", "c.txt"],
             "curate.also": ["pmi"],
+            "train.lora.rank": ["4"],
             "train.lora.targets": ["q,k"],
             "meters.min_lift": ["-0.5"],
         },

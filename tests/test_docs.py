@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from humpback_jax.bench.table import sample_lines
-from humpback_jax.cli import build_parser, main
+from humpback_jax.cli import build_parser, config_overrides, main
+from humpback_jax.config import default_config, set_field
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,13 +39,16 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
 SMALL = "--model=tiny-random --rows=6 --max-tokens=4 --batch-size=4 --rounds=1"
 
 
-@pytest.mark.parametrize(("page", "least"), [("benchmarks.md", 4), ("scale.md", 2)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("benchmarks.md", 4), ("scale.md", 2), ("adapters.md", 7)]
+)
 def test_every_command_on_a_page_is_understood(page: str, least: int) -> None:
     commands = shown_commands(ROOT / "docs" / page)
     assert len(commands) >= least
     for command in commands:
-        _, rest = build_parser().parse_known_args(shlex.split(command)[1:])
-        assert not rest, command
+        arguments, rest = build_parser().parse_known_args(shlex.split(command)[1:])
+        for key, values in config_overrides(rest, arguments).items():
+            set_field(default_config(), key, values)
 
 
 def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:

@@ -71,7 +71,11 @@ VARIANTS = {
     "full": {},
     "full_scan": {"layout": "scan"},
     "adapter": {"lora": LORA, "dropout": 0.1},
-    "adapter_scan": {"lora": LORA, "layout": "scan"},
+    "adapter_scan": {
+        "lora": dataclasses.replace(LORA, dora=True, base="int8"),
+        "layout": "scan",
+        "optimizer": dataclasses.replace(SPEC.optimizer, lora_plus_ratio=4.0),
+    },
     "accumulated_with_dropout": {"accumulation": 2, "dropout": 0.1},
 }
 
@@ -305,7 +309,7 @@ def test_epochs_are_handed_out_when_their_last_example_is_seen(variant, tmp_path
     optimizer = make_optimizer(spec.optimizer, spec.steps)
     state = resume.restore(initial_state(step_spec(spec), base()[1], optimizer, spec.seed))
     assert int(state.step) == 5
-    assert trees_equal(epochs[2][1], finished_params(state, step_spec(spec))[0])
+    assert trees_equal(epochs[2][1], finished_params(state, step_spec(spec), base()[1])[0])
     assert not trees_equal(epochs[1][1], epochs[2][1])
 
 

@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulation": 2},
     "scan": {"layout": "scan"},
     "dropout": {"dropout": 0.1},
-    "adapter": {"lora": lora_spec(4, 8, 0.1, ("q", "v", "down"))},
+    "dora_on_int8": {"lora": lora_spec(4, 8, 0.1, ("q", "v", "down"), dora=True, base="int8")},
 }
 STOPPED = 2  # steps after which a run is stopped, to be continued on another mesh
 

@@ -2,31 +2,71 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec
-from humpback_jax.model.llama import Params, flatten, unflatten
+from humpback_jax.model.llama import Params, abstract_model, flatten, unflatten
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-ADAPTER_LEAVES = ("lora_a", "lora_b")
+# Name of a projection -> the path that patterns are matched with.
+PATHS = {
+    **{name: f"attn.{name}" for name in ("q", "k", "v", "o")},
+    **{name: f"mlp.{name}" for name in ("gate", "up", "down")},
+}
+PROJECTIONS = tuple(PATHS)
+ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_magnitude")
+NORM = "lora_norm"  # of V = W + scale * A B at merging, without which DoRA cannot be undone
 
 
-def lora_spec(rank: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> LoraSpec:
-    """Checks the names and returns the adapter's spec; accepts "q" and "q_proj" alike.
+def lora_spec(
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: tuple[str, ...],
+    scaling: Literal["lora", "rslora"] = "lora",
+    dora: bool = False,
+    base: Literal["auto", "int8"] = "auto",
+) -> LoraSpec:
+    """Checks the names and returns the adapter's spec.
+
+    Args:
+      targets: projections by name ("q" or "q_proj"), "all", or patterns like "attn.*" and "mlp.*".
 
     Raises:
-      HumpbackError: an unknown target module, or a rank below 1.
+      HumpbackError: a target that matches no projection, or a rank below 1.
     """
-    names = tuple(name.removesuffix("_proj") for name in targets)
-    unknown = sorted(set(names) - set(PROJECTIONS))
-    if unknown or not names:
-        raise HumpbackError(
-            f"LoRA targets {list(targets)} are not all known; choose from {', '.join(PROJECTIONS)}."
-        )
     if rank < 1:
         raise HumpbackError(f"LoRA rank {rank} must be at least 1.")
-    return LoraSpec(rank, alpha, dropout, tuple(sorted(names, key=PROJECTIONS.index)))
+    if not targets:
+        raise HumpbackError(f"LoRA needs targets: {_known()}.")
+    matched = {target: _matching(target) for target in targets}
+    unknown = [target for target, found in matched.items() if not found]
+    if unknown:
+        listed = ", ".join(map(repr, unknown))
+        raise HumpbackError(f"LoRA targets that match no projection: {listed}. Known: {_known()}.")
+    chosen = set().union(*matched.values())
+    ordered = tuple(name for name in PROJECTIONS if name in chosen)
+    return LoraSpec(rank, alpha, dropout, ordered, scaling, dora, base)
+
+
+def _matching(target: str) -> set[str]:
+    pattern = "*" if target == "all" else target.removesuffix("_proj")
+    return {
+        name
+        for name, path in PATHS.items()
+        if name == pattern or fnmatch.fnmatchcase(path, pattern)
+    }
+
+
+def _known() -> str:
+    return f"{', '.join(PROJECTIONS)}, all, or patterns of {', '.join(PATHS.values())}"
 
 
 def split_adapter(params: Params) -> tuple[Params, Params]:
@@ -42,14 +82,90 @@ def join(base: Params, adapter: Params) -> Params:
     return unflatten({**flatten(base), **flatten(adapter)})
 
 
-def merge_adapter(base: Params, adapter: Params, spec: LoraSpec) -> Params:
-    """W + (alpha / rank) A B in float32, in each kernel's own dtype; works on both layouts."""
-    flat, low_rank = flatten(base), flatten(adapter)
-    for path, a in low_rank.items():
-        if path[-1] == "lora_a":
-            b = low_rank[(*path[:-1], "lora_b")]
-            kernel = flat[(*path[:-1], "kernel")]
-            update = jnp.matmul(a, b, precision="highest") * (spec.alpha / spec.rank)
-            merged = jnp.asarray(kernel, jnp.float32) + update
-            flat[(*path[:-1], "kernel")] = merged.astype(kernel.dtype)
+def adapter_shapes(config: LlamaConfig, spec: LoraSpec) -> dict[tuple[Any, ...], tuple[int, ...]]:
+    """Path -> shape of each leaf of a stacked adapter."""
+    _, state = abstract_model(config, "scan", spec)
+    return {
+        path: leaf.shape for path, leaf in nnx.to_flat_state(state) if path[-1] in ADAPTER_LEAVES
+    }
+
+
+def with_magnitudes(adapter: Params, base: Params) -> Params:
+    """A fresh DoRA adapter with the magnitudes of `base`, which it thereby leaves as it is.
+
+    Args:
+      adapter: A B is zero. base: as it is, or quantised; both in the same layout.
+    """
+    flat, frozen = flatten(adapter), flatten(base)
+    for path in flat:
+        if path[-1] == "lora_magnitude":
+            norm = _norm(frozen[(*path[:-1], "kernel")])
+            flat[path] = norm * frozen.get((*path[:-1], "scale"), 1.0)
     return unflatten(flat)
+
+
+def merge_adapter(base: Params, adapter: Params, spec: LoraSpec) -> Params:
+    """The adapted weights, computed in float32, in each kernel's own dtype; for both layouts."""
+
+    def merged(kernel: jax.Array, module: dict[str, jax.Array]) -> jax.Array:
+        adapted = kernel + _update(module, spec)
+        if spec.dora:
+            adapted = adapted * (module["lora_magnitude"] / _norm(adapted))[..., None, :]
+        return adapted
+
+    return _with_kernels(base, adapter, merged)
+
+
+def with_norms(base: Params, adapter: Params, spec: LoraSpec) -> Params:
+    """The adapter with what `unmerge_adapter` needs beside it: for DoRA, each output's norm."""
+    flat, frozen = flatten(adapter), flatten(base)
+    for path, module in _modules(adapter) if spec.dora else ():
+        kernel = jnp.asarray(frozen[(*path, "kernel")], jnp.float32)
+        flat[(*path, NORM)] = _norm(kernel + _update(module, spec))
+    return unflatten(flat)
+
+
+def unmerge_adapter(params: Params, adapter: Params, spec: LoraSpec) -> Params:
+    """The base again, within rounding: the inverse of `merge_adapter`.
+
+    Args:
+      adapter: as `with_norms` returned it.
+    """
+
+    def unmerged(kernel: jax.Array, module: dict[str, jax.Array]) -> jax.Array:
+        if spec.dora:
+            kernel = kernel * (module[NORM] / module["lora_magnitude"])[..., None, :]
+        return kernel - _update(module, spec)
+
+    return _with_kernels(params, adapter, unmerged)
+
+
+def _modules(adapter: Params) -> Iterator[tuple[tuple[Any, ...], dict[str, jax.Array]]]:
+    """(path, leaves by name) of each adapted projection."""
+    grouped: dict[tuple[Any, ...], dict[str, jax.Array]] = {}
+    for path, leaf in flatten(adapter).items():
+        grouped.setdefault(path[:-1], {})[path[-1]] = leaf
+    yield from grouped.items()
+
+
+def _with_kernels(
+    params: Params,
+    adapter: Params,
+    change: Callable[[jax.Array, dict[str, jax.Array]], jax.Array],
+) -> Params:
+    """`params` with a change to each adapted kernel, made in float32."""
+    flat = flatten(params)
+    for path, module in _modules(adapter):
+        kernel = flat[(*path, "kernel")]
+        changed = change(jnp.asarray(kernel, jnp.float32), module)
+        flat[(*path, "kernel")] = changed.astype(kernel.dtype)
+    return unflatten(flat)
+
+
+def _update(module: dict[str, jax.Array], spec: LoraSpec) -> jax.Array:
+    return jnp.matmul(module["lora_a"], module["lora_b"], precision="highest") * spec.scale
+
+
+def _norm(kernel: jax.Array) -> jax.Array:
+    """Of each output: [..., d_in, d_out] -> float32 [..., d_out]."""
+    return jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)

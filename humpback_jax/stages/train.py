@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from humpback_jax.adapters import Adapter
 from humpback_jax.artifacts import Artifact, Stage, rows_hash, write_json, write_parquet
 from humpback_jax.checkpoint import ResumeFolder
 from humpback_jax.compute import Compute
 from humpback_jax.config import effective_fields
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.models import LanguageModel, save_checkpoint
 from humpback_jax.parallel.mesh import training_mesh
@@ -151,8 +153,13 @@ def tune(
 
 
 def tuned_model(base: LanguageModel, name: str, trained: Trained, tags: Tags) -> LanguageModel:
-    """The trained weights with the base's tokenizer and template."""
-    return LanguageModel(name, base.config, trained.params, base.tokenizer, base.template, tags)
+    """The trained weights with the base's tokenizer and template, and their adapter."""
+    adapter = None
+    if trained.lora is not None and trained.adapter is not None:
+        adapter = Adapter(trained.lora, trained.adapter, base.name, tags)
+    return LanguageModel(
+        name, base.config, trained.params, base.tokenizer, base.template, tags, adapter
+    )
 
 
 def render(
@@ -182,7 +189,6 @@ def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSp
     if not steps:
         rows = [row for row in section.step_table if row[0] >= count] or [section.step_table[-1]]
         _, batch, steps = rows[0]
-    lora = section.lora
     return TrainSpec(
         steps=steps,
         batch_examples=batch,
@@ -198,8 +204,9 @@ def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSp
             section.epsilon,
             section.weight_decay,
             section.clip_norm,
+            section.lora.plus_ratio,
         ),
-        lora=lora_spec(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora.rank else None,
+        lora=_lora(section.lora),
         dropout=section.dropout,
         objective=Objective(section.label_smoothing, section.z_loss),
         precision=compute.precision,
@@ -211,6 +218,20 @@ def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSp
         eval_every=section.eval_every,
         resume_every=section.resume_every,
         checkpoint_epochs=section.checkpoint_epochs,
+    )
+
+
+def _lora(section: Any) -> LoraSpec | None:
+    if not section.rank:
+        return None
+    return lora_spec(
+        section.rank,
+        section.alpha,
+        section.dropout,
+        section.targets,
+        section.scaling,
+        section.dora,
+        section.base,
     )
 
 

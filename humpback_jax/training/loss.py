@@ -124,9 +124,11 @@ def token_nll(
       nats. The gradient flows through the sum alone.
     """
     if model.config.tie_word_embeddings:
-        kernel, vocab_axis = model.embed.embedding[...], 0
+        kernel, scale, vocab_axis = model.embed.embedding[...], model.embed.scale, 0
     else:
-        kernel, vocab_axis = model.lm_head.kernel[...], 1
+        kernel, scale, vocab_axis = model.lm_head.kernel[...], model.lm_head.scale, 1
+    if scale is not None:  # int8, beside an adapter
+        kernel = kernel * jnp.expand_dims(scale[...], 1 - vocab_axis)
     return _projected_nll(
         chosen.pick(hidden),
         kernel,

@@ -20,6 +20,8 @@ class OptimizerSpec:
     Defaults: learning rate 1e-5 falling linearly to 9e-6 and weight decay 0.1 (Humpback, section
     3.1); beta and the absence of a warm-up from LIMA; the clip norm from the unofficial
     re-implementation. `end_learning_rate` is a rate, not a fraction of the first one.
+    `lora_plus_ratio` is the learning rate of an adapter's B by that of all else (LoRA+; Hayou et
+    al., 2024).
     """
 
     learning_rate: float = 1e-5
@@ -31,6 +33,7 @@ class OptimizerSpec:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    lora_plus_ratio: float = 1.0
 
 
 def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
@@ -58,7 +61,7 @@ def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW. Norm scales and biases are not decayed."""
+    """Clip by global norm, then AdamW. Norm scales, biases and DoRA's magnitudes do not decay."""
     return optax.chain(
         optax.clip_by_global_norm(spec.clip_norm),
         optax.adamw(
@@ -69,11 +72,19 @@ def make_optimizer(spec: OptimizerSpec, steps: int) -> optax.GradientTransformat
             weight_decay=spec.weight_decay,
             mask=_decayed,
         ),
+        _faster_b(spec.lora_plus_ratio),
     )
+
+
+def _faster_b(ratio: float) -> optax.GradientTransformation:
+    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        return update * ratio if path[-1].key == "lora_b" else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
 def _decayed(params: Any) -> Any:
     def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
-        return path[-1].key not in ("scale", "bias")
+        return path[-1].key not in ("scale", "bias", "lora_magnitude")
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

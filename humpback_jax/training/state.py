@@ -14,8 +14,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import LoraSpec, Precision
-from humpback_jax.model.llama import Layout, Params, init_params, stack_layers, unstack_layers
-from humpback_jax.model.lora import merge_adapter, split_adapter
+from humpback_jax.model.llama import (
+    Layout,
+    Params,
+    flatten,
+    init_params,
+    quantize_params,
+    stack_layers,
+    unflatten,
+    unstack_layers,
+)
+from humpback_jax.model.lora import merge_adapter, split_adapter, with_magnitudes, with_norms
 from humpback_jax.parallel.rules import abstract_params, everywhere, param_shardings, place
 from humpback_jax.training.loss import NLL, Objective
 
@@ -55,7 +64,9 @@ class StepSpec:
 def initial_state(
     spec: StepSpec, base: Params, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """Float32 copies of the base weights in the training layout, with fresh optimizer state.
+    """A copy of the base weights in the training layout, with fresh optimizer state.
+
+    All is float32, but for the weights under an adapter whose spec asks for an int8 base.
 
     Args:
       base: stacked, on the host or a device. On a mesh, no device ever holds all of it.
@@ -65,36 +76,64 @@ def initial_state(
     where = None if mesh is None else state_shardings(spec, optimizer)
     step = everywhere(np.zeros((), np.int32), mesh)
 
-    def fresh_adapter() -> Params:
+    def fresh_adapter(frozen: Params) -> Params:
         # Drawn stacked in either layout, so that the layout does not change the result. Compiled,
         # the weights beside the adapter are never made.
         fresh = init_params(spec.config, jax.random.key(seed), lora=spec.lora)
-        return _arranged(split_adapter(fresh)[1], spec.layout)
+        return with_magnitudes(_arranged(split_adapter(fresh)[1], spec.layout), frozen)
 
-    if mesh is None:
-        params = jax.jit(lambda base: _arranged(_float32(base), spec.layout))(base)
-    else:
-        shardings = param_shardings(spec.config, mesh, spec.layout)
-        params = place(_arranged(base, spec.layout), shardings, _float32)
     frozen: Params = {}
-    if spec.lora is not None:
-        frozen = params
-        params = jax.jit(fresh_adapter, out_shardings=where and where.trainable)()
+    if spec.lora is None:
+        params = _float32_base(spec, base)
+    else:
+        frozen = _int8_base(spec, base) if spec.lora.base == "int8" else _float32_base(spec, base)
+        params = jax.jit(fresh_adapter, out_shardings=where and where.trainable)(frozen)
     kept = jax.jit(optimizer.init, out_shardings=where and where.optimizer)(params)
     return TrainState(step, params, frozen, kept)
 
 
-def finished_params(state: TrainState, spec: StepSpec) -> tuple[Params, Params | None]:
-    """(full stacked parameters with the adapter merged, the stacked adapter or None)."""
+def _float32_base(spec: StepSpec, base: Params) -> Params:
+    """A float32 copy in the layout of training, on the mesh."""
+    if spec.mesh is None:
+        return jax.jit(lambda base: _arranged(_float32(base), spec.layout))(base)
+    shardings = param_shardings(spec.config, spec.mesh, spec.layout)
+    return place(_arranged(base, spec.layout), shardings, _float32)
+
+
+def _int8_base(spec: StepSpec, base: Params) -> Params:
+    """An int8 copy, norms and biases in float32; a wider one of all weights is never made."""
+
+    def quantized(arranged: Params) -> Params:
+        flat = flatten(quantize_params(spec.config, arranged, spec.layout))
+        wide = {path: leaf for path, leaf in flat.items() if leaf.dtype != jnp.int8}
+        return unflatten({**flat, **_float32(wide)})
+
+    if spec.mesh is None:
+        return jax.jit(lambda base: quantized(_arranged(base, spec.layout)))(base)
+    shardings = param_shardings(spec.config, spec.mesh, spec.layout)
+    placed = place(_arranged(base, spec.layout), shardings, lambda piece: piece)
+    where = param_shardings(spec.config, spec.mesh, spec.layout, quantize=True)
+    return jax.jit(quantized, out_shardings=where)(placed)
+
+
+def finished_params(
+    state: TrainState, spec: StepSpec, base: Params
+) -> tuple[Params, Params | None]:
+    """(full stacked parameters with the adapter merged, the stacked adapter or None).
+
+    Args:
+      base: what training began with. The adapter is merged into it where only int8 weights, which
+        nothing can be added to, were held during training.
+    """
 
     def stacked(params: Params) -> Params:
         return params if spec.layout == "scan" else stack_layers(params)
 
     if spec.lora is None:
         return stacked(state.trainable), None
-    return stacked(merge_adapter(state.frozen, state.trainable, spec.lora)), stacked(
-        state.trainable
-    )
+    full = _float32_base(spec, base) if spec.lora.base == "int8" else state.frozen
+    adapter = with_norms(full, state.trainable, spec.lora)
+    return stacked(merge_adapter(full, adapter, spec.lora)), stacked(adapter)
 
 
 def _arranged(params: Params, layout: Layout) -> Params:
@@ -114,7 +153,8 @@ def state_shardings(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
     mesh = spec.mesh
     assert mesh is not None
     on_all = NamedSharding(mesh, PartitionSpec())
-    shardings = param_shardings(spec.config, mesh, spec.layout, spec.lora)
+    int8 = spec.lora is not None and spec.lora.base == "int8"
+    shardings = param_shardings(spec.config, mesh, spec.layout, spec.lora, int8)
     shapes = abstract_params(spec.config, "float32", spec.layout, spec.lora)
     frozen: Params = {}
     if spec.lora is not None:

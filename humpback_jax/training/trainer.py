@@ -85,6 +85,7 @@ class Trained:
     """Full float32 parameters (adapter merged), stacked by layer, and the adapter if any.
 
     compile_s: seconds that the step's program took to compile; 0 where no step was left to do.
+    lora: what the adapter is; None without one.
     """
 
     params: Params
@@ -92,6 +93,7 @@ class Trained:
     history: list[dict[str, Any]]
     plan: PackingPlan
     compile_s: float
+    lora: LoraSpec | None
 
 
 def train(
@@ -206,12 +208,12 @@ def train(
         if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, len(examples)):
             flush()
             epoch = done * spec.batch_examples // len(examples)
-            on_epoch(epoch, finished_params(state, step_spec)[0])
+            on_epoch(epoch, finished_params(state, step_spec, base)[0])
         if stopping:
             fate = "saved; run it again to continue" if resume else "lost: nothing saves them"
             raise Preempted(f"{done} of {spec.steps} steps are {fate}.")
-    params, adapter = finished_params(state, step_spec)
-    return Trained(params, adapter, history, plan, compile_s)
+    params, adapter = finished_params(state, step_spec, base)
+    return Trained(params, adapter, history, plan, compile_s, spec.lora)
 
 
 def _micro_batches(batch: Batch, plan: PackingPlan, mesh: Mesh | None) -> Batch:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from humpback_jax.errors import HumpbackError
 
-Kind = Literal["gguf", "hf", "checkpoint"]
+Kind = Literal["gguf", "hf", "checkpoint", "peft"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +87,16 @@ def _kind_of(path: Path, name: str) -> Kind:
         return "gguf"
     if (path / "humpback.json").is_file():
         return "checkpoint"
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+    weights = {file.name for file in path.glob("*.safetensors")}
+    if (path / "config.json").is_file() and weights - {"adapter_model.safetensors"}:
         return "hf"
+    if (path / "adapter_config.json").is_file():
+        return "peft"
     if path.exists():
         raise HumpbackError(
             f"{name}: not a model. Expected a .gguf file, a folder with config.json and "
-            "*.safetensors, or a checkpoint folder with humpback.json."
+            "*.safetensors, a checkpoint folder with humpback.json, or a PEFT folder with "
+            "adapter_config.json."
         )
     known = ", ".join(NAMED_MODELS)
     raise HumpbackError(
