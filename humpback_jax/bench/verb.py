@@ -1,0 +1,95 @@
+"""The verb `humpback bench`: measures, prints a table, writes the results file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.errors import HumpbackError
+from humpback_jax.progress import timed_lines
+
+Result = dict[str, Any]
+
+
+def bench(arguments: argparse.Namespace) -> Result:
+    """Measures generation, scoring or training; prints a table and writes the results file."""
+    from humpback_jax.artifacts import write_json
+    from humpback_jax.bench import table
+
+    for name in ("rows", "max_tokens", "rounds", "batch_size", "steps", "row_tokens"):
+        count = getattr(arguments, name, 1)
+        if count < 1:
+            raise HumpbackError(f"--{name.replace('_', '-')}={count} has to be 1 or more.")
+    measure, lines = {
+        "sample": (_bench_sample, table.sample_lines),
+        "score": (_bench_score, table.score_lines),
+        "train": (_bench_train, table.train_lines),
+    }[arguments.what]
+    result = measure(arguments)
+    print("\n".join(lines(result)))
+    if arguments.out:
+        write_json(Path(arguments.out), result)
+    return result
+
+
+def _bench_sample(arguments: argparse.Namespace) -> Result:
+    from humpback_jax.bench.sample import bench_sample
+    from humpback_jax.bench.workload import choose_cases
+
+    cases = choose_cases(
+        arguments.case,
+        arguments.rows,
+        arguments.shortest,
+        arguments.longest,
+        arguments.batch_size,
+        arguments.drafts,
+        arguments.mesh,
+    )
+    return bench_sample(
+        arguments.model,
+        arguments.data,
+        cases,
+        arguments.max_tokens,
+        arguments.precision,
+        _peers(arguments),
+        arguments.rounds,
+        timed_lines(),
+    )
+
+
+def _bench_score(arguments: argparse.Namespace) -> Result:
+    from humpback_jax.bench.score import bench_score
+
+    return bench_score(
+        arguments.model,
+        arguments.data,
+        arguments.rows,
+        arguments.max_tokens,
+        arguments.precision,
+        arguments.batch_size,
+        arguments.rounds,
+        timed_lines(),
+    )
+
+
+def _bench_train(arguments: argparse.Namespace) -> Result:
+    from humpback_jax.bench.train import bench_train
+
+    return bench_train(
+        arguments.model,
+        arguments.data,
+        arguments.rows,
+        arguments.steps,
+        arguments.batch_size,
+        arguments.row_tokens,
+        arguments.lora,
+        arguments.precision,
+        _peers(arguments),
+        arguments.rounds,
+        timed_lines(),
+    )
+
+
+def _peers(arguments: argparse.Namespace) -> list[str]:
+    return [peer for given in arguments.vs for peer in given.split(",")]
