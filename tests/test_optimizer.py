@@ -78,14 +78,16 @@ def after_steps(spec: OptimizerSpec, stacked: bool = False) -> Params:
     return params
 
 
-def torch_steps(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> Params:
-    """What torch makes of the same weights; the rates are those of `RATES`."""
+def adafactor_of_transformers() -> dict[Any, np.ndarray]:
+    """What it makes of the same weights; the rates are those of `RATES`."""
     params = {path: torch.tensor(leaf) for path, leaf in flatten(weights(0)).items()}
     groups = [
         {"params": [p for path, p in params.items() if path[-1] != "scale"], "weight_decay": 0.1},
         {"params": [p for path, p in params.items() if path[-1] == "scale"], "weight_decay": 0.0},
     ]
-    optimizer = make(groups)
+    optimizer = Adafactor(
+        groups, lr=1.0, scale_parameter=False, relative_step=False, warmup_init=False
+    )
     rate = learning_rate(RATES, STEPS)
     for step, gradient in enumerate(GRADIENTS):
         for path, leaf in flatten(gradient).items():
@@ -97,12 +99,6 @@ def torch_steps(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -
 
 
 RATES = OptimizerSpec(0.02, 0.004, weight_decay=0.1, clip_norm=1e9)
-REFERENCES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8),
-    "adafactor": lambda groups: Adafactor(
-        groups, lr=1.0, scale_parameter=False, relative_step=False, warmup_init=False
-    ),
-}
 
 
 def assert_moved_alike(ours: dict[Any, Any], theirs: dict[Any, Any]) -> None:
@@ -114,14 +110,11 @@ def assert_moved_alike(ours: dict[Any, Any], theirs: dict[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "scan"])
-@pytest.mark.parametrize("name", REFERENCES)
-def test_an_optimizer_learns_something_else_than_the_independent_one_of_its_name(
-    name, stacked
-) -> None:
-    params = after_steps(dataclasses.replace(RATES, name=name), stacked)
+def test_adafactor_learns_something_else_than_that_of_transformers(stacked) -> None:
+    """`test_loss_parity.py` compares AdamW with torch's."""
+    params = after_steps(dataclasses.replace(RATES, name="adafactor"), stacked)
     ours = flatten(unstack_layers(params) if stacked else params)
-    theirs = torch_steps(REFERENCES[name])
-    assert_moved_alike(ours, theirs)
+    assert_moved_alike(ours, adafactor_of_transformers())
 
 
 def test_lion_is_not_the_sign_of_an_average() -> None:
@@ -165,6 +158,7 @@ def gradient_of_a_model() -> tuple[Params, Callable[[Params], Any]]:
     return jax.tree.map(jnp.asarray, params), jax.jit(jax.value_and_grad(mean))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_moment_leads_elsewhere_than_a_float32_one() -> None:
     """20 steps end within 1 % of the way they went, and see the same losses within 1 %."""
     start, gradient = gradient_of_a_model()

@@ -240,7 +240,7 @@ class Llama(nnx.Module):
           hidden [B, T, D] in `precision.activations`, and the new caches in the form given.
         """
         rope = rope_tables(self.config, positions)
-        x = placed(embedded(self.embed(tokens).astype(precision.activations)))
+        x = embedded(placed(self.embed(tokens).astype(precision.activations)))
 
         def run(
             block: Block,
