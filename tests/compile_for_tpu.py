@@ -7,6 +7,7 @@ Needs libtpu (`pip install jax[tpu]`). One line of JSON for each program, on sta
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -26,8 +27,13 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import init_params
+from humpback_jax.parallel.rules import abstract_params
 from humpback_jax.sampling.prefix import PrefixArrays
 from humpback_jax.sampling.programs import decode_program, empty_slots
+from humpback_jax.training.loss import Batch
+from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
+from humpback_jax.training.state import StepSpec, TrainState, state_shardings
+from humpback_jax.training.step import make_train_step
 
 BFLOAT16 = Precision("bfloat16", "bfloat16")
 # Query heads, key/value heads, head width.
@@ -118,6 +124,48 @@ def decoding_of_a_layer(device: Any, heads: int, groups: int, width: int) -> dic
     return {"cache_bytes": cache, "scratch_bytes": memory.temp_size_in_bytes}
 
 
+def training_with_activations_on_the_host(mesh: Mesh) -> dict[str, int]:
+    """Bytes of a device's memory on the host, and of what each device's rows keep there."""
+    config = dataclasses.replace(config_of(2, 2, 128), num_hidden_layers=8)
+    rows, tokens = 4, 256
+    spec = StepSpec(
+        config,
+        "scan",
+        BFLOAT16,
+        tokens,
+        1,
+        dropout=0.1,
+        remat="offload",
+        longest=tokens,
+        kernels=Kernels.of_platform("tpu"),
+        mesh=mesh,
+    )
+    optimizer = make_optimizer(OptimizerSpec(name="adafactor"), 10)
+    params = abstract_params(config, "float32", "scan")
+    kept = jax.eval_shape(optimizer.init, params)
+    state = TrainState(jax.ShapeDtypeStruct((), "int32"), params, {}, kept)
+    state = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        state_shardings(spec, optimizer),
+    )
+    places = abstract(mesh, P(None, ("data", "fsdp")), "int32", 1, rows, tokens)
+    mask = abstract(mesh, P(None, ("data", "fsdp")), bool, 1, rows, tokens)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = make_train_step(spec, optimizer)
+    batch = Batch(places, places, places, places, places, mask)
+    memory = step.lower(state, batch, key).compile().memory_analysis()
+    # bfloat16: q, k, v and context are cut along tensor, the sum after attention is whole; float32:
+    # the sums of the softmax.
+    heads = config.num_attention_heads // mesh.shape["tensor"]
+    values = 2 * (4 * heads * config.head_dim + config.hidden_size) + 4 * heads
+    mine = rows * tokens // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return {
+        "host_bytes": memory.host_temp_size_in_bytes,
+        "kept_bytes": mine * values * config.num_hidden_layers,
+    }
+
+
 def main(topology: str) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.array(devices[:4]).reshape(2, 1, 2), ("data", "fsdp", "tensor"))
@@ -129,6 +177,8 @@ def main(topology: str) -> None:
             print(json.dumps({"model": model, "program": name, "seconds": seconds}), flush=True)
         memory = decoding_of_a_layer(devices[0], *heads)
         print(json.dumps({"model": model, "program": "sampling", **memory}), flush=True)
+    memory = training_with_activations_on_the_host(mesh)
+    print(json.dumps({"program": "offload", **memory}), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,3 +41,5 @@ def test_kernels_compile_for_tpu_and_tokens_enter_the_cache_without_a_copy_of_it
     assert len(sampling) == 3
     for row in sampling:
         assert row["scratch_bytes"] < row["cache_bytes"] / 4, row["model"]
+    (offload,) = (row for row in compiled if row["program"] == "offload")
+    assert offload["host_bytes"] == pytest.approx(offload["kept_bytes"], rel=0.05)

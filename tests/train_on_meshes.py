@@ -37,7 +37,14 @@ from humpback_jax.training.trainer import TrainSpec, train  # noqa: E402
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "accumulated": {"accumulation": 2},
-    "scan": {"layout": "scan"},
+    "scan_and_options": {
+        "layout": "scan",
+        "remat": "named",
+        "name": "adafactor",
+        "dropout": 0.1,
+        "dropout_ramp": True,
+        "neftune_alpha": 5.0,
+    },
     "dropout": {"dropout": 0.1},
     "dora_on_int8": {"lora": lora_spec(4, 8, 0.1, ("q", "v", "down"), dora=True, base="int8")},
 }
@@ -59,7 +66,7 @@ def spec_of(mesh: str, steps: int, **changes: Any) -> TrainSpec:
         batch_examples=8,
         row_tokens=256,
         layout=changes.pop("layout", "unrolled"),
-        optimizer=OptimizerSpec(1e-3, 1e-4),
+        optimizer=OptimizerSpec(1e-3, 1e-4, name=changes.pop("name", "adamw")),
         mesh=make_mesh(shape, devices) if len(devices) > 1 else None,
         eval_every=steps,
         **changes,

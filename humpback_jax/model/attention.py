@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Attend, Cache
+from humpback_jax.model.remat import named
 
 MASKED = -1e30  # finite, so that a row without any visible key gives 0/0-free garbage, not NaN
 BLOCK = 128  # queries of packed rows that attend at one time
@@ -111,7 +112,8 @@ def _attend_forward(
         branches = [functools.partial(meet, window) for window in windows]
         return number + 1, jax.lax.switch(choice, branches, number, queries)
 
-    _, (context, log_z) = jax.lax.scan(step, jnp.int32(0), (examples.choices, queries))
+    _, found = jax.lax.scan(step, jnp.int32(0), (examples.choices, queries))
+    context, log_z = (named(x, "context") for x in found)
     return _by_place(context, q.shape), (queries, keys, values, context, log_z, examples)
 
 
