@@ -1,0 +1,68 @@
+"""A run is what TRL's SFTTrainer makes of the same rows, or a comparison with it means nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from humpback_jax.bench.process import measure_apart
+from humpback_jax.bench.train import bench_train
+from humpback_jax.bench.training_job import TrainingJob, training_rows
+from humpback_jax.errors import HumpbackError
+from humpback_jax.models import export_hf, load_model
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real pairs for a random model, at a rate with which the loss falls."""
+    folder = tmp_path_factory.mktemp("trl")
+    model = load_model("tiny-random")
+    export_hf(folder / "hf", model)
+    rows = training_rows(model, "builtin", 160, STEPS, 4, 1024)
+    hf = str(folder / "hf")
+    TrainingJob("tiny-random", hf, 1024, 4, 0, 3e-3, rows).save(folder / "job.json")
+    return folder / "job.json"
+
+
+@pytest.mark.slow
+def test_twenty_steps_learn_what_trl_learns(job: Path) -> None:
+    ours = measure_apart("sft", job, "float32")
+    theirs = measure_apart("trl", job, "float32", "plain")
+    assert len(ours["losses"]) == len(theirs["losses"]) == STEPS
+    assert ours["losses"][-1] < 0.9 * ours["losses"][0], "nothing was learnt"
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_all_settings_of_the_others_train_on_the_same_tokens(job: Path) -> None:
+    """A speed per supervised token counts alike for padded, packed and plain loops."""
+    short = TrainingJob.load(job)
+    short = dataclasses.replace(short, rows=short.rows[:8])
+    short.save(job.with_name("short.json"))
+    first = [
+        measure_apart(program, job.with_name("short.json"), "float32", *setting)["losses"][0]
+        for program, setting in (
+            ("sft", ()),
+            ("torch_sft", ("plain",)),
+            ("torch_sft", ("checkpointed",)),
+            ("trl", ("default",)),
+        )
+    ]
+    np.testing.assert_allclose(first, first[0], rtol=1e-4)
+    packed = measure_apart("trl", job.with_name("short.json"), "float32", "packed")
+    assert packed["steps"] >= 1
+
+
+def test_too_few_rows_or_an_unknown_peer_are_errors_that_say_so() -> None:
+    model = load_model("tiny-random")
+    with pytest.raises(HumpbackError, match=r"steps of 4 want 4000"):
+        training_rows(model, "builtin", 50, 1000, 4, 1024)
+    with pytest.raises(HumpbackError, match=r"100000 are wanted by --rows"):
+        training_rows(model, "builtin", 100_000, 1, 4, 1024)
+    with pytest.raises(HumpbackError, match="--vs=axolotl is unknown; known: trl, trl_default"):
+        bench_train("tiny-random", "builtin", 8, 1, 4, 512, 0, "float32", ["axolotl"], 1, print)
