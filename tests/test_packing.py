@@ -124,9 +124,9 @@ def test_the_plan_fits_every_batch_of_the_run_exactly(
     assert longest <= plan.row_tokens <= WIDTH
     most_rows, fullest, used, computed = 0, 0, 0, 0
     for step in range(steps):
-        batch, ids = batch_at(examples, order, step, plan, SOURCES)
+        batch, chosen = batch_at(examples, order, step, plan, SOURCES)
         assert batch.tokens.shape == (plan.num_rows, plan.row_tokens)
-        assert sorted(ids) == sorted(examples[i].id for i in order.indices(step))
+        assert chosen == [examples[i] for i in order.indices(step)]
         per_row = batch.mask.sum(axis=1)
         assert per_row.max() <= plan.max_targets <= plan.row_tokens
         fullest = max(fullest, per_row.max())
@@ -185,7 +185,8 @@ def test_whole_batches_are_the_same_arrays_whatever_the_input_s_order(permutatio
     for given_order in (examples, [examples[i] for i in permutation]):
         order = BatchOrder([e.id for e in given_order], 4, 0)
         plan = plan_packing(given_order, order, 7, WIDTH)
-        arrays.append((plan, *batch_at(given_order, order, step, plan, SOURCES)))
+        batch, chosen = batch_at(given_order, order, step, plan, SOURCES)
+        arrays.append((plan, batch, [example.id for example in chosen]))
     assert arrays[0][0] == arrays[1][0]
     assert arrays[0][2] == arrays[1][2]
     for one, other in zip(arrays[0][1], arrays[1][1], strict=True):
