@@ -31,16 +31,36 @@ def save_params(folder: Path, params: Params) -> None:
     ocp.save(folder.absolute(), _named(params), overwrite=True)
 
 
-def load_params(folder: Path) -> Params:
+def load_params(folder: Path, shapes: Mapping[tuple[str, ...], Any] | None = None) -> Params:
     """Reads parameters as saved, on the default device.
 
+    Args:
+      shapes: what they have to be, by their path; None takes whatever is there.
+
     Raises:
-      HumpbackError: the folder holds no complete checkpoint.
+      HumpbackError: the folder holds no complete checkpoint, or one of another architecture.
     """
     import jax
 
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return _unnamed(_load(folder, lambda stored: jax.tree.map(lambda _: place, stored)))
+
+    def where(stored: dict[str, Any]) -> Any:
+        found = {name: _shape(leaf) for name, leaf in stored.items()}
+        expected = {SEPARATOR.join(path): tuple(shape) for path, shape in (shapes or {}).items()}
+        differ = sorted(
+            name for name in {*found, *expected} if found.get(name) != expected.get(name)
+        )
+        if shapes is not None and differ:
+            name = differ[0]
+            raise HumpbackError(
+                f"{folder}: these weights are of another architecture than the description beside "
+                f"them: {name} is {found.get(name, 'absent')} instead of "
+                f"{expected.get(name, 'absent')}, and {len(differ) - 1} others differ, too. Copy "
+                "the whole checkpoint again."
+            )
+        return jax.tree.map(lambda _: place, stored)
+
+    return _unnamed(_load(folder, where))
 
 
 def _load(folder: Path, where: Callable[[Any], Any]) -> Any:
@@ -102,8 +122,9 @@ class Numbered:
         path = self.folder / f"{step:08d}"
         # Created in the background, a folder that cannot be would keep Orbax's threads waiting for
         # it, and the program from ending.
-        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-        with self._writable(step), ocp.Context(async_options=options):
+        context = ocp.Context()
+        context.asynchronous.create_directories_asynchronously = False
+        with self._writable(step), context:
             written = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=about)
         self._writing = step, written
 
@@ -245,8 +266,10 @@ class ResumeFolder:
           HumpbackError: they cannot be read.
         """
         self._best.wait()
-        bare = state._replace(frozen={}, optimizer=())
-        best = self._read(self._best, self._best.steps()[-1], bare)
+        steps = self._best.steps()
+        if not steps:
+            raise HumpbackError("no loss on the validation rows was a finite number.")
+        best = self._read(self._best, steps[-1], state._replace(frozen={}, optimizer=()))
         return best._replace(frozen=state.frozen, optimizer=state.optimizer)
 
     def delete(self) -> None:

@@ -17,6 +17,7 @@ from humpback_jax.model.shapes import PUBLISHED, SHAPES
 from humpback_jax.text.template import Tags, Template, require_same_template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 from humpback_jax.weights.hashing import params_hash
+from humpback_jax.weights.names import leaf_shapes
 
 DESCRIPTION = "humpback.json"  # marks a folder as one of our checkpoints
 
@@ -102,11 +103,11 @@ def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any])
     """
     import jax
 
-    from humpback_jax.parallel.processes import on_host, wait_for_all
+    from humpback_jax.parallel.processes import wait_for_all
 
     folder.mkdir(parents=True, exist_ok=True)
     save_params(folder / "weights", model.params)
-    model = dataclasses.replace(model, params=on_host(model.params))
+    _ = model.hash  # which takes all processes
     if jax.process_index() == 0:
         _describe(folder, model, details)
     wait_for_all(f"{folder} is written")
@@ -166,7 +167,7 @@ def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
     check_vocab(tokenizer, config.vocab_size)
     if template != "auto":
         require_same_template(stored, _choose(tokenizer, template), str(folder))
-    params = load_params(folder / "weights")
+    params = load_params(folder / "weights", leaf_shapes(config))
     return LanguageModel(raw["name"], config, params, tokenizer, stored, raw["tags"])
 
 

@@ -122,7 +122,7 @@ class Guard:
 
     def __init__(self, spike_factor: float, evidence: Path | None) -> None:
         """`evidence`: the folder where a bad step's batch is described; None: nowhere."""
-        self._factor, self._evidence = spike_factor, evidence
+        self.factor, self._evidence = spike_factor, evidence
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def check(self, row: Row, examples: Sequence[TrainingExample]) -> None:
@@ -139,11 +139,11 @@ class Guard:
         self._losses.append(loss)
 
     def _limit(self) -> float:
-        if not self._factor or len(self._losses) < LEAST:
+        if not self.factor or len(self._losses) < LEAST:
             return math.inf
         median = statistics.median(self._losses)
         deviation = NORMAL * statistics.median(abs(loss - median) for loss in self._losses)
-        return median + self._factor * max(deviation, 0.01 * abs(median))
+        return median + self.factor * max(deviation, 0.01 * abs(median))
 
     def _stop(self, row: Row, examples: Sequence[TrainingExample], what: str) -> None:
         ids = [example.id for example in examples]
