@@ -49,13 +49,17 @@ class LanguageModel:
         return tuple(sorted({*self.tokenizer.eos_ids, *self.config.eos_token_ids}))
 
 
-def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageModel:
+def load_model(
+    name: str, template: str = "auto", seed: int = 0, stored: bool = False
+) -> LanguageModel:
     """Loads a model by name (`weights.named.resolve`), or one of random weights.
 
     Args:
       name: also "tiny-random", for rehearsals, or "random:SHAPE" (`model/shapes.py`), to measure.
       template: "auto" (the model's own chat template, else plain), "chat" or "plain". A checkpoint
         of ours brings its own; asking for another one is an error.
+      stored: leave safetensors weights in their files (`weights/stored.py`), for a mesh of which
+        each process reads its own part.
 
     Raises:
       HumpbackError: no such model, unreadable files, or a tokenizer that does not fit the weights.
@@ -64,7 +68,7 @@ def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageMode
         return _random(name, seed, template)
     from humpback_jax.weights.gguf_io import load_gguf
     from humpback_jax.weights.named import resolve
-    from humpback_jax.weights.safetensors_io import load_hf
+    from humpback_jax.weights.safetensors_io import load_hf, open_hf
 
     found = resolve(name)
     if found.kind == "checkpoint":
@@ -73,7 +77,7 @@ def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageMode
         config, params = load_gguf(found.path)
         tokenizer = Tokenizer.from_gguf(found.path)
     else:
-        config, params = load_hf(found.path)
+        config, params = open_hf(found.path) if stored else load_hf(found.path)
         tokenizer = Tokenizer.from_folder(found.path)
     check_vocab(tokenizer, config.vocab_size)
     return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))

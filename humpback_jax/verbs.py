@@ -79,6 +79,7 @@ def train(arguments: argparse.Namespace) -> Result:
 
     from humpback_jax.checkpoint import ResumeFolder
     from humpback_jax.metrics import MetricsLog
+    from humpback_jax.parallel.mesh import training_mesh
     from humpback_jax.parallel.preemption import StopSignal
     from humpback_jax.rows import read_examples
     from humpback_jax.stages.train import (
@@ -104,7 +105,8 @@ def train(arguments: argparse.Namespace) -> Result:
     if not arguments.config:
         _fit_to_file(section, len(examples), arguments.overrides)
     compute = choose_compute(**config.compute)
-    base = load_model(arguments.model, config.base.template, config.seed)
+    on_mesh = training_mesh(compute.mesh) is not None
+    base = load_model(arguments.model, config.base.template, config.seed, stored=on_mesh)
     direction: Direction = "backward" if arguments.reverse else "forward"
     rows = render(base.template, examples[: arguments.preview], direction)
     for line in preview_lines(base.tokenizer, rows, sys.stdout.isatty()):

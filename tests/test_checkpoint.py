@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ from tiny_llama import random_examples, trees_equal
 
 from humpback_jax.checkpoint import ResumeFolder
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.llama import init_params
+from humpback_jax.models import load_model, save_checkpoint
 from humpback_jax.sampling.likelihood import sequence_nll
 from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
 from humpback_jax.training.state import (
@@ -206,3 +209,15 @@ def test_the_best_of_nothing_is_an_error_before_anything_is_computed(lacking, tm
             validation=() if lacking == "validation" else VALIDATION,
             resume=None if lacking == "resume" else ResumeFolder(tmp_path),
         )
+
+
+def test_weights_of_another_architecture_are_taken_for_the_model_described(tmp_path) -> None:
+    model = load_model("tiny-random")
+    save_checkpoint(tmp_path / "a", model, {})
+    wider = dataclasses.replace(model.config, intermediate_size=96)
+    params = init_params(wider, jax.random.key(0))
+    save_checkpoint(tmp_path / "b", dataclasses.replace(model, config=wider, params=params), {})
+    shutil.rmtree(tmp_path / "a" / "weights")
+    shutil.copytree(tmp_path / "b" / "weights", tmp_path / "a" / "weights")
+    with pytest.raises(HumpbackError, match=r"another architecture.*layers\.mlp\.\w+\.kernel is"):
+        load_model(str(tmp_path / "a"))
