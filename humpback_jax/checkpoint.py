@@ -5,14 +5,21 @@ The v1 interface lives under `experimental` in the pinned Orbax; only this file 
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import Params, flatten, unflatten
-from humpback_jax.training.state import TrainState
+from humpback_jax.training.state import (
+    TrainState,
+    abstract_stacked,
+    laid_out_like,
+    stacked_state,
+)
 
 SEPARATOR = "."
 
@@ -24,16 +31,36 @@ def save_params(folder: Path, params: Params) -> None:
     ocp.save(folder.absolute(), _named(params), overwrite=True)
 
 
-def load_params(folder: Path) -> Params:
+def load_params(folder: Path, shapes: Mapping[tuple[str, ...], Any] | None = None) -> Params:
     """Reads parameters as saved, on the default device.
 
+    Args:
+      shapes: what they have to be, by their path; None takes whatever is there.
+
     Raises:
-      HumpbackError: the folder holds no complete checkpoint.
+      HumpbackError: the folder holds no complete checkpoint, or one of another architecture.
     """
     import jax
 
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return _unnamed(_load(folder, lambda stored: jax.tree.map(lambda _: place, stored)))
+
+    def where(stored: dict[str, Any]) -> Any:
+        found = {name: _shape(leaf) for name, leaf in stored.items()}
+        expected = {SEPARATOR.join(path): tuple(shape) for path, shape in (shapes or {}).items()}
+        differ = sorted(
+            name for name in {*found, *expected} if found.get(name) != expected.get(name)
+        )
+        if shapes is not None and differ:
+            name = differ[0]
+            raise HumpbackError(
+                f"{folder}: these weights are of another architecture than the description beside "
+                f"them: {name} is {found.get(name, 'absent')} instead of "
+                f"{expected.get(name, 'absent')}, and {len(differ) - 1} others differ, too. Copy "
+                "the whole checkpoint again."
+            )
+        return jax.tree.map(lambda _: place, stored)
+
+    return _unnamed(_load(folder, where))
 
 
 def _load(folder: Path, where: Callable[[Any], Any]) -> Any:
@@ -41,69 +68,209 @@ def _load(folder: Path, where: Callable[[Any], Any]) -> Any:
     import jax
     import orbax.checkpoint.experimental.v1 as ocp
 
-    if not ocp.is_orbax_checkpoint(folder.absolute()):
-        raise HumpbackError(f"{folder}: no complete Orbax checkpoint stands there.")
-    try:
-        stored = ocp.metadata(folder.absolute()).metadata
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            stored,
-            where(stored),
-        )
+    stored = _metadata(folder).metadata
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        stored,
+        where(stored),
+    )
+    with _readable(folder):
         return ocp.load(folder.absolute(), abstract)
-    except HumpbackError:
-        raise
+
+
+def _metadata(folder: Path) -> Any:
+    """Orbax's: shapes and dtypes in `.metadata`, and what we stored in `.custom_metadata`."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    with _readable(folder):
+        if ocp.is_orbax_checkpoint(folder.absolute()):
+            return ocp.metadata(folder.absolute())
+    raise HumpbackError(f"{folder}: no complete Orbax checkpoint stands there.")
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # Orbax and TensorStore raise many unrelated types
         raise HumpbackError(f"{folder}: the checkpoint cannot be read ({error}).") from error
+
+
+class Numbered:
+    """Checkpoints of one folder, named by the number of steps done, written in the background.
+
+    One is written at a time, and older ones are removed once a newer one is complete. Several
+    processes that hold the arrays together call everything together.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._writing: tuple[int, Any] | None = None
+
+    def write(self, step: int, tree: Any, about: dict[str, Any]) -> None:
+        """Returns once the arrays are copied to the host: they may then be donated.
+
+        Args:
+          about: stored with them, as JSON.
+
+        Raises:
+          HumpbackError: this one, or the one before, cannot be written.
+        """
+        import orbax.checkpoint.experimental.v1 as ocp
+
+        self.wait()
+        path = self.folder / f"{step:08d}"
+        # Created in the background, a folder that cannot be would keep Orbax's threads waiting for
+        # it, and the program from ending.
+        context = ocp.Context()
+        context.asynchronous.create_directories_asynchronously = False
+        with self._writable(step), context:
+            written = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=about)
+        self._writing = step, written
+
+    def wait(self) -> None:
+        """Returns once what was given to `write` is complete.
+
+        Raises:
+          HumpbackError: it cannot be written; those before it are there still.
+        """
+        import jax
+
+        if self._writing is None:
+            return
+        (step, written), self._writing = self._writing, None
+        with self._writable(step):
+            written.result()
+        if jax.process_index() == 0:
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
+            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _writable(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many unrelated types
+            cause = str(error).strip().splitlines()
+            raise HumpbackError(
+                f"{self.folder}: the state after step {step} could not be written "
+                f"({type(error).__name__}: {cause[0] if cause else ''}). Is the disk full, or the "
+                "folder read-only? The state before it is kept: the same command goes on from it."
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints there are, the oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What was stored with a checkpoint."""
+        return _metadata(self.folder / f"{step:08d}").custom_metadata or {}
+
+    def read(self, step: int, where: Callable[[Any], Any]) -> Any:
+        """The arrays; see `_load`."""
+        return _load(self.folder / f"{step:08d}", where)
 
 
 class ResumeFolder:
     """The state of one training run, kept while it lasts so that a killed run can go on.
 
+    Layers are stored stacked, however they are trained, so that any device goes on from any other.
     Several processes that train together save and restore together.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(
+        self, folder: Path, keep: int = 2, belongs_to: Mapping[str, str] | None = None
+    ) -> None:
+        """
+        Args:
+          keep: how many of the newest states.
+          belongs_to: what the run is, e.g. hashes of its config and data. Stored with each state;
+            one of another run is refused, since to start over would in time remove it.
+        """
+        self.folder, self.belongs_to = folder, dict(belongs_to or {})
+        self._states = Numbered(folder, keep)
+        self._best = Numbered(folder / "best", 1)
 
     def save(self, state: TrainState) -> None:
-        """Saves everything that changes (`frozen` does not), named by the number of steps done."""
-        import jax
-        import orbax.checkpoint.experimental.v1 as ocp
+        """Saves everything that changes (`frozen` does not), while training goes on.
 
+        Raises:
+          HumpbackError: the state before this one could not be written, or this one cannot.
+        """
         step = int(state.step)
-        ocp.save((self.folder / f"{step:08d}").absolute(), _changing(state), overwrite=True)
-        if jax.process_index() == 0:
-            for old in self._steps()[: -self.keep]:
-                shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
+        changing = stacked_state(state._replace(frozen={}))
+        self._states.write(step, _flat(changing), {"step": step, **self.belongs_to})
+
+    def wait(self) -> None:
+        """Returns once everything saved is complete.
+
+        Raises:
+          HumpbackError: it cannot be written.
+        """
+        self._states.wait()
+        self._best.wait()
 
     def restore(self, state: TrainState) -> TrainState | None:
         """The newest readable state of the form of `state`, where `state` lies, whatever lay where
-        when it was saved; None where there is none.
+        and in which layout when it was saved; None where there is none.
+
+        Raises:
+          HumpbackError: the folder belongs to another run.
         """
-        import jax
-
-        expected = _changing(state)
-
-        def where(stored: Any) -> Any:
-            if jax.tree.map(_shape, stored) != jax.tree.map(_shape, expected):
-                raise HumpbackError(f"{self.folder}: this state belongs to another kind of run.")
-            return jax.tree.map(lambda leaf: leaf.sharding, expected)
-
-        for step in reversed(self._steps()):
+        for step in reversed(self._states.steps()):
             try:
-                tree = _load(self.folder / f"{step:08d}", where)
+                about = self._states.about(step)
             except HumpbackError as error:
-                print(f"warning: {error} Falling back to the one before.")
+                _fall_back(error)
                 continue
-            leaves = [tree["optimizer"][name] for name in sorted(tree["optimizer"])]
-            return TrainState(
-                tree["step"],
-                _unnamed(tree["trainable"]),
-                state.frozen,
-                jax.tree.unflatten(jax.tree.structure(state.optimizer), leaves),
-            )
+            self._check_owner(about)
+            try:
+                found = self._read(self._states, step, state._replace(frozen={}))
+                return found._replace(frozen=state.frozen)
+            except HumpbackError as error:
+                _fall_back(error)
         return None
+
+    def save_best(self, state: TrainState, nll: float) -> None:
+        """Keeps the parameters as the best so far, by their loss on validation rows.
+
+        Raises:
+          HumpbackError: they cannot be written.
+        """
+        step = int(state.step)
+        about = {"step": step, "validation_nll": nll, **self.belongs_to}
+        best = stacked_state(state._replace(frozen={}, optimizer=()))
+        self._best.write(step, _flat(best), about)
+
+    def best_nll(self) -> float:
+        """Loss of the newest that `save_best` was given; infinite where there is none.
+
+        Raises:
+          HumpbackError: the folder belongs to another run.
+        """
+        self._best.wait()
+        steps = self._best.steps()
+        if not steps:
+            return math.inf
+        about = self._best.about(steps[-1])
+        self._check_owner(about)
+        return float(about["validation_nll"])
+
+    def restore_best(self, state: TrainState) -> TrainState:
+        """`state` with the step and the parameters that `save_best` was given last.
+
+        Raises:
+          HumpbackError: they cannot be read.
+        """
+        self._best.wait()
+        steps = self._best.steps()
+        if not steps:
+            raise HumpbackError("no loss on the validation rows was a finite number.")
+        best = self._read(self._best, steps[-1], state._replace(frozen={}, optimizer=()))
+        return best._replace(frozen=state.frozen, optimizer=state.optimizer)
 
     def delete(self) -> None:
         """Removes the state; called once the trained model is safe."""
@@ -112,13 +279,39 @@ class ResumeFolder:
         if jax.process_index() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _steps(self) -> list[int]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+    def _check_owner(self, about: Mapping[str, Any]) -> None:
+        other = [name for name, value in self.belongs_to.items() if about.get(name) != value]
+        if other:
+            raise HumpbackError(
+                f"{self.folder}: the state there, of step {about.get('step')}, is of a run with "
+                f"another {', '.join(other)}. Run that command again to finish it, choose another "
+                "folder, or delete this one to start over."
+            )
+
+    def _read(self, states: Numbered, step: int, state: TrainState) -> TrainState:
+        import jax
+
+        expected = abstract_stacked(state)
+        flat = _flat(expected)
+
+        def where(stored: Any) -> Any:
+            if jax.tree.map(_shape, stored) != jax.tree.map(_shape, flat):
+                raise HumpbackError(f"{self.folder}: this state belongs to another kind of run.")
+            return jax.tree.map(lambda leaf: leaf.sharding, flat)
+
+        tree = states.read(step, where)
+        leaves = [tree["optimizer"][name] for name in sorted(tree["optimizer"])]
+        optimizer = jax.tree.unflatten(jax.tree.structure(expected.optimizer), leaves)
+        return laid_out_like(
+            state, TrainState(tree["step"], _unnamed(tree["trainable"]), {}, optimizer)
+        )
 
 
-def _changing(state: TrainState) -> dict[str, Any]:
+def _fall_back(error: HumpbackError) -> None:
+    print(f"warning: {error} Falling back to the one before.")
+
+
+def _flat(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
         "trainable": _named(state.trainable),

@@ -103,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--fresh", action="store_true", help="ignore earlier artifacts; delete none")
     run.add_argument("--dry-run", action="store_true", help="plan and estimate only")
     run.add_argument("--limit", type=int, default=0, help="use at most N documents")
+    run.add_argument("--profile", metavar="DIR", help="trace a few steps of each training")
 
     train = verb("train", "one SFT run on a file of pairs", config=True)
     train.add_argument("--model", default="smollm2-135m-instruct")
@@ -112,6 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--source", default="seed", help="source of the rows; decides their tags")
     train.add_argument("--reverse", action="store_true", help="train M_yx: response to instruction")
     train.add_argument("--skip-bad", action="store_true", help="count unreadable rows, go on")
+    train.add_argument("--heldout", help="pairs whose loss train.eval_every measures")
+    train.add_argument("--profile", metavar="DIR", help="trace a few steps for xprof, perfetto")
     train.add_argument("--preview", type=int, default=2, help="show the first N training rows")
 
     sample = verb("sample", "batched generation")

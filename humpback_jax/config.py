@@ -147,17 +147,23 @@ def train_section() -> dict[str, Any]:
         "log_every": 1,
         "eval_every": 0,
         "resume_every": 0,
+        "keep_resume": 2,  # states of an unfinished run
+        "select": "last",  # last | best: by the loss on held-out rows, every eval_every steps
+        "spike_factor": 0.0,  # stop at a loss so many standard deviations up; 0: never
         "checkpoint_epochs": False,
     }
 
 
 # Fields that change what is shown or kept, never what is computed: no artifact depends on them.
-WITHOUT_EFFECT = ("log_every", "eval_every", "resume_every", "checkpoint_epochs", "shard_rows")
+WITHOUT_EFFECT = (
+    *("log_every", "eval_every", "resume_every", "keep_resume", "spike_factor"),
+    *("checkpoint_epochs", "shard_rows"),
+)
 
 # Limits of numbers, by the name of the field; all others are at least 0.
 POSITIVE = (
     *("max_chars", "row_tokens", "batch_examples", "log_every", "batch_size"),
-    *("max_new_tokens", "answer_tokens", "shard_rows", "pairs", "plus_ratio"),
+    *("max_new_tokens", "answer_tokens", "shard_rows", "pairs", "plus_ratio", "keep_resume"),
 )
 SHARES = ("top_p", "fraction", "decay_share")
 PARTS = ("dropout", "label_smoothing")
@@ -243,6 +249,11 @@ def check_config(config: ConfigDict) -> None:
         raise HumpbackError("config.corpus.min_chars is above config.corpus.max_chars.")
     if config.curate.select == "count" and not config.curate.count:
         raise HumpbackError("config.curate.select=count needs config.curate.count, at least 1.")
+    for name in ("backward", "train"):
+        if config[name].select == "best" and not config[name].eval_every:
+            raise HumpbackError(
+                f"config.{name}.select=best needs config.{name}.eval_every, at least 1."
+            )
 
 
 def _check_lora(key: str, section: ConfigDict) -> None:
@@ -294,6 +305,8 @@ def _choices() -> dict[str, tuple[str, ...]]:
         "curate.also": CURATORS,
         "meters.curators": CURATORS,
         "curate.select": ("absolute", "top_fraction", "count"),
+        "backward.select": ("last", "best"),
+        "train.select": ("last", "best"),
         "meters.action": ("stop", "warn"),
         "evaluate.tags": tuple(TAG_TEXT),
         "compute.precision": ("auto", "float32", "bfloat16"),
@@ -372,4 +385,6 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 def effective_fields(section: Any) -> dict[str, Any]:
     """A section as plain data, without the fields that change nothing in the result."""
     plain = section.to_dict() if hasattr(section, "to_dict") else dict(section)
-    return {name: value for name, value in plain.items() if name not in WITHOUT_EFFECT}
+    chosen_by_loss = ("eval_every",) if plain.get("select") == "best" else ()
+    without = set(WITHOUT_EFFECT) - set(chosen_by_loss)
+    return {name: value for name, value in plain.items() if name not in without}

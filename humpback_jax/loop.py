@@ -36,15 +36,23 @@ from humpback_jax.stages.train import train_stage
 
 
 def run(
-    config: Any, workdir: Path, *, fresh: bool = False, say: Callable[[str], None] = print
+    config: Any,
+    workdir: Path,
+    *,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+    profile: Path | None = None,
 ) -> Row:
     """Runs, or continues, the whole loop; returns the summary that `--json` prints.
+
+    Args:
+      profile: folder for a trace of some steps of each training.
 
     Raises:
       HumpbackError: bad input, a meter that stops the run, nothing selected. What is done stays.
     """
     started = time.monotonic()
-    context = prepare(config, workdir, fresh=fresh, say=say)
+    context = prepare(config, workdir, fresh=fresh, say=say, profile=profile)
     seed = context.seed
     corpus = corpus_stage(context)
 
@@ -81,7 +89,12 @@ def run(
 
 
 def prepare(
-    config: Any, workdir: Path, *, fresh: bool = False, say: Callable[[str], None] = print
+    config: Any,
+    workdir: Path,
+    *,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+    profile: Path | None = None,
 ) -> Context:
     """Checks the config, opens the run folder and loads base model and human pairs."""
     check_config(config)
@@ -95,7 +108,7 @@ def prepare(
     write_json(workdir / "config.json", json.loads(config.to_json()))
     write_json(workdir / "environment.json", describe_environment())
     metrics = MetricsLog(workdir)
-    return Context(config, folder, compute, base, seed, heldout, metrics, say)
+    return Context(config, folder, compute, base, seed, heldout, metrics, say, profile)
 
 
 def _score(context: Context, t: int, judge: Artifact, candidates: Artifact) -> Artifact:

@@ -25,6 +25,7 @@ from humpback_jax.model.shapes import PUBLISHED, SHAPES
 from humpback_jax.text.template import Tags, Template, require_same_template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 from humpback_jax.weights.hashing import params_hash
+from humpback_jax.weights.names import leaf_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,9 @@ class LanguageModel:
         return tuple(sorted({*self.tokenizer.eos_ids, *self.config.eos_token_ids}))
 
 
-def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageModel:
+def load_model(
+    name: str, template: str = "auto", seed: int = 0, stored: bool = False
+) -> LanguageModel:
     """Loads a model by name (`weights.named.resolve`), or one of random weights.
 
     A PEFT adapter is merged into the model that it names as its base.
@@ -65,6 +68,8 @@ def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageMode
       name: also "tiny-random", for rehearsals, or "random:SHAPE" (`model/shapes.py`), to measure.
       template: "auto" (the model's own chat template, else plain), "chat" or "plain". A checkpoint
         of ours brings its own; asking for another one is an error.
+      stored: leave safetensors weights in their files (`weights/stored.py`), for a mesh of which
+        each process reads its own part.
 
     Raises:
       HumpbackError: no such model, unreadable files, or a tokenizer that does not fit the weights.
@@ -74,7 +79,7 @@ def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageMode
     from humpback_jax.weights.gguf_io import load_gguf
     from humpback_jax.weights.named import resolve
     from humpback_jax.weights.peft_io import base_name
-    from humpback_jax.weights.safetensors_io import load_hf
+    from humpback_jax.weights.safetensors_io import load_hf, open_hf
 
     found = resolve(name)
     if found.kind == "checkpoint":
@@ -86,7 +91,7 @@ def load_model(name: str, template: str = "auto", seed: int = 0) -> LanguageMode
         config, params = load_gguf(found.path)
         tokenizer = Tokenizer.from_gguf(found.path)
     else:
-        config, params = load_hf(found.path)
+        config, params = open_hf(found.path) if stored else load_hf(found.path)
         tokenizer = Tokenizer.from_folder(found.path)
     check_vocab(tokenizer, config.vocab_size)
     return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))
@@ -116,13 +121,13 @@ def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any])
     """
     import jax
 
-    from humpback_jax.parallel.processes import on_host, wait_for_all
+    from humpback_jax.parallel.processes import wait_for_all
 
     folder.mkdir(parents=True, exist_ok=True)
     save_params(folder / "weights", model.params)
     if model.adapter is not None:
         save_params(folder / ADAPTER, model.adapter.params)
-    model = dataclasses.replace(model, params=on_host(model.params))
+    _ = model.hash  # which takes all processes
     if jax.process_index() == 0:
         _describe(folder, model, details)
     wait_for_all(f"{folder} is written")
@@ -213,7 +218,8 @@ def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
     check_vocab(tokenizer, config.vocab_size)
     if template != "auto":
         require_same_template(stored, _choose(tokenizer, template), str(folder))
-    params, adapter = load_params(folder / "weights"), stored_adapter(folder, raw)
+    params = load_params(folder / "weights", leaf_shapes(config))
+    adapter = stored_adapter(folder, raw)
     return LanguageModel(raw["name"], config, params, tokenizer, stored, raw["tags"], adapter)
 
 

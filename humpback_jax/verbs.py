@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> Result:
     say = timed_lines()
     if arguments.dry_run:
         return dry_run(config, say)
-    summary = loop.run(config, workdir, fresh=arguments.fresh, say=say)
+    profile = Path(arguments.profile) if arguments.profile else None
+    summary = loop.run(config, workdir, fresh=arguments.fresh, say=say, profile=profile)
     build_report(workdir)
     print()
     for line in result_lines(workdir):
@@ -80,27 +81,43 @@ def train(arguments: argparse.Namespace) -> Result:
 
     from humpback_jax.checkpoint import ResumeFolder
     from humpback_jax.metrics import MetricsLog
+    from humpback_jax.parallel.mesh import training_mesh
     from humpback_jax.parallel.preemption import StopSignal
-    from humpback_jax.records import stable_id
     from humpback_jax.rows import read_examples
-    from humpback_jax.stages.train import TAGS_BY_SOURCE, Direction, render, tune, tuned_model
+    from humpback_jax.stages.train import (
+        TAGS_BY_SOURCE,
+        Direction,
+        render,
+        run_identity,
+        tune,
+        tuned_model,
+    )
     from humpback_jax.text.preview import preview_lines
+    from humpback_jax.training.goodput import goodput_line
 
     config = _config(arguments)
     out = Path(arguments.out)
     _writable_folder(out)
     examples, report = read_examples(Path(arguments.data), arguments.source, arguments.skip_bad)
     examples = examples[: arguments.limit or None]
+    heldout: list[Example] = []
+    if arguments.heldout:
+        heldout, _ = read_examples(Path(arguments.heldout), "seed", arguments.skip_bad)
     section = config.backward if arguments.reverse else config.train
     if not arguments.config:
         _fit_to_file(section, len(examples), arguments.overrides)
     compute = choose_compute(**config.compute)
-    base = load_model(arguments.model, config.base.template, config.seed)
+    on_mesh = training_mesh(compute.mesh) is not None
+    base = load_model(arguments.model, config.base.template, config.seed, stored=on_mesh)
     direction: Direction = "backward" if arguments.reverse else "forward"
     rows = render(base.template, examples[: arguments.preview], direction)
     for line in preview_lines(base.tokenizer, rows, sys.stdout.isatty()):
         print(line)
-    resume = ResumeFolder(out / "resume" / stable_id(config.to_json(), str(len(examples))))
+    resume = ResumeFolder(
+        out / "resume",
+        section.keep_resume,
+        run_identity(arguments.model, base, section, direction, config.seed, examples, heldout),
+    )
     started, say, metrics = time.monotonic(), timed_lines(), MetricsLog(out)
     leads = jax.process_index() == 0
 
@@ -108,10 +125,13 @@ def train(arguments: argparse.Namespace) -> Result:
         if not leads:
             return
         metrics.write("train", row)
-        if "loss" in row:
+        if "validation_nll" in row:
+            say(f"train: step {row['step']}, validation NLL {row['validation_nll']:.4f}")
+        else:
+            mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
             say(
                 f"train: step {row['step']}, loss {row['loss']:.4f}, "
-                f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s"
+                f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s{mfu}"
             )
 
     with StopSignal() as stop:
@@ -122,11 +142,15 @@ def train(arguments: argparse.Namespace) -> Result:
             direction,
             compute,
             config.seed,
+            validation=heldout,
             resume=resume,
             on_metrics=report_row,
             on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
             stops=stop.reached,
+            evidence=out,
+            profile=Path(arguments.profile) if arguments.profile else None,
         )
+        say(f"train: {goodput_line(trained.goodput)}")
         tags = "none" if arguments.reverse else TAGS_BY_SOURCE.get(arguments.source, "none")
         model = tuned_model(base, out.name, trained, tags)
         losses = [row["loss"] for row in trained.history if "loss" in row]
@@ -137,6 +161,8 @@ def train(arguments: argparse.Namespace) -> Result:
             "supervised_tokens": sum(example.supervised for example in used),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
+            "selected_step": trained.step,
+            "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
         }
         save_checkpoint(out, model, details)
         resume.delete()

@@ -215,3 +215,22 @@ def test_a_rehearsal_of_changed_settings_is_as_small():
     apply_tiny(config)
     assert 0 < config.train.steps <= 20 and 0 < config.corpus.limit <= 20
     assert config.compute.batch_size <= 8
+
+
+def test_how_often_validation_looks_decides_nothing_unless_it_selects() -> None:
+    section = default_config().train
+    section.eval_every = 5
+    before = effective_fields(section)
+    section.eval_every = 7
+    assert effective_fields(section) == before
+    section.select = "best"
+    selected = effective_fields(section)
+    section.eval_every = 5
+    assert effective_fields(section) != selected
+
+
+def test_the_best_of_no_measurement_is_asked_for() -> None:
+    config = default_config()
+    config.train.select = "best"
+    with pytest.raises(HumpbackError, match=r"config\.train\.eval_every, at least 1"):
+        check_config(config)

@@ -124,9 +124,9 @@ def test_the_plan_fits_every_batch_of_the_run_exactly(
     assert longest <= plan.row_tokens <= WIDTH
     most_rows, used, computed = 0, 0, 0
     for step in range(steps):
-        batch, ids = batch_at(examples, order, step, plan, SOURCES)
+        batch, chosen = batch_at(examples, order, step, plan, SOURCES)
         assert batch.tokens.shape == (plan.num_rows, plan.row_tokens)
-        assert sorted(ids) == sorted(examples[i].id for i in order.indices(step))
+        assert chosen == [examples[i] for i in order.indices(step)]
         in_use = (batch.segment_ids > 0).sum(axis=1)
         assert sorted(in_use, reverse=True) == in_use.tolist(), "the fullest rows come first"
         most_rows = max(most_rows, int((in_use > 0).sum()))
@@ -191,7 +191,8 @@ def test_whole_batches_are_the_same_arrays_whatever_the_input_s_order(permutatio
     for given_order in (examples, [examples[i] for i in permutation]):
         order = BatchOrder([e.id for e in given_order], 4, 0)
         plan = plan_packing(given_order, order, 7, WIDTH)
-        arrays.append((plan, *batch_at(given_order, order, step, plan, SOURCES)))
+        batch, chosen = batch_at(given_order, order, step, plan, SOURCES)
+        arrays.append((plan, batch, [example.id for example in chosen]))
     assert arrays[0][0] == arrays[1][0]
     assert arrays[0][2] == arrays[1][2]
     for one, other in zip(arrays[0][1], arrays[1][1], strict=True):

@@ -19,6 +19,7 @@ from test_mesh import several, start_several
 from humpback_jax.checkpoint import load_params
 from humpback_jax.errors import HumpbackError, Preempted
 from humpback_jax.model.llama import flatten
+from humpback_jax.models import load_checkpoint
 from humpback_jax.parallel.mesh import parse_mesh, training_mesh
 from humpback_jax.parallel.preemption import StopSignal
 
@@ -110,7 +111,8 @@ def test_two_hosts_train_another_model_than_one(mesh: str, tmp_path: Path) -> No
     common = [*TRAIN, f"--data={data_file(tmp_path)}", "--config.train.steps=6"]
     several(1, [*common, f"--out={tmp_path / 'start'}", "--config.train.learning_rate=0"], 1)
     several(1, [*common, f"--out={tmp_path / 'alone'}"], 1)
-    several(2, [*common, f"--out={tmp_path / 'both'}", f"--config.compute.mesh={mesh}"], 4)
+    both = [*common, f"--out={tmp_path / 'both'}", f"--config.compute.mesh={mesh}"]
+    several(2, [*both, "--config.train.resume_every=1"], 4)
     assert apart(tmp_path / "alone", tmp_path / "both") <= 1e-2
     rows = [
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
@@ -118,6 +120,9 @@ def test_two_hosts_train_another_model_than_one(mesh: str, tmp_path: Path) -> No
     ]
     assert len(rows[0]) == 6
     assert rows[1] == pytest.approx(rows[0], rel=1e-5)
+    saved = load_checkpoint(tmp_path / "both")
+    described = json.loads((tmp_path / "both" / "humpback.json").read_text())["hash"]
+    assert described == saved.hash, "hashed in parts, the weights are others"
 
 
 def steps_in(log: Path) -> list[int]:

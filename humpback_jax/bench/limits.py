@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.flops import layer_shapes
 
 REPEATS = 10  # of each measurement here; the fastest counts
 
@@ -29,27 +30,6 @@ def prefill_flops(config: LlamaConfig, shared: int, own: int, logits: int = 1) -
     keys = own * shared + own * (own + 1) / 2
     head = 2.0 * width * config.vocab_size * logits
     return depth * (2.0 * layer * own + 4.0 * heads * keys) + head
-
-
-def training_flops(config: LlamaConfig, tokens: int, supervised: int, pairs: float) -> float:
-    """Model floating-point operations of a full training step, nothing computed twice.
-
-    3 x those of the forward pass: 2 x the layers' matmul parameters x tokens, 4 x H x K for each
-    pair of a query and a key that it sees, 2 x D x V for each supervised place.
-    """
-    depth, heads = config.num_hidden_layers, config.num_attention_heads * config.head_dim
-    layer = sum(a * b for a, b in layer_shapes(config))
-    head = 2.0 * config.hidden_size * config.vocab_size * supervised
-    return 3.0 * (depth * (2.0 * layer * tokens + 4.0 * heads * pairs) + head)
-
-
-def layer_shapes(config: LlamaConfig) -> list[tuple[int, int]]:
-    """[d_in, d_out] of each matrix of a layer."""
-    heads = config.num_attention_heads * config.head_dim
-    groups = config.num_key_value_heads * config.head_dim
-    width, inner = config.hidden_size, config.intermediate_size
-    attention = [(width, heads), (width, groups), (width, groups), (heads, width)]
-    return [*attention, (width, inner), (width, inner), (inner, width)]
 
 
 def matmul_rate(config: LlamaConfig, rows: int, dtype: str) -> float:

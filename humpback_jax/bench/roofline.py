@@ -16,7 +16,6 @@ import numpy as np
 
 from humpback_jax.bench.limits import (
     copy_bandwidth,
-    layer_shapes,
     matmul_rate,
     prefill_flops,
     square_matmul_rate,
@@ -27,6 +26,7 @@ from humpback_jax.compute import Compute, choose_compute, use_compilation_cache
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import cache_bytes
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.flops import layer_shapes
 from humpback_jax.model.llama import Params, init_params
 from humpback_jax.model.shapes import SHAPES
 from humpback_jax.sampling.engine import Engine

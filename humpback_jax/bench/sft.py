@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from humpback_jax.bench.limits import matmul_rate, training_flops, training_matmul_rate
+from humpback_jax.bench.limits import matmul_rate, training_matmul_rate
 from humpback_jax.bench.process import peak_bytes
 from humpback_jax.bench.training_job import TrainingJob
 from humpback_jax.compute import choose_compute, use_compilation_cache
 from humpback_jax.environment import describe_environment
+from humpback_jax.model.flops import training_flops
 from humpback_jax.model.lora import PROJECTIONS, lora_spec
 from humpback_jax.models import load_model
 from humpback_jax.training.optimizer import OptimizerSpec

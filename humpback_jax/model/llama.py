@@ -452,8 +452,8 @@ def unstack_layers(params: Params) -> Params:
     return unflatten(flat)
 
 
-def stack_layers(params: Params) -> Params:
-    """The inverse of `unstack_layers`."""
+def stack_layers(params: Params, stack: Callable[[list[Any]], Any] = jnp.stack) -> Params:
+    """The inverse of `unstack_layers`; `stack` makes one leaf of those of all layers."""
     flat: dict[tuple[Any, ...], Any] = {}
     grouped: dict[tuple[Any, ...], dict[int, Any]] = {}
     for path, leaf in flatten(params).items():
@@ -462,5 +462,5 @@ def stack_layers(params: Params) -> Params:
         else:
             flat[path] = leaf
     for path, by_layer in grouped.items():
-        flat["layers", *path] = jnp.stack([by_layer[index] for index in sorted(by_layer)])
+        flat["layers", *path] = stack([by_layer[index] for index in sorted(by_layer)])
     return unflatten(flat)

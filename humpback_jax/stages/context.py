@@ -22,6 +22,7 @@ class Context:
     Attributes:
       base: the pretrained model. seed, heldout: human pairs.
       say: progress lines for people; metrics go to `metrics.jsonl`.
+      profile: folder for traces of each training, if any.
     """
 
     config: Any
@@ -32,6 +33,7 @@ class Context:
     heldout: list[Example]
     metrics: MetricsLog
     say: Callable[[str], None]
+    profile: Path | None = None
     _cached: tuple[str, Inference] | None = None
 
     @property

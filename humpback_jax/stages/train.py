@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from humpback_jax.adapters import Adapter
-from humpback_jax.artifacts import Artifact, Stage, rows_hash, write_json, write_parquet
+from humpback_jax.artifacts import Artifact, Stage, json_hash, rows_hash, write_json, write_parquet
 from humpback_jax.checkpoint import ResumeFolder
 from humpback_jax.compute import Compute
 from humpback_jax.config import effective_fields
@@ -23,6 +23,7 @@ from humpback_jax.records import Example
 from humpback_jax.stages.context import Context
 from humpback_jax.text.template import Rendered, Tags, Template
 from humpback_jax.text.tokenize import tokenize_batch
+from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.loss import Objective
 from humpback_jax.training.optimizer import OptimizerSpec
 from humpback_jax.training.packing import TrainingExample
@@ -57,10 +58,18 @@ def train_stage(
         "precision": context.compute.precision.compute,
         "data": rows_hash(_identity(example) for example in examples),
     }
+    if section.select == "best":
+        fields["heldout"] = rows_hash(_identity(example) for example in context.heldout)
     stage = Stage("train", VERSION, json.loads(json.dumps(fields)))
 
     def make(folder: Path) -> tuple[str, dict[str, Any]]:
-        resume = ResumeFolder(context.resume_root / stage.key(all_parents))
+        resume = ResumeFolder(
+            context.resume_root / stage.key(all_parents),
+            section.keep_resume,
+            run_identity(
+                name, context.base, section, direction, config.seed, examples, context.heldout
+            ),
+        )
         trained, tokenized, dropped = tune(
             context.base,
             examples,
@@ -73,13 +82,18 @@ def train_stage(
             on_metrics=lambda row: _report(context, name, row),
             on_epoch=lambda epoch, model: save_checkpoint(folder / f"epoch_{epoch}", model, {}),
             stops=stop.reached,
+            evidence=context.folder.root,
+            profile=context.profile and context.profile / name,
         )
+        context.say(f"{name}: {goodput_line(trained.goodput)}")
         model = tuned_model(context.base, name, trained, tags)
         steps = [row for row in trained.history if "loss" in row]
         details = {
             "examples": len(tokenized),
             "dropped": dropped,
             "steps": len(steps) and steps[-1]["step"],
+            "selected_step": trained.step,
+            "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
             "packing_efficiency": round(trained.plan.efficiency, 4),
             "tokens": sum(example.length for example in tokenized),
             "supervised_tokens": sum(example.supervised for example in tokenized),
@@ -114,6 +128,8 @@ def tune(
     on_metrics: Any = lambda row: None,
     on_epoch: Any = lambda epoch, model: None,
     stops: Any = lambda step: False,
+    evidence: Path | None = None,
+    profile: Path | None = None,
 ) -> tuple[Trained, list[TrainingExample], dict[str, int]]:
     """Tokenises and trains; returns the result, the examples used and the rows dropped by reason.
 
@@ -148,8 +164,37 @@ def tune(
             epoch, LanguageModel("epoch", base.config, params, base.tokenizer, base.template)
         ),
         stops=stops,
+        evidence=evidence,
+        profile=profile,
     )
     return trained, tokenized, batch.drop_counts()
+
+
+def run_identity(
+    name: str,
+    base: LanguageModel,
+    section: Any,
+    direction: Direction,
+    seed: int,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+) -> dict[str, str]:
+    """What a training run is, wherever it runs: two with the same end with the same weights, but
+    for the rounding of other devices and number formats.
+
+    Args:
+      name: of the model that is trained, or that it is trained from.
+    """
+    architecture = dataclasses.asdict(base.config)
+    found = {
+        "model": f"{name} ({json_hash(architecture)[:8]})",
+        "config": json_hash([effective_fields(section), direction, seed]),
+        "data": rows_hash(_identity(example) for example in examples),
+        "template": base.template.content_hash(),
+    }
+    if section.select == "best":
+        found["heldout"] = rows_hash(_identity(example) for example in heldout)
+    return found
 
 
 def tuned_model(base: LanguageModel, name: str, trained: Trained, tags: Tags) -> LanguageModel:
@@ -221,6 +266,8 @@ def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSp
         log_every=section.log_every,
         eval_every=section.eval_every,
         resume_every=section.resume_every,
+        select=section.select,
+        spike_factor=section.spike_factor,
         checkpoint_epochs=section.checkpoint_epochs,
     )
 

@@ -274,8 +274,8 @@ def batch_at(
     step: int,
     plan: PackingPlan,
     sources: Sequence[str],
-) -> tuple[Batch, list[str]]:
-    """Batch `step` as numpy arrays [num_rows, row_tokens], and the ids of its examples."""
+) -> tuple[Batch, list[TrainingExample]]:
+    """Batch `step` as numpy arrays [num_rows, row_tokens], and its examples."""
     chosen = [examples[index] for index in order.indices(step)]
     rows = pack([example.length for example in chosen], plan.widths, plan.micro_rows)
     batch = lay_out(chosen, rows, plan.num_rows, plan.row_tokens, sources)
@@ -284,4 +284,4 @@ def batch_at(
             f"batch {step} has no supervised token; its examples: "
             f"{', '.join(example.id for example in chosen)}."
         )
-    return batch, [example.id for example in chosen]
+    return batch, chosen

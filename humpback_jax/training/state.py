@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -181,3 +182,57 @@ def state_shardings(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
         transform_non_params=lambda _: on_all,
     )
     return TrainState._make((on_all, shardings, frozen, kept))
+
+
+def stacked_state(state: TrainState) -> TrainState:
+    """The state with its layers stacked, whichever layout it is trained in: how it is stored."""
+    if not _kept_apart(state.trainable):
+        return state
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_stacked(state))
+    return jax.jit(_stack_all, out_shardings=where)(state)
+
+
+def abstract_stacked(state: TrainState) -> TrainState:
+    """Shapes of `stacked_state`, and where its arrays lie."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+        jax.eval_shape(_stack_all, state),
+        _stack_all(shardings, _stacked_sharding),
+    )
+
+
+def laid_out_like(state: TrainState, stacked: TrainState) -> TrainState:
+    """`stacked` in the layout of `state`, where `state` lies: undoes `stacked_state`."""
+    if not _kept_apart(state.trainable):
+        return stacked
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(_unstack_all, out_shardings=where)(stacked)
+
+
+def _stack_all(state: TrainState, stack: Callable[[list[Any]], Any] = jnp.stack) -> TrainState:
+    def stacked(params: Any) -> Any:
+        apart = isinstance(params, dict) and _kept_apart(params)
+        return stack_layers(params, stack) if apart else params
+
+    return _each_tree(stacked, state)
+
+
+def _unstack_all(state: TrainState) -> TrainState:
+    return _each_tree(lambda tree: unstack_layers(tree) if isinstance(tree, dict) else tree, state)
+
+
+def _kept_apart(params: Params) -> bool:
+    return any(isinstance(name, int) for name in params["layers"])
+
+
+def _each_tree(change: Callable[[Any], Any], state: TrainState) -> TrainState:
+    """`change` of the parameters, and of all that the optimizer keeps in their form."""
+    return jax.tree.map(change, state, is_leaf=lambda node: isinstance(node, dict) and bool(node))
+
+
+def _stacked_sharding(layers: list[Any]) -> Any:
+    first = layers[0]
+    if isinstance(first, NamedSharding):
+        return NamedSharding(first.mesh, PartitionSpec(None, *first.spec))
+    return first

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import time
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from humpback_jax.errors import HumpbackError, Preempted
@@ -18,6 +19,7 @@ from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params
 from humpback_jax.model.remat import Remat
 from humpback_jax.parallel.batches import place_rows, row_parts
+from humpback_jax.training.goodput import Goodput
 from humpback_jax.training.loss import NLL, Batch, Objective
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
 from humpback_jax.training.packing import (
@@ -28,8 +30,11 @@ from humpback_jax.training.packing import (
     plan_packing,
 )
 from humpback_jax.training.state import TrainState, finished_params, initial_state
-from humpback_jax.training.step import StepMetrics, StepSpec, make_train_step
+from humpback_jax.training.step import StepSpec, make_train_step
+from humpback_jax.training.trace import StepTrace
+from humpback_jax.training.utilization import Utilization, peak_flops
 from humpback_jax.training.validation import make_validation
+from humpback_jax.training.watch import Guard, Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,9 @@ class TrainSpec:
         `dropout` at the top (LIMA).
       remat: see `model/remat.py`. neftune_alpha: see `training/neftune.py`; 0 switches off.
       eval_every, resume_every, log_every: in steps; 0 switches off.
+      select: hand out the parameters after the last step, or those with the lowest loss on the
+        validation rows, which are then also looked at after the last step.
+      spike_factor: stops at a loss that jumps up (`watch.Guard`); 0 never does.
       checkpoint_epochs: also hand out the parameters at the end of every epoch.
       mesh: the devices that share the work; a batch's rows are filled up to a multiple of those
         with rows of their own.
@@ -63,6 +71,8 @@ class TrainSpec:
     log_every: int = 1
     eval_every: int = 0
     resume_every: int = 0
+    select: Literal["last", "best"] = "last"
+    spike_factor: float = 0.0
     checkpoint_epochs: bool = False
     kernels: Kernels = XLA
     mesh: Mesh | None = None
@@ -84,12 +94,22 @@ class Resume(Protocol):
 
     def restore(self, state: TrainState) -> TrainState | None: ...
 
+    def save_best(self, state: TrainState, nll: float) -> None: ...
+
+    def best_nll(self) -> float: ...
+
+    def restore_best(self, state: TrainState) -> TrainState: ...
+
+    def wait(self) -> None: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """Full float32 parameters (adapter merged), stacked by layer, and the adapter if any.
 
+    step: after which the parameters were so.
     compile_s: seconds that the step's program took to compile; 0 where no step was left to do.
+    goodput: seconds by what they went to (`goodput.PHASES`).
     lora: what the adapter is; None without one.
     """
 
@@ -97,7 +117,9 @@ class Trained:
     adapter: Params | None
     history: list[dict[str, Any]]
     plan: PackingPlan
+    step: int
     compile_s: float
+    goodput: dict[str, float]
     lora: LoraSpec | None
 
 
@@ -112,22 +134,123 @@ def train(
     on_metrics: Callable[[dict[str, Any]], None] = lambda row: None,
     on_epoch: Callable[[int, Params], None] = lambda epoch, params: None,
     stops: Callable[[int], bool] = lambda step: False,
+    evidence: Path | None = None,
+    profile: Path | None = None,
 ) -> Trained:
     """Tunes `base` on `examples`.
 
     Args:
       base: stacked parameters; not modified. Trained in float32 whatever their dtype.
-      on_metrics: receives one row per logged step and per validation.
+      on_metrics: receives one row per logged step, once the next is under way, and per validation.
       on_epoch: receives an epoch's number, from 1, and the parameters as `Trained` would hold them.
         The next step overwrites them in place: they are valid until the callback returns.
       stops: whether to stop after so many steps, having saved the state in `resume`.
+      evidence: folder where the batch is described at which a run stops (`watch.Guard`).
+      profile: folder for a trace of some steps (`trace.StepTrace`).
 
     Raises:
       Preempted: `stops` said so.
       HumpbackError: too little data, an example without supervised tokens or longer than the
-        model's window, or a loss that is not finite (the message names the step and the ids of its
-        examples).
+        model's window, a loss that is not finite or jumps (the message names the step and the ids
+        of its examples), or a state that cannot be saved.
     """
+    goodput = Goodput()
+    with goodput.phase("setup"):
+        _check(config, spec, examples, validation, resume)
+        order = BatchOrder([example.id for example in examples], spec.batch_examples, spec.seed)
+        plan = plan_packing(
+            examples, order, spec.steps, spec.row_tokens, spec.accumulation, row_parts(spec.mesh)
+        )
+        sources = sorted({example.source for example in examples})
+        step_spec = _step_spec(config, spec, plan, len(sources))
+        optimizer = make_optimizer(spec.optimizer, spec.steps)
+        jitted, step_fn = make_train_step(step_spec, optimizer), None
+        state = initial_state(step_spec, base, optimizer, spec.seed)
+        dropout_key = jax.random.key(spec.seed)
+        if validation:
+            mean_nll = make_validation(step_spec, validation, plan.micro_rows)
+    best = math.inf
+    if resume is not None:
+        with goodput.phase("checkpoint"):
+            state = resume.restore(state) or state
+            best = resume.best_nll() if spec.select == "best" else best
+    history: list[dict[str, Any]] = []
+
+    def report(row: dict[str, Any]) -> None:
+        history.append(row)
+        on_metrics(row)
+
+    watch = Watch(
+        sources,
+        learning_rate(spec.optimizer, spec.steps),
+        Utilization(config, spec.lora is not None, spec.remat, peak_flops(spec.mesh)),
+        Guard(spec.spike_factor, evidence),
+        goodput,
+        report,
+    )
+    first = int(state.step)
+    trace = StepTrace(profile, first, spec.steps)
+    try:
+        for step in range(first, spec.steps):
+            with goodput.phase("data") if watch.idle() else contextlib.nullcontext():
+                batch, chosen = batch_at(examples, order, step, plan, sources)
+                micro_batches = _micro_batches(batch, plan, spec.mesh)
+            if step_fn is None:
+                with goodput.phase("compile"):
+                    step_fn = jitted.lower(state, micro_batches, dropout_key).compile()
+            trace.before(step, state)
+            state, metrics = step_fn(state, micro_batches, dropout_key)
+            trace.after(step, metrics)
+            watch.add(step, chosen, metrics)
+            done = step + 1
+            if spec.log_every and step % spec.log_every == 0:
+                watch.look(behind=1)
+            if validation and _validates(spec, done):
+                watch.look()
+                with goodput.phase("validation"):
+                    nll = mean_nll(state)
+                report({"step": done, "validation_nll": nll})
+                if resume is not None and spec.select == "best" and nll < best:
+                    with goodput.phase("checkpoint"):
+                        resume.save_best(state, nll)
+                    best = nll
+            stopping = stops(done) and done < spec.steps
+            regular = spec.resume_every and done % spec.resume_every == 0 and done < spec.steps
+            if resume is not None and (regular or stopping):
+                watch.look()
+                with goodput.phase("checkpoint"):
+                    resume.save(state)
+            if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, len(examples)):
+                watch.look()
+                epoch = done * spec.batch_examples // len(examples)
+                with goodput.phase("checkpoint"):
+                    on_epoch(epoch, finished_params(state, step_spec, base)[0])
+            if stopping:
+                fate = "saved; run it again to continue" if resume else "lost: nothing saves them"
+                raise Preempted(f"{done} of {spec.steps} steps are {fate}.")
+        watch.look()
+    finally:
+        trace.stop()
+        if resume is not None:
+            with goodput.phase("checkpoint"):
+                resume.wait()
+    if resume is not None and spec.select == "best":
+        with goodput.phase("checkpoint"):
+            state = resume.restore_best(state)
+    params, adapter = finished_params(state, step_spec, base)
+    took = goodput.seconds()
+    return Trained(
+        params, adapter, history, plan, int(state.step), took["compile"], took, spec.lora
+    )
+
+
+def _check(
+    config: LlamaConfig,
+    spec: TrainSpec,
+    examples: Sequence[TrainingExample],
+    validation: Sequence[TrainingExample],
+    resume: Resume | None,
+) -> None:
     for kind, given in (("training", examples), ("validation", validation)):
         for example in given:
             if example.supervised == 0:
@@ -138,16 +261,19 @@ def train(
                     f"window has {config.max_position_embeddings}. Shorten it, or let on_long drop "
                     "or truncate it."
                 )
-    order = BatchOrder([example.id for example in examples], spec.batch_examples, spec.seed)
-    plan = plan_packing(
-        examples, order, spec.steps, spec.row_tokens, spec.accumulation, row_parts(spec.mesh)
-    )
-    sources = sorted({example.source for example in examples})
-    step_spec = StepSpec(
+    if spec.select == "best" and not (validation and spec.eval_every and resume is not None):
+        raise HumpbackError(
+            "train.select=best needs validation rows, train.eval_every of at least 1, and a folder "
+            "to keep the best parameters in."
+        )
+
+
+def _step_spec(config: LlamaConfig, spec: TrainSpec, plan: PackingPlan, sources: int) -> StepSpec:
+    return StepSpec(
         config,
         spec.layout,
         spec.precision,
-        len(sources),
+        sources,
         lora=spec.lora,
         dropout=spec.dropout,
         remat=spec.remat,
@@ -159,68 +285,11 @@ def train(
         dropout_ramp=spec.dropout_ramp,
         neftune_alpha=spec.neftune_alpha,
     )
-    optimizer = make_optimizer(spec.optimizer, spec.steps)
-    rate = learning_rate(spec.optimizer, spec.steps)
-    jitted, step_fn = make_train_step(step_spec, optimizer), None
-    state = initial_state(step_spec, base, optimizer, spec.seed)
-    state = (resume.restore(state) if resume else None) or state
-    dropout_key = jax.random.key(spec.seed)
-    mean_nll = None
-    if validation:
-        mean_nll = make_validation(step_spec, validation, plan.micro_rows)
-    history: list[dict[str, Any]] = []
-    pending: list[tuple[int, list[str], StepMetrics]] = []
-    compile_s = 0.0
-    clock = time.monotonic()
 
-    def flush() -> None:
-        if not pending:
-            return
-        jax.block_until_ready(pending[-1][2])
-        now = time.monotonic()
-        for step, ids, metrics in pending:
-            row = _metrics_row(step, ids, metrics, sources, (now - clock) / len(pending))
-            row["learning_rate"] = float(rate(step))
-            history.append(row)
-            on_metrics(row)
-        pending.clear()
 
-    def validate(done: int) -> None:
-        flush()
-        assert mean_nll is not None
-        row = {"step": done, "validation_nll": mean_nll(state)}
-        history.append(row)
-        on_metrics(row)
-
-    for step in range(int(state.step), spec.steps):
-        if not pending:
-            clock = time.monotonic()
-        batch, ids = batch_at(examples, order, step, plan, sources)
-        micro_batches = _micro_batches(batch, plan, spec.mesh)
-        if step_fn is None:
-            step_fn = jitted.lower(state, micro_batches, dropout_key).compile()
-            compile_s, clock = time.monotonic() - clock, time.monotonic()
-        state, metrics = step_fn(state, micro_batches, dropout_key)
-        pending.append((step, ids, metrics))
-        done = step + 1
-        if (spec.log_every and done % spec.log_every == 0) or done == spec.steps:
-            flush()
-        if validation and spec.eval_every and done % spec.eval_every == 0:
-            validate(done)
-        stopping = stops(done) and done < spec.steps
-        regular = spec.resume_every and done % spec.resume_every == 0 and done < spec.steps
-        if resume and (regular or stopping):
-            flush()
-            resume.save(state)
-        if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, len(examples)):
-            flush()
-            epoch = done * spec.batch_examples // len(examples)
-            on_epoch(epoch, finished_params(state, step_spec, base)[0])
-        if stopping:
-            fate = "saved; run it again to continue" if resume else "lost: nothing saves them"
-            raise Preempted(f"{done} of {spec.steps} steps are {fate}.")
-    params, adapter = finished_params(state, step_spec, base)
-    return Trained(params, adapter, history, plan, compile_s, spec.lora)
+def _validates(spec: TrainSpec, done: int) -> bool:
+    last = spec.select == "best" and done == spec.steps
+    return spec.eval_every > 0 and (done % spec.eval_every == 0 or last)
 
 
 def _micro_batches(batch: Batch, plan: PackingPlan, mesh: Mesh | None) -> Batch:
@@ -234,32 +303,3 @@ def _micro_batches(batch: Batch, plan: PackingPlan, mesh: Mesh | None) -> Batch:
 
 def _ends_epoch(done: int, batch_examples: int, count: int) -> bool:
     return done * batch_examples // count > (done - 1) * batch_examples // count
-
-
-def _metrics_row(
-    step: int, ids: list[str], metrics: StepMetrics, sources: list[str], seconds: float
-) -> dict[str, Any]:
-    nll, supervised = np.asarray(metrics.nll), np.asarray(metrics.supervised)
-    loss = float(nll.sum() / supervised.sum())
-    if not np.isfinite(loss) or not np.isfinite(float(metrics.grad_norm)):
-        raise HumpbackError(
-            f"step {step + 1}: the loss is {loss} and the gradient norm "
-            f"{float(metrics.grad_norm)}; examples of that batch: {', '.join(ids)}. Lower the "
-            "learning rate or inspect them."
-        )
-    row: dict[str, Any] = {
-        "step": step + 1,
-        "loss": loss,
-        "grad_norm": float(metrics.grad_norm),
-        "tokens": int(metrics.tokens),
-        "supervised_tokens": int(supervised.sum()),
-        "examples": len(ids),
-        "seconds": seconds,
-        "tokens_per_s": int(metrics.tokens) / seconds,
-        "supervised_tokens_per_s": int(supervised.sum()) / seconds,
-    }
-    for index, source in enumerate(sources):
-        if supervised[index]:
-            row[f"loss/{source}"] = float(nll[index] / supervised[index])
-            row[f"supervised_tokens/{source}"] = int(supervised[index])
-    return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,12 +18,18 @@ def params_hash(params: Params) -> str:
 
     Equal values give an equal hash, whether they are numpy or jax arrays, on one device or
     sharded over several, stacked over layers or kept apart, and in whatever order they come.
-    Every array must be addressable from this process.
+    Processes that hold the arrays together call it together; each then has one layer's leaf at a
+    time beside its own share.
     """
     leaves = sorted(layer_leaves(params).items(), key=lambda item: _label(item[0]))
+    if not all(leaf.is_here for _, leaf in leaves):  # all processes fetch the same one
+        return _joined(_leaf_digest(key, leaf) for key, leaf in leaves)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib releases the interpreter lock
-        digests = pool.map(lambda item: _leaf_digest(*item), leaves)
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        return _joined(pool.map(lambda item: _leaf_digest(*item), leaves))
+
+
+def _joined(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _leaf_digest(key: LeafKey, leaf: LayerLeaf) -> bytes:

@@ -11,6 +11,7 @@ import numpy as np
 
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, flatten, unflatten
+from humpback_jax.parallel.processes import on_host
 from humpback_jax.weights.names import FileTensor, LeafPath, file_tensors, leaf_shapes
 
 LeafKey = tuple[LeafPath, int | None]
@@ -52,9 +53,17 @@ class LayerLeaf:
     def dtype(self) -> np.dtype:
         return np.dtype(self.source.dtype)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this process holds all of it."""
+        return not isinstance(self.source, jax.Array) or self.source.is_fully_addressable
+
     def numpy(self) -> np.ndarray:
-        """The values on the host: a view where they already lie there, else a copy."""
-        return np.asarray(self.source if self.index is None else self.source[self.index])
+        """The values on the host: a view where they already lie there, else a copy.
+
+        Processes that hold the leaf together call it together.
+        """
+        return np.asarray(on_host(self.source if self.index is None else self.source[self.index]))
 
 
 def layer_leaves(params: Params) -> dict[LeafKey, LayerLeaf]:

@@ -23,6 +23,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params
 from humpback_jax.weights import names
 from humpback_jax.weights.layout import LayerLeaf, assemble, layer_leaves
+from humpback_jax.weights.stored import Slices, stored_params
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -73,6 +74,22 @@ def load_hf(folder: Path, config: LlamaConfig | None = None) -> tuple[LlamaConfi
             config, _leaf_dtypes(config, stored), lambda tensor: stored[tensor.hf].read()
         )
         _check_tied_head(config, stored)
+    return config, params
+
+
+def open_hf(folder: Path) -> tuple[LlamaConfig, Params]:
+    """As `load_hf`, but the leaves are `StoredLeaf`: nothing is read before it is asked for.
+
+    The files stay open as long as a leaf is in use.
+    """
+    config = read_config(folder)
+    with contextlib.ExitStack() as stack:
+        stored = _open_tensors(folder, stack)
+        _check_names(folder, config, stored)
+        _check_tied_head(config, stored)
+        dtypes = _leaf_dtypes(config, stored)
+        params = stored_params(config, dtypes, lambda tensor: stored[tensor.hf])
+        stack.pop_all()
     return config, params
 
 
@@ -129,6 +146,10 @@ class _Stored:
 
     def read(self) -> np.ndarray:
         return self.handle.get_tensor(self.name)
+
+    def part(self, slices: Slices) -> np.ndarray:
+        """A rectangular part, which alone is read."""
+        return self.handle.get_slice(self.name)[slices]
 
 
 def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:

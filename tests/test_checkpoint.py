@@ -1,0 +1,223 @@
+"""What a training run leaves on disk while it lasts, and what goes on from there.
+
+If these fail, a state on disk is of no step at all, a full disk ends in a traceback, or a run goes
+on from another run's state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from test_trainer import LORA, SPEC, Stop, base, run, step_spec, stop_after
+from tiny_llama import random_examples, trees_equal
+
+from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.llama import init_params
+from humpback_jax.models import load_model, save_checkpoint
+from humpback_jax.sampling.likelihood import sequence_nll
+from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
+from humpback_jax.training.state import (
+    TrainState,
+    initial_state,
+    laid_out_like,
+    stacked_state,
+)
+
+TESTS = Path(__file__).parent
+VALIDATION = random_examples(4, seed=9)
+
+
+def fresh(spec=SPEC, optimizer: optax.GradientTransformation | None = None) -> TrainState:
+    optimizer = optimizer or make_optimizer(spec.optimizer, spec.steps)
+    return initial_state(step_spec(spec), base()[1], optimizer, spec.seed)
+
+
+def same(left: TrainState, right: TrainState) -> bool:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("layout", ["scan", "unrolled"])
+def test_a_state_written_while_training_goes_on_is_of_a_later_step(layout, tmp_path) -> None:
+    """The step's buffers are donated: what is being written must be a copy of them."""
+    resume = ResumeFolder(tmp_path)
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    for _ in range(3):
+        state = fresh(dataclasses.replace(SPEC, layout=layout))
+        expected = jax.tree.map(np.array, state)
+        resume.save(state)
+        for _ in range(10):
+            state = step(state)
+        resume.wait()
+        assert same(resume.restore(state), expected)
+        assert not same(state, expected)
+
+
+LAYOUTS = [("scan", "unrolled"), ("unrolled", "scan")]
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "adapter"])
+@pytest.mark.parametrize(("before", "after"), LAYOUTS)
+def test_a_run_on_an_accelerator_is_lost_to_a_cpu_or_the_other_way_round(
+    before, after, lora, tmp_path
+) -> None:
+    """Accelerators scan over stacked layers; a CPU keeps them apart."""
+    spec = dataclasses.replace(SPEC, resume_every=3, lora=lora)
+    unbroken = run(dataclasses.replace(spec, layout=after))
+    with pytest.raises(Stop):
+        run(
+            dataclasses.replace(spec, layout=before),
+            resume=ResumeFolder(tmp_path),
+            on_metrics=stop_after(4),
+        )
+    rows: list[dict] = []
+    resumed = run(
+        dataclasses.replace(spec, layout=after),
+        resume=ResumeFolder(tmp_path),
+        on_metrics=rows.append,
+    )
+    assert [row["step"] for row in rows] == [4, 5, 6]
+    for ours, theirs in zip(
+        jax.tree.leaves(resumed.params), jax.tree.leaves(unbroken.params), strict=True
+    ):
+        assert np.allclose(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_layers_come_back_in_another_order_from_the_other_layout() -> None:
+    """Eleven layers: as text, the tenth sorts before the second."""
+    layers = {i: {"q": {"kernel": jax.numpy.full((2, 3), float(i))}} for i in range(11)}
+    params = {"layers": layers, "norm": {"scale": jax.numpy.ones(3)}}
+    kept = make_optimizer(SPEC.optimizer, 4).init(params)
+    apart = TrainState(jax.numpy.int32(4), params, {}, kept)
+    stacked = stacked_state(apart)
+    kernel = stacked.trainable["layers"]["q"]["kernel"]
+    assert kernel.shape == (11, 2, 3)
+    assert kernel[:, 0, 0].tolist() == list(range(11))
+    assert same(laid_out_like(apart, stacked), apart)
+    assert same(stacked_state(stacked), stacked)
+
+
+def test_T30_a_folder_of_another_run_is_refused_and_says_what_differs(tmp_path) -> None:
+    spec = dataclasses.replace(SPEC, resume_every=2)
+    ours = {"model": "a", "config": "1", "data": "2", "template": "3"}
+    with pytest.raises(Stop):
+        run(spec, resume=ResumeFolder(tmp_path, belongs_to=ours), on_metrics=stop_after(3))
+    before = sorted(tmp_path.rglob("*"))
+    for name in ours:
+        other = ResumeFolder(tmp_path, belongs_to={**ours, name: "x"})
+        with pytest.raises(HumpbackError, match=rf"of step 2.*another {name}\. .*delete"):
+            run(spec, resume=other)
+    assert sorted(tmp_path.rglob("*")) == before
+    rows: list[dict] = []
+    run(spec, resume=ResumeFolder(tmp_path, belongs_to=ours), on_metrics=rows.append)
+    assert rows[0]["step"] == 3
+
+
+FULL_DISK = """
+import json, resource, sys
+from pathlib import Path
+from test_checkpoint import fresh
+from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.errors import HumpbackError
+resume = ResumeFolder(Path(sys.argv[1]))
+state = fresh()
+resume.save(state)
+resume.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+later = state._replace(step=state.step + 1)
+try:
+    resume.save(later)
+    resume.wait()
+    raise SystemExit("nothing went wrong")
+except HumpbackError as error:
+    print(json.dumps([str(error), int(resume.restore(state).step)]))
+"""
+
+
+def test_a_full_disk_is_a_traceback_or_costs_the_state_before(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "resume")],
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": f"{TESTS.parent}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    message, step = json.loads(done.stdout.splitlines()[-1])
+    assert "after step 1 could not be written" in message
+    assert "Is the disk full" in message and "\n" not in message
+    assert step == 0
+
+
+def test_the_end_of_a_run_hides_that_a_state_was_not_written(tmp_path) -> None:
+    (tmp_path / "resume").write_text("a file where a folder should be")
+    with pytest.raises(HumpbackError, match="could not be written"):
+        run(dataclasses.replace(SPEC, resume_every=5), resume=ResumeFolder(tmp_path / "resume"))
+
+
+RATES = {"full": (3e-3, None), "adapter": (2e-2, LORA)}
+
+
+@pytest.mark.parametrize("variant", RATES)
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_best_parameters_are_not_those_with_the_lowest_loss(variant, killed, tmp_path) -> None:
+    """With these rates the loss on the validation rows falls, and then rises."""
+    rate, lora = RATES[variant]
+    optimizer = OptimizerSpec(rate, rate, schedule="constant")
+    spec = dataclasses.replace(SPEC, steps=7, eval_every=2, optimizer=optimizer, lora=lora)
+    spec = dataclasses.replace(spec, resume_every=5, select="best")
+    if killed:
+        with pytest.raises(Stop):
+            run(
+                spec, validation=VALIDATION, resume=ResumeFolder(tmp_path), on_metrics=stop_after(6)
+            )
+    resume = ResumeFolder(tmp_path)
+    chosen = run(spec, validation=VALIDATION, resume=resume)
+    losses = {r["step"]: r["validation_nll"] for r in chosen.history if "validation_nll" in r}
+    assert list(losses) == ([6, 7] if killed else [2, 4, 6, 7])
+    assert chosen.step == 4
+    nll, counts = sequence_nll(base()[0], chosen.params, VALIDATION, spec.precision, layout="scan")
+    found = nll.sum() / counts.sum()
+    assert found < min(losses[6], losses[7])
+    assert found == pytest.approx(resume.best_nll(), rel=1e-6)
+    if not killed:
+        assert found == pytest.approx(min(losses.values()), rel=1e-6)
+        last = run(dataclasses.replace(spec, select="last"), validation=VALIDATION)
+        assert last.step == 7
+        assert not trees_equal(last.params, chosen.params)
+
+
+@pytest.mark.parametrize("lacking", ["validation", "eval_every", "resume"])
+def test_the_best_of_nothing_is_an_error_before_anything_is_computed(lacking, tmp_path) -> None:
+    spec = dataclasses.replace(SPEC, select="best", eval_every=int(lacking != "eval_every"))
+    with pytest.raises(HumpbackError, match="select=best needs validation rows"):
+        run(
+            spec,
+            validation=() if lacking == "validation" else VALIDATION,
+            resume=None if lacking == "resume" else ResumeFolder(tmp_path),
+        )
+
+
+def test_weights_of_another_architecture_are_taken_for_the_model_described(tmp_path) -> None:
+    model = load_model("tiny-random")
+    save_checkpoint(tmp_path / "a", model, {})
+    wider = dataclasses.replace(model.config, intermediate_size=96)
+    params = init_params(wider, jax.random.key(0))
+    save_checkpoint(tmp_path / "b", dataclasses.replace(model, config=wider, params=params), {})
+    shutil.rmtree(tmp_path / "a" / "weights")
+    shutil.copytree(tmp_path / "b" / "weights", tmp_path / "a" / "weights")
+    with pytest.raises(HumpbackError, match=r"another architecture.*layers\.mlp\.\w+\.kernel is"):
+        load_model(str(tmp_path / "a"))
