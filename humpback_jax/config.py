@@ -117,6 +117,7 @@ def train_section() -> dict[str, Any]:
         "row_tokens": 2048,
         "accumulation": 0,  # micro-batches; 0: on CPU one for each row, else 1
         "on_long": "drop",  # error | drop | truncate
+        "mixture": (),  # e.g. web:weight=0.5:cap=1000; fields: training/mixture.py
         "learning_rate": 1e-5,
         "end_learning_rate": 9e-6,
         "schedule": "linear",
@@ -213,6 +214,8 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       HumpbackError: an unknown choice, or a number out of range; names the key.
     """
+    from humpback_jax.training.mixture import parse_mixture
+
     for key, value in _leaves(config):
         name = key.rpartition(".")[2]
         for choice in value if isinstance(value, tuple) else (value,):
@@ -224,6 +227,8 @@ def check_config(config: ConfigDict) -> None:
                 )
         if isinstance(value, int | float) and key not in ANY_NUMBER:
             _check_number(key, name, value)
+    for section in (config.backward, config.train):
+        parse_mixture(section.mixture)
     if config.corpus.min_chars > config.corpus.max_chars:
         raise HumpbackError("config.corpus.min_chars is above config.corpus.max_chars.")
     if config.curate.select == "count" and not config.curate.count:

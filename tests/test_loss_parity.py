@@ -33,9 +33,10 @@ from humpback_jax.model.linear import Precision, dropout
 from humpback_jax.model.llama import flatten, init_params, stack_layers, unflatten, unstack_layers
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.training import loss as loss_module
+from humpback_jax.training.examples import TrainingExample
 from humpback_jax.training.loss import Batch, Objective
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
-from humpback_jax.training.packing import TrainingExample, best_fit, lay_out
+from humpback_jax.training.packing import best_fit, lay_out
 from humpback_jax.training.state import StepSpec, TrainState
 from humpback_jax.training.step import batch_nll, make_train_step
 

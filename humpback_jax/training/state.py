@@ -33,6 +33,7 @@ class TrainState(NamedTuple):
 class StepSpec:
     """Everything static about a step; `PackingPlan` says what the two bounds are.
 
+    weights: in the loss, of the tokens of each source; () where all count alike.
     mesh: the devices that share the step: rows lie over data and fsdp, parameters and the
       optimizer's state over fsdp and tensor (`parallel/rules.py`).
     """
@@ -49,6 +50,7 @@ class StepSpec:
     kernels: Kernels = XLA
     mesh: Mesh | None = None
     objective: Objective = NLL
+    weights: tuple[float, ...] = ()
 
 
 def initial_state(

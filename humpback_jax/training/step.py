@@ -28,7 +28,9 @@ class StepMetrics(NamedTuple):
 def batch_nll(
     spec: StepSpec, params: Params, batch: Batch, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(the objective's sum over supervised tokens, nll by source [sources]) of rows [rows, T]."""
+    """(the objective's weighted sum over supervised tokens, nll by source [sources]) of rows
+    [rows, T].
+    """
     model = bind(spec.config, params, spec.layout, spec.lora)
     kernels = dataclasses.replace(spec.kernels, mesh=spec.mesh)
     hidden, _ = model.hidden_states(
@@ -42,10 +44,18 @@ def batch_nll(
         placed=lambda x: keep_rows_apart(x, spec.mesh),
     )
     chosen = supervised_targets(batch, spec.max_targets, spec.mesh)
-    total, nll = token_nll(model, hidden, chosen, spec.precision, spec.mesh, spec.objective)
     sources = chosen.pick(batch.sources)
+    if spec.weights:
+        chosen = chosen._replace(weights=chosen.weights * jnp.array(spec.weights)[sources])
+    total, nll = token_nll(model, hidden, chosen, spec.precision, spec.mesh, spec.objective)
     by_source = jnp.zeros((spec.num_sources,), jnp.float32).at[sources].add(nll)
     return total, by_source
+
+
+def _weight(batch: Batch, weights: tuple[float, ...]) -> jax.Array:
+    """[]: of all supervised tokens of a batch, i.e. their number where all count alike."""
+    each = jnp.array(weights)[batch.sources] if weights else 1
+    return (batch.mask * each).sum().astype(jnp.float32)
 
 
 def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
@@ -56,7 +66,7 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
     """
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepMetrics]:
-        count = batch.mask.sum().astype(jnp.float32)
+        count = _weight(batch, spec.weights)
         step_key = jax.random.fold_in(key, state.step)
 
         def mean_nll(

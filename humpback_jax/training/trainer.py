@@ -16,16 +16,13 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params
-from humpback_jax.parallel.batches import place_rows, row_parts
-from humpback_jax.training.loss import NLL, Batch, Objective
+from humpback_jax.parallel.batches import row_parts
+from humpback_jax.training.examples import ExampleIndex, TrainingExample, index_of
+from humpback_jax.training.loss import NLL, Objective
+from humpback_jax.training.mixture import Share, loss_weights, pools_of, shares_of
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
-from humpback_jax.training.packing import (
-    BatchOrder,
-    PackingPlan,
-    TrainingExample,
-    batch_at,
-    plan_packing,
-)
+from humpback_jax.training.order import BatchOrder
+from humpback_jax.training.packing import PackingPlan, packed_rows, place_batch, plan_packing
 from humpback_jax.training.state import TrainState, finished_params, initial_state
 from humpback_jax.training.step import StepMetrics, StepSpec, make_train_step
 from humpback_jax.training.validation import make_validation
@@ -44,6 +41,8 @@ class TrainSpec:
       checkpoint_epochs: also hand out the parameters at the end of every epoch.
       mesh: the devices that share the work; a batch's rows are filled up to a multiple of those
         with rows of their own.
+      mixture: how much of each source is used, and how much it counts; a source that it does not
+        name is used whole, with weight 1.
     """
 
     steps: int
@@ -64,6 +63,7 @@ class TrainSpec:
     kernels: Kernels = XLA
     mesh: Mesh | None = None
     objective: Objective = NLL
+    mixture: tuple[Share, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_examples", "row_tokens", "accumulation"):
@@ -104,15 +104,18 @@ def train(
     resume: Resume | None = None,
     on_metrics: Callable[[dict[str, Any]], None] = lambda row: None,
     on_epoch: Callable[[int, Params], None] = lambda epoch, params: None,
+    on_plan: Callable[[PackingPlan], None] = lambda plan: None,
     stops: Callable[[int], bool] = lambda step: False,
 ) -> Trained:
     """Tunes `base` on `examples`.
 
     Args:
       base: stacked parameters; not modified. Trained in float32 whatever their dtype.
+      examples: in memory, or a `TokenStore`; a process reads the tokens of its own devices' rows.
       on_metrics: receives one row per logged step and per validation.
       on_epoch: receives an epoch's number, from 1, and the parameters as `Trained` would hold them.
         The next step overwrites them in place: they are valid until the callback returns.
+      on_plan: receives how batches are packed, before anything is compiled.
       stops: whether to stop after so many steps, having saved the state in `resume`.
 
     Raises:
@@ -121,21 +124,18 @@ def train(
         model's window, or a loss that is not finite (the message names the step and the ids of its
         examples).
     """
-    for kind, given in (("training", examples), ("validation", validation)):
-        for example in given:
-            if example.supervised == 0:
-                raise HumpbackError(f"{kind} example {example.id} has no supervised token.")
-            if example.length > config.max_position_embeddings:
-                raise HumpbackError(
-                    f"{kind} example {example.id} takes {example.length} places, the model's "
-                    f"window has {config.max_position_embeddings}. Shorten it, or let on_long drop "
-                    "or truncate it."
-                )
-    order = BatchOrder([example.id for example in examples], spec.batch_examples, spec.seed)
+    index = index_of(examples)
+    window = "the model's window", config.max_position_embeddings
+    _check("training", examples, index, window, ("a row", spec.row_tokens))
+    _check("validation", validation, index_of(validation), window)
+    shares = shares_of(index.names, spec.mixture)
+    pools = pools_of(index.keys, index.sources, shares)
+    order = BatchOrder(index.keys, spec.batch_examples, spec.seed, pools)
     plan = plan_packing(
-        examples, order, spec.steps, spec.row_tokens, spec.accumulation, row_parts(spec.mesh)
+        index, order, spec.steps, spec.row_tokens, spec.accumulation, row_parts(spec.mesh)
     )
-    sources = sorted({example.source for example in examples})
+    on_plan(plan)
+    sources = index.names
     step_spec = StepSpec(
         config,
         spec.layout,
@@ -149,6 +149,7 @@ def train(
         spec.kernels,
         spec.mesh,
         spec.objective,
+        loss_weights(shares),
     )
     optimizer = make_optimizer(spec.optimizer, spec.steps)
     rate = learning_rate(spec.optimizer, spec.steps)
@@ -160,7 +161,7 @@ def train(
     if validation:
         mean_nll = make_validation(step_spec, validation, spec.row_tokens, plan.micro_rows)
     history: list[dict[str, Any]] = []
-    pending: list[tuple[int, list[str], StepMetrics]] = []
+    pending: list[tuple[int, np.ndarray, StepMetrics]] = []
     compile_s = 0.0
     clock = time.monotonic()
 
@@ -169,8 +170,10 @@ def train(
             return
         jax.block_until_ready(pending[-1][2])
         now = time.monotonic()
-        for step, ids, metrics in pending:
-            row = _metrics_row(step, ids, metrics, sources, (now - clock) / len(pending))
+        for step, indices, metrics in pending:
+            _check_finite(step, metrics, examples, indices)
+            row = _metrics_row(step, metrics, sources, (now - clock) / len(pending))
+            row["examples"] = len(indices)
             row["learning_rate"] = float(rate(step))
             history.append(row)
             on_metrics(row)
@@ -186,13 +189,14 @@ def train(
     for step in range(int(state.step), spec.steps):
         if not pending:
             clock = time.monotonic()
-        batch, ids = batch_at(examples, order, step, plan, sources)
-        micro_batches = _micro_batches(batch, plan, spec.mesh)
+        indices = order.indices(step)
+        rows = packed_rows(index, indices, plan.row_tokens)
+        micro_batches = place_batch(examples, rows, plan, sources, spec.mesh)
         if step_fn is None:
             step_fn = jitted.lower(state, micro_batches, dropout_key).compile()
             compile_s, clock = time.monotonic() - clock, time.monotonic()
         state, metrics = step_fn(state, micro_batches, dropout_key)
-        pending.append((step, ids, metrics))
+        pending.append((step, indices, metrics))
         done = step + 1
         if (spec.log_every and done % spec.log_every == 0) or done == spec.steps:
             flush()
@@ -203,9 +207,9 @@ def train(
         if resume and (regular or stopping):
             flush()
             resume.save(state)
-        if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, len(examples)):
+        if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, order.epoch_examples):
             flush()
-            epoch = done * spec.batch_examples // len(examples)
+            epoch = done * spec.batch_examples // order.epoch_examples
             on_epoch(epoch, finished_params(state, step_spec)[0])
         if stopping:
             fate = "saved; run it again to continue" if resume else "lost: nothing saves them"
@@ -214,37 +218,49 @@ def train(
     return Trained(params, adapter, history, plan, compile_s)
 
 
-def _micro_batches(batch: Batch, plan: PackingPlan, mesh: Mesh | None) -> Batch:
-    """[rows, tokens] -> [micro-batches, micro_rows, tokens], on the mesh."""
-
-    def cut(x: jax.Array) -> jax.Array:
-        return place_rows(x.reshape(-1, plan.micro_rows, x.shape[-1]), mesh, 1)
-
-    return Batch._make(map(cut, batch))
+def _check(
+    kind: str,
+    examples: Sequence[TrainingExample],
+    index: ExampleIndex,
+    *limits: tuple[str, int],
+) -> None:
+    for number in np.flatnonzero(index.supervised == 0)[:1]:
+        raise HumpbackError(f"{kind} example {examples[number].id} has no supervised token.")
+    for what, places in limits:
+        for number in np.flatnonzero(index.lengths > places)[:1]:
+            raise HumpbackError(
+                f"{kind} example {examples[number].id} takes {index.lengths[number]} places, "
+                f"{what} has {places}. Shorten it, raise row_tokens, or let on_long drop or "
+                "truncate it."
+            )
 
 
 def _ends_epoch(done: int, batch_examples: int, count: int) -> bool:
     return done * batch_examples // count > (done - 1) * batch_examples // count
 
 
+def _check_finite(
+    step: int, metrics: StepMetrics, examples: Sequence[TrainingExample], indices: np.ndarray
+) -> None:
+    loss, norm = float(np.asarray(metrics.nll).sum()), float(metrics.grad_norm)
+    if not np.isfinite(loss) or not np.isfinite(norm):
+        names = ", ".join(examples[index].id for index in indices)
+        raise HumpbackError(
+            f"step {step + 1}: the loss is {loss} and the gradient norm {norm}; examples of that "
+            f"batch: {names}. Lower the learning rate or inspect them."
+        )
+
+
 def _metrics_row(
-    step: int, ids: list[str], metrics: StepMetrics, sources: list[str], seconds: float
+    step: int, metrics: StepMetrics, sources: Sequence[str], seconds: float
 ) -> dict[str, Any]:
     nll, supervised = np.asarray(metrics.nll), np.asarray(metrics.supervised)
-    loss = float(nll.sum() / supervised.sum())
-    if not np.isfinite(loss) or not np.isfinite(float(metrics.grad_norm)):
-        raise HumpbackError(
-            f"step {step + 1}: the loss is {loss} and the gradient norm "
-            f"{float(metrics.grad_norm)}; examples of that batch: {', '.join(ids)}. Lower the "
-            "learning rate or inspect them."
-        )
     row: dict[str, Any] = {
         "step": step + 1,
-        "loss": loss,
+        "loss": float(nll.sum() / supervised.sum()),
         "grad_norm": float(metrics.grad_norm),
         "tokens": int(metrics.tokens),
         "supervised_tokens": int(supervised.sum()),
-        "examples": len(ids),
         "seconds": seconds,
         "tokens_per_s": int(metrics.tokens) / seconds,
         "supervised_tokens_per_s": int(supervised.sum()) / seconds,
