@@ -7,7 +7,7 @@ A shard is a folder. It is written under another name and renamed, so that one t
     ids.txt      the ids, end to end
     counts.json  examples, tokens, rows dropped by reason, and a hash of the content
 
-Tokens are memory-mapped: however large a store is, what stays in memory are 20 bytes an example.
+Tokens are memory-mapped: however large a store is, only the index is in memory.
 """
 
 from __future__ import annotations

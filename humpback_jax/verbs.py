@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import shutil
 import sys
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from humpback_jax.evaluation.statistics import Estimate
     from humpback_jax.inference import Inference
     from humpback_jax.records import Example
-    from humpback_jax.stages.tokens import RowFile, Tokenization
 
 Result = dict[str, Any]
 
@@ -85,6 +83,7 @@ def train(arguments: argparse.Namespace) -> Result:
     from humpback_jax.records import stable_id
     from humpback_jax.stages.tokens import Tokenization, parse_files, token_store
     from humpback_jax.stages.train import TAGS_BY_SOURCE, Direction, tune, tuned_model
+    from humpback_jax.text.preview import preview_lines
     from humpback_jax.text.template import Tags
     from humpback_jax.training.mixture import check_sources, parse_mixture, source_counts
 
@@ -110,7 +109,9 @@ def train(arguments: argparse.Namespace) -> Result:
             clocked(text)
 
     way = Tokenization(base, section, direction, arguments.skip_bad, arguments.limit)
-    _preview(way, files[0], arguments.preview)
+    first = way.first_rows(files[0], arguments.preview)
+    for line in preview_lines(base.tokenizer, first, sys.stdout.isatty()):
+        print(line)
     tokens = Path(arguments.tokens) if arguments.tokens else out / "resume" / "tokens"
     examples, bad = token_store(files, way, tokens, say)
     sources = source_counts(examples.columns, mixture)
@@ -164,18 +165,6 @@ def train(arguments: argparse.Namespace) -> Result:
         shutil.rmtree(tokens, ignore_errors=True)
     say(f"saved {out}: {details}")
     return {"out": str(out), "seconds": round(time.monotonic() - started, 1), **details}
-
-
-def _preview(way: Tokenization, file: RowFile, count: int) -> None:
-    """Shows the first rows as they are trained on."""
-    from humpback_jax.rows import ReadReport, stream_examples
-    from humpback_jax.stages.train import render
-    from humpback_jax.text.preview import preview_lines
-
-    rows = stream_examples(file.path, file.source, ReadReport(), way.skip_bad)
-    shown = render(way.base.template, list(itertools.islice(rows, count)), way.direction)
-    for line in preview_lines(way.base.tokenizer, shown, sys.stdout.isatty()):
-        print(line)
 
 
 def sample(arguments: argparse.Namespace) -> Result:

@@ -38,7 +38,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
 SMALL = "--model=tiny-random --rows=6 --max-tokens=4 --batch-size=4 --rounds=1"
 
 
-@pytest.mark.parametrize(("page", "least"), [("benchmarks.md", 4), ("scale.md", 2)])
+@pytest.mark.parametrize(("page", "least"), [("benchmarks.md", 4), ("data.md", 3), ("scale.md", 2)])
 def test_every_command_on_a_page_is_understood(page: str, least: int) -> None:
     commands = shown_commands(ROOT / "docs" / page)
     assert len(commands) >= least

@@ -176,7 +176,9 @@ def test_counts_by_source_are_of_the_examples_in_use() -> None:
 def trained(folder: Path, capsys: Any, *extra: str) -> dict[str, Any]:
     arguments = ["train", "--model=tiny-random", f"--out={folder}", "--json", "--preview=0"]
     assert main([*arguments, *extra]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr().out
+    assert "of the computed places hold tokens" in printed
+    return json.loads(printed.splitlines()[-1])
 
 
 def test_train_mixes_files_and_says_what_it_took(

@@ -296,6 +296,19 @@ def test_many_rows_fill_the_memory_while_they_are_tokenised(count: int, tmp_path
     assert seconds < 600 * count / 1e6
 
 
+@pytest.mark.slow
+def test_a_host_waits_for_one_that_has_refused_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, ROWS)
+    command = ["train", "--model=tiny-random", f"--data={path}", f"--out={tmp_path / 'm'}"]
+    start = time.monotonic()
+    processes = start_several(2, [*command, f"--config.train.row_tokens={WIDTH}"], 1)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "Row r7" in errors[0] and "failed in process 0; its message says why" in errors[1]
+    assert time.monotonic() - start < 60
+
+
 def test_every_host_reads_the_tokens_of_all_hosts() -> None:
     """Two processes with four devices each: every example is read by exactly one of them."""
     reports = []

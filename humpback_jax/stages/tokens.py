@@ -14,11 +14,12 @@ import jax
 from humpback_jax.artifacts import write_json
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import LanguageModel
-from humpback_jax.parallel.processes import wait_for_all
+from humpback_jax.parallel.processes import all_or_none
 from humpback_jax.progress import Say
 from humpback_jax.records import Example, stable_id
 from humpback_jax.rows import ReadReport, stream_examples
 from humpback_jax.stages.train import Direction, none_left, render, token_limit
+from humpback_jax.text.template import Rendered
 from humpback_jax.text.tokenize import TokenizedBatch, tokenize_batch
 from humpback_jax.token_store import TokenStore, write_shard
 
@@ -59,6 +60,12 @@ class Tokenization:
         rows = render(self.base.template, examples, self.direction)
         longest = token_limit(self.base, self.section)
         return tokenize_batch(self.base.tokenizer, rows, longest, self.section.on_long)
+
+    def first_rows(self, file: RowFile, count: int) -> list[tuple[str, Rendered]]:
+        """(id, text with its supervised spans) of the first rows of a file, for people."""
+        rows = stream_examples(file.path, file.source, ReadReport(), self.skip_bad)
+        first = list(itertools.islice(rows, count))
+        return render(self.base.template, first, self.direction)
 
     def key(self, file: RowFile) -> str:
         """Another one where the file or anything else changed that tokens depend on."""
@@ -107,10 +114,14 @@ def _make(folder: Path, file: RowFile, tokenization: Tokenization, say: Say) -> 
     """Makes a file's shards, each process its part; returns the manifest, which is written last."""
     processes, own = jax.process_count(), jax.process_index()
     manifest = folder / "store.json"
-    found = json.loads(manifest.read_text("utf-8")) if manifest.exists() else None
-    if found is None or _missing(folder, found):
-        found = _pass(folder, file, tokenization, say, lambda number: number % processes == own)
-    wait_for_all(f"tokens in {folder.name}")
+
+    def our_part() -> dict[str, Any]:
+        found = json.loads(manifest.read_text("utf-8")) if manifest.exists() else None
+        if found is not None and not _missing(folder, found):
+            return dict(found)
+        return _pass(folder, file, tokenization, say, lambda number: number % processes == own)
+
+    found = all_or_none(f"tokenising {file.path}", our_part)
     if _missing(folder, found):  # the others do not write here
         _pass(folder, file, tokenization, say, lambda number: True)
     write_json(manifest, found)
