@@ -54,8 +54,9 @@ def batch_nll(
 
 def _weight(batch: Batch, weights: tuple[float, ...]) -> jax.Array:
     """[]: of all supervised tokens of a batch, i.e. their number where all count alike."""
-    each = jnp.array(weights)[batch.sources] if weights else 1
-    return (batch.mask * each).sum().astype(jnp.float32)
+    if not weights:
+        return batch.mask.sum().astype(jnp.float32)
+    return (batch.mask * jnp.array(weights)[batch.sources]).sum()
 
 
 def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
