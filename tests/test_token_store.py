@@ -224,8 +224,8 @@ def test_a_limit_counts_rows_of_each_file(tmp_path: Path) -> None:
 def test_files_with_and_without_the_name_of_a_source(tmp_path: Path) -> None:
     odd = tmp_path / "a=b.jsonl"
     odd.touch()
-    files = parse_files(["rows.jsonl", "web=w.jsonl", str(odd), "dir/a=b.jsonl"], "seed")
-    expected = [("seed", "rows.jsonl"), ("web", "w.jsonl"), ("seed", str(odd))]
+    files = parse_files(["rows.jsonl", "my-web=w.jsonl", str(odd), "dir/a=b.jsonl"], "seed")
+    expected = [("seed", "rows.jsonl"), ("my-web", "w.jsonl"), ("seed", str(odd))]
     assert files == [RowFile(s, Path(p)) for s, p in [*expected, ("seed", "dir/a=b.jsonl")]]
 
 

@@ -41,7 +41,7 @@ def parse_files(texts: Sequence[str], source: str) -> list[RowFile]:
     files = []
     for text in texts:
         name, equals, path = text.partition("=")
-        named = bool(equals) and name.isidentifier() and not Path(text).exists()
+        named = bool(equals) and name.replace("-", "_").isidentifier() and not Path(text).exists()
         files.append(RowFile(name, Path(path)) if named else RowFile(source, Path(text)))
     return files
 
