@@ -107,9 +107,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = verb("train", "one SFT run on a file of pairs", config=True)
     train.add_argument("--model", default="smollm2-135m-instruct")
-    train.add_argument("--data", required=True)
+    train.add_argument(
+        "--data", action="append", required=True, help="FILE or SOURCE=FILE; may be repeated"
+    )
     train.add_argument("--out", required=True)
-    train.add_argument("--limit", type=int, default=0, help="use at most N rows")
+    train.add_argument(
+        "--mix",
+        action="append",
+        default=[],
+        help="SOURCE:FIELD=VALUE[:...]; fields: weight (in the loss), cap, repeat, count (draws)",
+    )
+    train.add_argument("--tokens", help="folder that keeps the tokenised rows for other runs")
+    train.add_argument("--limit", type=int, default=0, help="use at most N rows of each file")
     train.add_argument("--source", default="seed", help="source of the rows; decides their tags")
     train.add_argument("--reverse", action="store_true", help="train M_yx: response to instruction")
     train.add_argument("--skip-bad", action="store_true", help="count unreadable rows, go on")

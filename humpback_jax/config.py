@@ -117,6 +117,7 @@ def train_section() -> dict[str, Any]:
         "row_tokens": 2048,
         "accumulation": 0,  # micro-batches; 0: on CPU one for each row, else 1
         "on_long": "drop",  # error | drop | truncate
+        "mixture": (),  # e.g. web:weight=0.5:cap=1000; fields: training/mixture.py
         "learning_rate": 1e-5,
         "end_learning_rate": 9e-6,
         "schedule": "linear",  # linear | cosine | constant | wsd | inverse_sqrt
@@ -232,6 +233,8 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       HumpbackError: an unknown choice, or a number out of range; names the key.
     """
+    from humpback_jax.training.mixture import parse_mixture
+
     for key, value in _leaves(config):
         name = key.rpartition(".")[2]
         for choice in value if isinstance(value, tuple) else (value,):
@@ -245,6 +248,7 @@ def check_config(config: ConfigDict) -> None:
             _check_number(key, name, value)
     for name in ("backward", "train"):
         _check_lora(f"config.{name}.lora", config[name].lora)
+        parse_mixture(config[name].mixture)
     if config.corpus.min_chars > config.corpus.max_chars:
         raise HumpbackError("config.corpus.min_chars is above config.corpus.max_chars.")
     if config.curate.select == "count" and not config.curate.count:

@@ -34,7 +34,7 @@ from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.text.template import Rendered
 from humpback_jax.text.tokenize import tokenize_batch
 from humpback_jax.text.tokenizer import Tokenizer
-from humpback_jax.training.packing import TrainingExample
+from humpback_jax.training.examples import TrainingExample
 
 # Renders a prompt around a text: what comes before the text, whatever it is, is shared.
 Opening = Callable[[str], str]

@@ -15,7 +15,9 @@ from humpback_jax.model.linear import Precision
 from humpback_jax.records import Example
 from humpback_jax.run_view import RunView, round_of, short_name
 from humpback_jax.sampling.engine import Shape
-from humpback_jax.training.packing import BatchOrder
+from humpback_jax.training.examples import keys_of, numbered
+from humpback_jax.training.mixture import pools_of, shares_of
+from humpback_jax.training.order import BatchOrder
 
 
 def trace_id(workdir: Path, name: str) -> Row:
@@ -41,11 +43,15 @@ def batches(run: RunView, model: str) -> list[list[str]]:
     from humpback_jax.stages.train import train_spec
 
     fields = run.entries[model]["fields"]
-    ids = [row["id"] for row in run.training_data(model)]
+    data = run.training_data(model)
+    ids = [row["id"] for row in data]
     # The fields that change no result are not stored; their defaults do as well.
     section = ConfigDict({**train_section(), **fields["train"]}, convert_dict=True)
     spec = train_spec(section, Compute(Precision(), "scan", Shape()), fields["seed"], len(ids))
-    order = BatchOrder(ids, spec.batch_examples, spec.seed)
+    keys = keys_of([(row["source"], row["id"]) for row in data])
+    names, sources = numbered([row["source"] for row in data])
+    pools = pools_of(keys, sources, shares_of(names, spec.mixture))
+    order = BatchOrder(keys, spec.batch_examples, spec.seed, pools)
     return [[ids[index] for index in order.indices(step)] for step in range(spec.steps)]
 
 

@@ -32,7 +32,8 @@ from humpback_jax.stages.curate import score_stage, select_stage, selected_examp
 from humpback_jax.stages.evaluate import answers_stage, evaluate_stage, results_table
 from humpback_jax.stages.measure import backward_meter_stage, curation_meter_stage
 from humpback_jax.stages.sources import corpus_stage, seed_pairs
-from humpback_jax.stages.train import train_stage
+from humpback_jax.stages.train import TAGS_BY_SOURCE, train_stage
+from humpback_jax.training.mixture import check_sources, parse_mixture
 
 
 def run(
@@ -101,6 +102,8 @@ def prepare(
     check_curator(config.curate.curator, config.rounds)
     for curator in (*config.curate.also, *config.meters.curators):
         check_curator(curator, 1)
+    for section in (config.backward, config.train):
+        check_sources(parse_mixture(section.mixture), tuple(TAGS_BY_SOURCE))
     folder = RunFolder(workdir, fresh=fresh, say=say)
     seed, heldout = seed_pairs(config)
     compute = choose_compute(**config.compute)

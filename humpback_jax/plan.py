@@ -22,10 +22,12 @@ from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import choose, rubric_decoding
 from humpback_jax.stages.sources import corpus_stage
-from humpback_jax.stages.train import Direction, render, train_spec
+from humpback_jax.stages.train import Direction, render, tokenized_examples, train_spec
 from humpback_jax.text.template import Rendered, Tags
-from humpback_jax.text.tokenize import tokenize_batch
-from humpback_jax.training.packing import BatchOrder, TrainingExample, plan_packing
+from humpback_jax.training.examples import TrainingExample, index_of
+from humpback_jax.training.mixture import parse_mixture, pools_of, shares_of
+from humpback_jax.training.order import BatchOrder
+from humpback_jax.training.packing import plan_packing
 
 # Cost of a trained and of a decoded token in forward passes of one token. Arithmetic gives 3 for
 # training; on a CPU the optimizer and the element-wise work, bound by memory, come on top. Decoding
@@ -165,14 +167,16 @@ class _Planner:
     def _training(self, name: str, examples: Sequence[Example], direction: Direction) -> StagePlan:
         section = self.config.backward if direction == "backward" else self.config.train
         base, seed = self.context.base, self.config.seed
-        limit = min(section.row_tokens + 1, base.config.max_position_embeddings)
-        rows = render(self.template, examples, direction)
-        batch = tokenize_batch(base.tokenizer, rows, limit, section.on_long)
-        kept = [TrainingExample(e.id, e.ids, e.mask) for e in batch.examples]
-        spec = train_spec(section, self.context.compute, seed, len(kept))
-        order = BatchOrder([example.id for example in kept], spec.batch_examples, seed)
-        packing = plan_packing(kept, order, spec.steps, spec.row_tokens, spec.accumulation)
-        tokens = sum(kept[i].length for step in range(spec.steps) for i in order.indices(step))
+        kept, _ = tokenized_examples(base, examples, section, direction)
+        index = index_of(kept)
+        pools = pools_of(
+            index.keys, index.sources, shares_of(index.names, parse_mixture(section.mixture))
+        )
+        draws = sum(pool.draws for pool in pools)
+        spec = train_spec(section, self.context.compute, seed, draws)
+        order = BatchOrder(index.keys, spec.batch_examples, seed, pools)
+        packing = plan_packing(index, order, spec.steps, spec.row_tokens, spec.accumulation)
+        tokens = sum(int(index.lengths[order.indices(step)].sum()) for step in range(spec.steps))
         cost = tokens / packing.efficiency * self.train_factor * REMAT_FACTOR[spec.remat]
         if spec.eval_every:
             held_out = self._tokens(render(self.template, self.context.heldout, direction))

@@ -78,7 +78,11 @@ def read_examples(
 
 
 def stream_examples(
-    path: Path, source: str, report: ReadReport, skip_bad: bool = False
+    path: Path,
+    source: str,
+    report: ReadReport,
+    skip_bad: bool = False,
+    distinct_ids: bool = True,
 ) -> Iterator[Example]:
     """Training or evaluation rows from .jsonl, .json (a list), .parquet; also .gz and .zst.
 
@@ -89,6 +93,7 @@ def stream_examples(
       source: given to every row; decides its tags.
       report: filled in as rows are read.
       skip_bad: count unusable rows by reason instead of stopping at the first.
+      distinct_ids: number equal ids, for which all ids are kept in memory.
 
     Raises:
       HumpbackError: names file, row and field, and says what to do.
@@ -103,7 +108,7 @@ def stream_examples(
         report.forms[form] = report.forms.get(form, 0) + 1
         content = [[m.role, m.content] for m in messages]
         given = _given_id(row) or stable_id(json.dumps([content, text]))
-        name = unique_name(given, seen)
+        name = unique_name(given, seen) if distinct_ids else given
         report.renamed += name != given
         report.rows += 1
         yield Example(name, messages, source, text)

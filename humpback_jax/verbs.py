@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def train(arguments: argparse.Namespace) -> Result:
-    """SFT on a file of rows; writes one of our checkpoints."""
+    """SFT on files of rows; writes one of our checkpoints."""
     import jax
 
     from humpback_jax.checkpoint import ResumeFolder
@@ -84,42 +85,61 @@ def train(arguments: argparse.Namespace) -> Result:
     from humpback_jax.parallel.mesh import training_mesh
     from humpback_jax.parallel.preemption import StopSignal
     from humpback_jax.rows import read_examples
+    from humpback_jax.stages.tokens import Tokenization, parse_files, token_store
     from humpback_jax.stages.train import (
         TAGS_BY_SOURCE,
         Direction,
-        render,
         run_identity,
         tune,
         tuned_model,
     )
     from humpback_jax.text.preview import preview_lines
+    from humpback_jax.text.template import Tags
     from humpback_jax.training.goodput import goodput_line
+    from humpback_jax.training.mixture import check_sources, parse_mixture, source_counts
 
     config = _config(arguments)
     out = Path(arguments.out)
     _writable_folder(out)
-    examples, report = read_examples(Path(arguments.data), arguments.source, arguments.skip_bad)
-    examples = examples[: arguments.limit or None]
+    files = parse_files(arguments.data, arguments.source)
     heldout: list[Example] = []
     if arguments.heldout:
         heldout, _ = read_examples(Path(arguments.heldout), "seed", arguments.skip_bad)
     section = config.backward if arguments.reverse else config.train
-    if not arguments.config:
-        _fit_to_file(section, len(examples), arguments.overrides)
+    if arguments.mix:
+        section.mixture = tuple(part for text in arguments.mix for part in text.split(","))
+    mixture = parse_mixture(section.mixture)
+    check_sources(mixture, [file.source for file in files])
+    if not arguments.config and not any(k.endswith(".on_long") for k in arguments.overrides):
+        section.on_long = "error"
     compute = choose_compute(**config.compute)
     on_mesh = training_mesh(compute.mesh) is not None
     base = load_model(arguments.model, config.base.template, config.seed, stored=on_mesh)
     direction: Direction = "backward" if arguments.reverse else "forward"
-    rows = render(base.template, examples[: arguments.preview], direction)
-    for line in preview_lines(base.tokenizer, rows, sys.stdout.isatty()):
+    leads = jax.process_index() == 0
+    started, clocked, metrics = time.monotonic(), timed_lines(), MetricsLog(out)
+
+    def say(text: str) -> None:
+        if leads:
+            clocked(text)
+
+    way = Tokenization(base, section, direction, arguments.skip_bad, arguments.limit)
+    first = way.first_rows(files[0], arguments.preview)
+    for line in preview_lines(base.tokenizer, first, sys.stdout.isatty()):
         print(line)
+    tokens = Path(arguments.tokens) if arguments.tokens else out / "resume" / "tokens"
+    examples, bad = token_store(files, way, tokens, say)
+    sources = source_counts(examples.columns, mixture)
+    if not arguments.config:
+        draws = sum(counts["draws"] for counts in sources.values())
+        _fit_to_file(section, draws, arguments.overrides)
     resume = ResumeFolder(
         out / "resume",
         section.keep_resume,
-        run_identity(arguments.model, base, section, direction, config.seed, examples, heldout),
+        run_identity(
+            arguments.model, base, section, direction, config.seed, examples.hash, heldout
+        ),
     )
-    started, say, metrics = time.monotonic(), timed_lines(), MetricsLog(out)
-    leads = jax.process_index() == 0
 
     def report_row(row: Result) -> None:
         if not leads:
@@ -135,7 +155,7 @@ def train(arguments: argparse.Namespace) -> Result:
             )
 
     with StopSignal() as stop:
-        trained, used, dropped = tune(
+        trained = tune(
             base,
             examples,
             section,
@@ -146,19 +166,24 @@ def train(arguments: argparse.Namespace) -> Result:
             resume=resume,
             on_metrics=report_row,
             on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
+            on_plan=lambda plan: say(f"train: {plan.summary()}"),
             stops=stop.reached,
             evidence=out,
             profile=Path(arguments.profile) if arguments.profile else None,
         )
         say(f"train: {goodput_line(trained.goodput)}")
-        tags = "none" if arguments.reverse else TAGS_BY_SOURCE.get(arguments.source, "none")
+        learnt = [TAGS_BY_SOURCE[name] for name in sources if name in TAGS_BY_SOURCE]
+        tags: Tags = "both" if len(learnt) == 2 else learnt[0] if learnt else "none"
+        tags = "none" if arguments.reverse else tags
         model = tuned_model(base, out.name, trained, tags)
         losses = [row["loss"] for row in trained.history if "loss" in row]
         details = {
-            "examples": len(used),
-            "dropped": dropped,
-            "bad_rows": report.bad,
-            "supervised_tokens": sum(example.supervised for example in used),
+            "examples": sum(counts["examples"] for counts in sources.values()),
+            "dropped": dict(examples.dropped),
+            "bad_rows": bad,
+            "supervised_tokens": sum(counts["supervised_tokens"] for counts in sources.values()),
+            "sources": sources,
+            "packing_efficiency": round(trained.plan.efficiency, 4),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "selected_step": trained.step,
@@ -166,6 +191,8 @@ def train(arguments: argparse.Namespace) -> Result:
         }
         save_checkpoint(out, model, details)
         resume.delete()
+    if not arguments.tokens:
+        shutil.rmtree(tokens, ignore_errors=True)
     say(f"saved {out}: {details}")
     return {"out": str(out), "seconds": round(time.monotonic() - started, 1), **details}
 
@@ -465,14 +492,12 @@ def _compute(arguments: argparse.Namespace, rows: int) -> Compute:
 
 
 def _fit_to_file(section: Any, count: int, overrides: dict[str, list[str]]) -> None:
-    """What `train` does unless told otherwise: one epoch, small batches, over-long rows refused."""
+    """What `train` does unless told otherwise: one epoch, small batches."""
     given = {key.rsplit(".", 1)[-1] for key in overrides}
     if not given & {"steps", "epochs"}:
         section.epochs = 1.0
     if "batch_examples" not in given:
         section.batch_examples = min(8, count)
-    if "on_long" not in given:
-        section.on_long = "error"
 
 
 def _run_folder(arguments: argparse.Namespace) -> Path:

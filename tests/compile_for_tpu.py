@@ -132,7 +132,6 @@ def training_with_activations_on_the_host(mesh: Mesh) -> dict[str, int]:
         config,
         "scan",
         BFLOAT16,
-        tokens,
         1,
         dropout=0.1,
         remat="offload",

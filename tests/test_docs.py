@@ -40,7 +40,8 @@ SMALL = "--model=tiny-random --rows=6 --max-tokens=4 --batch-size=4 --rounds=1"
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("benchmarks.md", 4), ("scale.md", 2), ("adapters.md", 7)]
+    ("page", "least"),
+    [("adapters.md", 7), ("benchmarks.md", 4), ("data.md", 3), ("scale.md", 2)],
 )
 def test_every_command_on_a_page_is_understood(page: str, least: int) -> None:
     commands = shown_commands(ROOT / "docs" / page)

@@ -30,7 +30,7 @@ from humpback_jax.sampling.engine import Engine, Request, Shape
 from humpback_jax.sampling.likelihood import sequence_nll
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.model.linear import Precision
-from humpback_jax.training.packing import TrainingExample
+from humpback_jax.training.examples import TrainingExample
 from humpback_jax.training.trainer import TrainSpec, train
 from humpback_jax.weights.safetensors_io import load_hf, save_hf
 

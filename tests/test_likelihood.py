@@ -37,7 +37,7 @@ from humpback_jax.sampling.likelihood import (
     supervised_tokens,
 )
 from humpback_jax.sampling.prefix import compute_prefix
-from humpback_jax.training.packing import TrainingExample
+from humpback_jax.training.examples import TrainingExample
 
 WIDTH = WIDTHS[0]
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}

@@ -33,9 +33,10 @@ from humpback_jax.model.linear import Precision, dropout
 from humpback_jax.model.llama import flatten, init_params, stack_layers, unflatten, unstack_layers
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.training import loss as loss_module
+from humpback_jax.training.examples import TrainingExample
 from humpback_jax.training.loss import Batch, Objective
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
-from humpback_jax.training.packing import TrainingExample, best_fit, lay_out
+from humpback_jax.training.packing import best_fit, lay_out
 from humpback_jax.training.state import StepSpec, TrainState
 from humpback_jax.training.step import batch_nll, make_train_step
 
@@ -175,6 +176,26 @@ def test_losses_by_source_sum_to_the_whole() -> None:
     assert int(metrics.tokens) == sum(example.length for example in examples)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_source_s_weight_is_that_of_its_tokens_in_the_loss_and_in_no_metric(accumulation) -> None:
+    model, config, params = model_of(False)
+    examples, weights = random_examples(6), (1.0, 0.25)
+    each = torch.tensor([weights[SOURCES.index(example.source)] for example in examples])
+    counts = torch.tensor([example.supervised for example in examples])
+    model.zero_grad()
+    nll = torch_nll(model, examples)
+    ((each * nll).sum() / (each * counts).sum()).backward()
+    batch = packed(examples, one_each=True)
+    plain, metrics = step_gradient(spec_for(config), params, batch, accumulation)
+    spec = spec_for(config, weights=weights)
+    gradient, weighted = step_gradient(spec, params, batch, accumulation)
+    assert_trees_close(gradient, gradients_of(model, "unrolled"), 1e-4)
+    with pytest.raises(AssertionError):
+        assert_trees_close(plain, gradients_of(model, "unrolled"), 1e-2)
+    np.testing.assert_allclose(weighted.nll, metrics.nll, rtol=1e-6)
+    assert np.array_equal(weighted.supervised, metrics.supervised)
+
+
 def test_the_mask_alone_decides_what_is_learnt() -> None:
     """Tokens that look like padding (0) or like the end of text (2) are learnt where marked."""
     model, config, params = model_of(True)
@@ -241,7 +262,7 @@ def _projection(tied: bool):
     kernel = generator.normal(size=(37, 16) if tied else (16, 37)).astype(np.float32)
     hidden = generator.normal(size=(65, 16)).astype(np.float32)
     targets = generator.integers(0, 37, 65).astype(np.int32)
-    return hidden, kernel, targets, generator.integers(0, 2, 65).astype(np.float32)
+    return hidden, kernel, targets, generator.choice([0, 0.5, 1, 3], 65).astype(np.float32)
 
 
 def test_a_target_far_from_the_mode_has_a_finite_exact_loss() -> None:

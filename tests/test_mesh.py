@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,10 @@ def test_two_axes_of_an_array_on_one_axis_of_the_mesh_are_an_error() -> None:
     assert set(RULES.values()) <= {*AXES, None}
 
 
-def start_several(count: int, arguments: list[str], devices: int) -> list[subprocess.Popen[str]]:
-    """A verb in `count` processes of so many devices each."""
+def start_several(
+    count: int, arguments: list[str], devices: int, program: Sequence[str] = ("-m", "humpback_jax")
+) -> list[subprocess.Popen[str]]:
+    """A verb, or another program, in `count` processes of so many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -159,9 +162,9 @@ def start_several(count: int, arguments: list[str], devices: int) -> list[subpro
         }
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "humpback_jax", *arguments],
+                [sys.executable, *program, *arguments],
                 cwd=ROOT,
-                env=environment,
+                env={**environment, "PYTHONPATH": str(ROOT)},
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -53,10 +53,10 @@ def test_noise_on_embeddings_does_not_follow_the_examples_length() -> None:
 def test_noise_disturbs_validation_or_no_training() -> None:
     config, params = from_torch(torch_llama(num_hidden_layers=1))
     examples = random_examples(6)
-    plain = StepSpec(config, "scan", FLOAT32, 64, 2)
+    plain = StepSpec(config, "scan", FLOAT32, 2)
     noisy = dataclasses.replace(plain, neftune_alpha=ALPHA)
     state = initial_state(plain, params, optax.sgd(0.0), 0)
-    without, beside = (make_validation(spec, examples, 64, 6)(state) for spec in (plain, noisy))
+    without, beside = (make_validation(spec, examples, 6)(state) for spec in (plain, noisy))
     assert beside == without
     batch = lay_out(examples, best_fit([e.length for e in examples], 64), 6, 64, ("seed", "web"))
     run = jax.jit(lambda key: batch_nll(noisy, params, batch, key)[0] / batch.mask.sum())

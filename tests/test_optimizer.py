@@ -150,7 +150,7 @@ def gradient_of_a_model() -> tuple[Params, Callable[[Params], Any]]:
     config, params = from_torch(torch_llama(num_hidden_layers=1), "unrolled")
     examples = random_examples(8)
     batch = lay_out(examples, best_fit([e.length for e in examples], 64), 8, 64, ("seed", "web"))
-    spec = StepSpec(config, "unrolled", Precision(), 64, 2)
+    spec = StepSpec(config, "unrolled", Precision(), 2)
 
     def mean(params: Params) -> jax.Array:
         return batch_nll(spec, params, batch)[0] / batch.mask.sum()
@@ -225,7 +225,7 @@ def test_a_schedule_s_rates_are_not_those_of_transformers(warmup) -> None:
 def test_what_adafactor_keeps_of_a_matrix_lies_elsewhere_than_the_matrix(layout) -> None:
     mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
     config = SHAPES["tinyllama"]
-    spec = StepSpec(config, layout, Precision(), 1, 1, mesh=mesh)  # type: ignore[arg-type]
+    spec = StepSpec(config, layout, Precision(), 1, mesh=mesh)  # type: ignore[arg-type]
     where = state_shardings(spec, make_optimizer(OptimizerSpec(name="adafactor"), 10))
     factors = where.optimizer[1][0]
     layer = ("layers",) if layout == "scan" else ("layers", 0)

@@ -15,15 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.training.packing import (
-    BatchOrder,
-    TrainingExample,
-    batch_at,
-    best_fit,
-    epoch_order,
-    lay_out,
-    plan_packing,
-)
+from humpback_jax.training.examples import TrainingExample, index_of, keys_of
+from humpback_jax.training.order import BatchOrder
+from humpback_jax.training.packing import best_fit, lay_out, packed_rows, place_batch, plan_packing
 
 WIDTH = 32
 SOURCES = ("seed", "web")
@@ -41,6 +35,14 @@ def example(index: int, tokens: int, supervised: int | None = None) -> TrainingE
 
 def examples_of(lengths: list[int]) -> list[TrainingExample]:
     return [example(index, length, max(1, length // 2)) for index, length in enumerate(lengths)]
+
+
+def keys(ids: list[str]) -> np.ndarray:
+    return keys_of([("seed", name) for name in ids])
+
+
+def epoch_order(ids: list[str], seed: int, epoch: int) -> list[int]:
+    return BatchOrder(keys(ids), len(ids), seed).indices(epoch).tolist()
 
 
 def plainly_packed(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -112,8 +114,9 @@ def test_the_plan_fits_every_batch_of_the_run_exactly(
 ) -> None:
     assume(size <= len(lengths))
     examples, steps = examples_of(lengths), 7
-    order = BatchOrder([e.id for e in examples], size, seed)
-    plan = plan_packing(examples, order, steps, WIDTH, accumulation, parts, multiple_of=8)
+    index = index_of(examples)
+    order = BatchOrder(index.keys, size, seed)
+    plan = plan_packing(index, order, steps, WIDTH, accumulation, parts, multiple_of=8)
     if accumulation is None:
         assert plan.micro_rows == parts
     else:
@@ -124,9 +127,14 @@ def test_the_plan_fits_every_batch_of_the_run_exactly(
     assert longest <= plan.row_tokens <= WIDTH
     most_rows, used, computed = 0, 0, 0
     for step in range(steps):
-        batch, chosen = batch_at(examples, order, step, plan, SOURCES)
+        indices = order.indices(step)
+        rows = packed_rows(index, indices, plan)
+        batch = lay_out(examples, rows, plan.num_rows, plan.row_tokens, SOURCES)
+        placed = place_batch(examples, rows, plan, SOURCES, None)
+        for one, other in zip(batch, placed, strict=True):
+            assert np.array_equal(one, other.reshape(one.shape))
         assert batch.tokens.shape == (plan.num_rows, plan.row_tokens)
-        assert chosen == [examples[i] for i in order.indices(step)]
+        assert sorted(i for row in rows for i in row) == sorted(indices)
         in_use = (batch.segment_ids > 0).sum(axis=1)
         assert sorted(in_use, reverse=True) == in_use.tolist(), "the fullest rows come first"
         most_rows = max(most_rows, int((in_use > 0).sum()))
@@ -142,17 +150,19 @@ def test_the_plan_fits_every_batch_of_the_run_exactly(
 def test_short_texts_fill_a_fraction_of_rows_made_for_long_ones() -> None:
     """Eight examples of 150 places in rows of 2,048 would compute 850 places for nothing."""
     examples = [example(index, 151) for index in range(64)]
-    order = BatchOrder([e.id for e in examples], 8, 0)
-    assert plan_packing(examples, order, 8, 2048, 1).efficiency > 0.9
+    index = index_of(examples)
+    order = BatchOrder(index.keys, 8, 0)
+    assert plan_packing(index, order, 8, 2048, 1).efficiency > 0.9
 
 
 def test_a_long_example_makes_every_batch_as_wide_as_itself() -> None:
     """Real sets have a few long rows: the others would be computed in rows made for those."""
     examples = [example(0, 1001), *(example(index, 101) for index in range(1, 64))]
-    order = BatchOrder([e.id for e in examples], 2, 0)
-    plan = plan_packing(examples, order, 32, 2048, None)
+    index = index_of(examples)
+    order = BatchOrder(index.keys, 2, 0)
+    plan = plan_packing(index, order, 32, 2048, None)
     assert plan.widths == (256, 512, 1024)
-    assert plan.efficiency > 0.75 > 2 * plan_packing(examples, order, 32, 2048, 1).efficiency
+    assert plan.efficiency > 0.75 > 2 * plan_packing(index, order, 32, 2048, 1).efficiency
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 3))
@@ -160,7 +170,7 @@ def test_each_epoch_sees_every_example_exactly_once_in_an_order_of_its_own(
     count, size, seed
 ) -> None:
     assume(size <= count)
-    order = BatchOrder([f"id-{i}" for i in range(count)], size, seed)
+    order = BatchOrder(keys([f"id-{i}" for i in range(count)]), size, seed)
     steps = -(-3 * count // size)
     stream = [index for step in range(steps) for index in order.indices(step)]
     epochs = [stream[e * count : (e + 1) * count] for e in range(3)]
@@ -175,12 +185,12 @@ def test_a_batch_depends_on_seed_and_step_not_on_the_input_s_order_or_on_history
 ) -> None:
     ids = [f"id-{i}" for i in range(12)]
     shuffled = [ids[i] for i in permutation]
-    fresh = [ids[i] for i in BatchOrder(ids, 5, seed).indices(step)]
-    used = BatchOrder(shuffled, 5, seed)
+    fresh = [ids[i] for i in BatchOrder(keys(ids), 5, seed).indices(step)]
+    used = BatchOrder(keys(shuffled), 5, seed)
     for earlier in range(step + 3):  # also beyond, as a resumed run never was
         used.indices(earlier)
     assert [shuffled[i] for i in used.indices(step)] == fresh
-    assert [shuffled[i] for i in BatchOrder(shuffled, 5, seed).indices(step)] == fresh
+    assert [shuffled[i] for i in BatchOrder(keys(shuffled), 5, seed).indices(step)] == fresh
 
 
 @settings(max_examples=20)
@@ -189,12 +199,12 @@ def test_whole_batches_are_the_same_arrays_whatever_the_input_s_order(permutatio
     examples = examples_of([5, 9, 33, 12, 12, 7, 30, 3, 21, 12])
     arrays = []
     for given_order in (examples, [examples[i] for i in permutation]):
-        order = BatchOrder([e.id for e in given_order], 4, 0)
-        plan = plan_packing(given_order, order, 7, WIDTH)
-        batch, chosen = batch_at(given_order, order, step, plan, SOURCES)
-        arrays.append((plan, batch, [example.id for example in chosen]))
+        index = index_of(given_order)
+        order = BatchOrder(index.keys, 4, 0)
+        plan = plan_packing(index, order, 7, WIDTH)
+        rows = packed_rows(index, order.indices(step), plan)
+        arrays.append((plan, place_batch(given_order, rows, plan, SOURCES, None)))
     assert arrays[0][0] == arrays[1][0]
-    assert arrays[0][2] == arrays[1][2]
     for one, other in zip(arrays[0][1], arrays[1][1], strict=True):
         assert np.array_equal(one, other)
 
@@ -204,7 +214,7 @@ def test_seeds_and_epochs_give_different_orders_and_added_rows_disturb_no_others
     orders = {tuple(epoch_order(ids, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
     before = [ids[i] for i in epoch_order(ids, 0, 0)]
-    more = [*ids, "new-1", "new-2"]
+    more = ["new-1", *ids, "new-2"]
     after = [more[i] for i in epoch_order(more, 0, 0) if not more[i].startswith("new")]
     assert after == before
 
@@ -218,16 +228,15 @@ def test_the_first_positions_of_an_order_are_uniform() -> None:
 
 def test_T30_fewer_examples_than_one_batch_is_an_error_that_says_so() -> None:
     with pytest.raises(HumpbackError, match=r"3 training examples.*batch_examples=8"):
-        BatchOrder(["a", "b", "c"], 8, 0)
+        BatchOrder(keys(["a", "b", "c"]), 8, 0)
     with pytest.raises(HumpbackError, match="0 training examples"):
-        BatchOrder([], 1, 0)
+        BatchOrder(keys([]), 1, 0)
 
 
-def test_an_example_longer_than_a_row_is_an_error_that_names_it() -> None:
-    examples = [example(0, 10), example(1, WIDTH + 2), example(2, WIDTH + 1)]
-    order = BatchOrder([e.id for e in examples], 2, 0)
-    with pytest.raises(HumpbackError, match=f"id-1.*{WIDTH + 1}.*{WIDTH}"):
-        plan_packing(examples, order, 2, WIDTH)
+def test_an_example_longer_than_a_row_overflows_into_its_neighbours() -> None:
+    index = index_of([example(0, 10), example(1, WIDTH + 2), example(2, WIDTH + 1)])
+    with pytest.raises(HumpbackError, match=f"{WIDTH + 1} places.*{WIDTH}"):
+        plan_packing(index, BatchOrder(index.keys, 2, 0), 2, WIDTH)
     with pytest.raises(HumpbackError, match=f"{WIDTH + 1} places"):
         best_fit([WIDTH + 1], WIDTH)
 
@@ -237,15 +246,6 @@ def test_an_example_that_fits_exactly_needs_no_place_for_its_last_token() -> Non
     batch = lay_out([each], best_fit([each.length], WIDTH), 1, WIDTH)
     assert batch.targets[0, -1] == each.ids[-1]
     assert batch.mask[0, -1]
-
-
-def test_a_batch_without_a_supervised_token_is_an_error_that_names_its_examples() -> None:
-    """T-19: a loss of 0 would be reported instead."""
-    examples = [example(0, 9, 0), example(1, 7, 0)]
-    order = BatchOrder([e.id for e in examples], 2, 0)
-    plan = plan_packing(examples, order, 1, WIDTH)
-    with pytest.raises(HumpbackError, match=r"id-\d, id-\d"):
-        batch_at(examples, order, 0, plan, SOURCES)
 
 
 def test_a_supervised_first_token_is_not_counted_since_nothing_predicts_it() -> None:

@@ -34,7 +34,7 @@ def gradient(remat: Remat) -> tuple[int, Params]:
     """(bytes that the compiled program needs beside its arguments, the gradient itself)."""
     examples = random_examples(ROWS, WIDTH, WIDTH - 8, vocab=32)
     batch = lay_out(examples, [[i] for i in range(ROWS)], ROWS, WIDTH, ("seed", "web"))
-    spec = StepSpec(DEEP, "scan", FLOAT32, WIDTH, 2, dropout=0.1, remat=remat)
+    spec = StepSpec(DEEP, "scan", FLOAT32, 2, dropout=0.1, remat=remat)
 
     def total(params: Params, key: jax.Array) -> Any:
         return batch_nll(spec, params, batch, key)[0]

@@ -40,7 +40,10 @@ from humpback_jax.model.splash import splash_attention
 from humpback_jax.sampling.engine import Engine, Request, Shape
 from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.sampling.sampler import Decoding, record_key
-from humpback_jax.training.packing import BatchOrder, batch_at, plan_packing
+from humpback_jax.training.examples import index_of
+from humpback_jax.training.order import BatchOrder
+from humpback_jax.training.packing import lay_out, plan_packing
+from humpback_jax.training.packing import packed_rows as rows_of_batch
 from humpback_jax.training.state import StepSpec
 from humpback_jax.training.step import batch_nll
 
@@ -370,9 +373,11 @@ def test_text_by_the_kernels_is_the_text_by_xla() -> None:
 def test_a_model_trains_on_the_gradients_of_xla_with_layers_scanned_and_recomputed() -> None:
     config, params = from_torch(torch_llama())
     examples = random_examples(12, longest=60)
-    order = BatchOrder([example.id for example in examples], 12, 0)
-    plan = plan_packing(examples, order, 1, 256, 1)
-    batch, _ = batch_at(examples, order, 0, plan, ["seed", "web"])
+    index = index_of(examples)
+    order = BatchOrder(index.keys, 12, 0)
+    plan = plan_packing(index, order, 1, 256, 1)
+    rows = rows_of_batch(index, order.indices(0), plan)
+    batch = lay_out(examples, rows, plan.num_rows, plan.row_tokens, index.names)
     gradients = []
     for kernels in (XLA, Kernels("pallas", interpret=True)):
         spec = StepSpec(

@@ -25,8 +25,9 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import flatten, unflatten
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.sampling.likelihood import sequence_nll
+from humpback_jax.training.examples import TrainingExample, index_of
 from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
-from humpback_jax.training.packing import BatchOrder, TrainingExample
+from humpback_jax.training.order import BatchOrder
 from humpback_jax.training.state import StepSpec, finished_params, initial_state
 from humpback_jax.training.trainer import Trained, TrainSpec, train
 
@@ -47,7 +48,7 @@ def base():
 
 
 def step_spec(spec: TrainSpec) -> StepSpec:
-    return StepSpec(base()[0], spec.layout, spec.precision, 1, 1, spec.lora)
+    return StepSpec(base()[0], spec.layout, spec.precision, 1, spec.lora)
 
 
 def run(spec: TrainSpec = SPEC, examples=EXAMPLES, **arguments) -> Trained:
@@ -185,7 +186,7 @@ def test_metrics_tell_loss_tokens_and_sources_of_each_step() -> None:
 
 
 def _ids_of_first_batch() -> set[str]:
-    indices = BatchOrder([e.id for e in EXAMPLES], 4, SPEC.seed).indices(0)
+    indices = BatchOrder(index_of(EXAMPLES).keys, 4, SPEC.seed).indices(0)
     return {EXAMPLES[i].id for i in indices}
 
 
@@ -227,6 +228,11 @@ def test_an_example_longer_than_the_models_window_is_named_before_training_start
         HumpbackError, match=rf"row-0 takes {window + 1} places.*window has {window}"
     ):
         train(config, params, longer, spec)
+
+
+def test_an_example_longer_than_a_row_is_named_before_training_starts() -> None:
+    with pytest.raises(HumpbackError, match=r"row-0 takes 39 places, a row has 32.*on_long"):
+        run(dataclasses.replace(SPEC, row_tokens=32), random_examples(4, 40, 40))
 
 
 def test_training_lowers_the_loss_and_the_same_seed_repeats_it_in_any_order_of_the_input() -> None:

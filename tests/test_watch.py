@@ -21,9 +21,10 @@ from tiny_llama import torch_llama
 from humpback_jax.checkpoint import ResumeFolder
 from humpback_jax.cli import main
 from humpback_jax.errors import HumpbackError
+from humpback_jax.training.examples import TrainingExample, keys_of
 from humpback_jax.training.goodput import Goodput, goodput_line
 from humpback_jax.training.optimizer import OptimizerSpec
-from humpback_jax.training.packing import BatchOrder, TrainingExample
+from humpback_jax.training.order import BatchOrder
 from humpback_jax.training.trainer import train
 from humpback_jax.training.utilization import PEAK_FLOPS, Utilization, peak_flops
 from humpback_jax.training.watch import LEAST, WINDOW, Guard
@@ -45,6 +46,7 @@ def repeated(name: str, token: int) -> TrainingExample:
 
 
 NAMES = [f"row-{i}" for i in range(16)]
+KEYS = keys_of([("seed", name) for name in NAMES])
 
 
 @functools.cache
@@ -56,7 +58,7 @@ def with_an_odd_row() -> list[TrainingExample]:
             run(STILL, [repeated(n, i) for i, n in enumerate(NAMES)]).history
         )
     }
-    order = BatchOrder(NAMES, 1, STILL.seed)
+    order = BatchOrder(KEYS, 1, STILL.seed)
     (easy,), (hard,) = (order.indices(pick(losses, key=losses.__getitem__)) for pick in (min, max))
     odd = order.indices(12)[0]
     return [repeated(n, hard if i == odd else easy) for i, n in enumerate(NAMES)]
@@ -77,7 +79,7 @@ def test_a_run_whose_loss_jumps_goes_on(log_every, tmp_path) -> None:
         run(spec, with_an_odd_row(), on_metrics=rows.append, evidence=tmp_path)
     path = tmp_path / "bad_step_13.json"
     (name,) = json.loads(path.read_text())["ids"]
-    assert name == f"row-{BatchOrder(NAMES, 1, STILL.seed).indices(12)[0]}"
+    assert name == f"row-{BatchOrder(KEYS, 1, STILL.seed).indices(12)[0]}"
     assert name in str(caught.value) and str(path) in str(caught.value)
     assert [row["step"] for row in rows] == list(range(1, 13))
 
@@ -91,18 +93,18 @@ def test_a_spike_is_measured_otherwise_than_said(losses, factor) -> None:
         for chosen in (0.0, factor):
             guard = Guard(0.0, None)
             for step, each in enumerate(losses):
-                guard.check({"step": step, "loss": each, "grad_norm": 1.0}, [])
+                guard.check({"step": step, "loss": each, "grad_norm": 1.0}, list)
             guard.factor = chosen
             expected = pytest.raises(HumpbackError) if stops and chosen else nullcontext()
             with expected:
-                guard.check({"step": len(losses), "loss": loss, "grad_norm": 1.0}, [])
+                guard.check({"step": len(losses), "loss": loss, "grad_norm": 1.0}, list)
 
 
 def test_the_first_steps_are_taken_for_a_spike() -> None:
     """Of a few losses, nothing is known of how they vary."""
     guard = Guard(1.0, None)
     for step, loss in enumerate([2.0] * (LEAST - 1) + [9.0]):
-        guard.check({"step": step, "loss": loss, "grad_norm": 1.0}, [])
+        guard.check({"step": step, "loss": loss, "grad_norm": 1.0}, list)
 
 
 def test_each_logged_step_stalls_the_device() -> None:

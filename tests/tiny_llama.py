@@ -22,7 +22,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params, bind, unstack_layers
 from humpback_jax.sampling.prefix import compute_prefix
-from humpback_jax.training.packing import TrainingExample
+from humpback_jax.training.examples import TrainingExample
 
 FLOAT32 = Precision()
 SIZES = {

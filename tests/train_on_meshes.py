@@ -30,8 +30,8 @@ from humpback_jax.parallel.mesh import make_mesh, parse_mesh  # noqa: E402
 from humpback_jax.stages.sources import packaged_pairs  # noqa: E402
 from humpback_jax.stages.train import render  # noqa: E402
 from humpback_jax.text.tokenize import tokenize_batch  # noqa: E402
+from humpback_jax.training.examples import TrainingExample  # noqa: E402
 from humpback_jax.training.optimizer import OptimizerSpec  # noqa: E402
-from humpback_jax.training.packing import TrainingExample  # noqa: E402
 from humpback_jax.training.trainer import TrainSpec, train  # noqa: E402
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,8 @@ from humpback_jax.rows import ReadReport, stream_examples
 from humpback_jax.stages.sources import packaged_pairs
 from humpback_jax.stages.train import render
 from humpback_jax.text.tokenize import tokenize_batch
-from humpback_jax.training.packing import BatchOrder, TrainingExample
+from humpback_jax.training.examples import TrainingExample, keys_of
+from humpback_jax.training.order import BatchOrder
 
 UNLABELLED = -100  # what transformers takes for no label
 Row = tuple[str, list[int], list[int]]
@@ -92,6 +93,7 @@ def training_rows(
             f"--data={data}: {len(examples)} rows of at most {limit} tokens, and {steps} steps of "
             f"{batch_examples} want {steps * batch_examples}. Raise --rows or lower --steps."
         )
-    order = BatchOrder([example.id for example in examples], batch_examples, 0)
+    keys = keys_of([("seed", example.id) for example in examples])
+    order = BatchOrder(keys, batch_examples, 0)
     chosen = [examples[index] for step in range(steps) for index in order.indices(step)]
     return [(e.id, e.ids.tolist(), np.where(e.mask, e.ids, UNLABELLED).tolist()) for e in chosen]

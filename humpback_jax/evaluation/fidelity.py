@@ -14,7 +14,7 @@ from humpback_jax.sampling.engine import Completion, Request
 from humpback_jax.sampling.likelihood import supervised_tokens
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.text.template import Tags
-from humpback_jax.training.packing import TrainingExample
+from humpback_jax.training.examples import TrainingExample
 
 TOKENS = 64  # drawn after each prompt
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from humpback_jax.model.shares import ROWS
 from humpback_jax.parallel.rules import constrain
+
+Tree = TypeVar("Tree")
 
 
 def row_parts(mesh: Mesh | None) -> int:
@@ -22,9 +27,27 @@ def keep_rows_apart(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return constrain(x, mesh, P(ROWS))
 
 
-def place_rows(array: jax.Array, mesh: Mesh | None, axis: int) -> jax.Array:
-    """An array of the host that all processes know, whose rows lie along `axis`, onto the mesh."""
+def place_rows(read: Callable[[slice], Tree], count: int, mesh: Mesh | None, axis: int) -> Tree:
+    """Arrays whose `count` rows lie along `axis`, onto the mesh.
+
+    Args:
+      read: gives the arrays of some of the rows, as numpy arrays. It is asked for those of this
+        process's devices alone.
+    """
     if mesh is None:
-        return array
+        return read(slice(0, count))
+
+    def rows_of(index: Any) -> tuple[int, int]:
+        start, stop, _ = index[axis].indices(count)
+        return start, stop
+
     where = NamedSharding(mesh, P(*[None] * axis, ROWS))
-    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+    devices = where.addressable_devices_indices_map((1,) * axis + (count,)).values()
+    ours = sorted({rows_of(index) for index in devices})
+
+    def placed(*parts: np.ndarray) -> jax.Array:
+        known = dict(zip(ours, parts, strict=True))
+        shape = (*parts[0].shape[:axis], count, *parts[0].shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, where, lambda index: known[rows_of(index)])
+
+    return jax.tree.map(placed, *(read(slice(*chosen)) for chosen in ours))

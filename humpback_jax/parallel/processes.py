@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from humpback_jax.errors import HumpbackError
 
@@ -58,6 +59,29 @@ def wait_for_all(what: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(what)
+
+
+def all_or_none(what: str, make: Callable[[], Made]) -> Made:
+    """Every process makes something; where one of them fails, none of them waits for it.
+
+    Raises:
+      HumpbackError: that of `make`, or that another process has one.
+    """
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    made: Made | HumpbackError
+    try:
+        made = make()
+    except HumpbackError as error:
+        made = error
+    failed = multihost_utils.process_allgather(np.array(isinstance(made, HumpbackError)))
+    if isinstance(made, HumpbackError):
+        raise made
+    if failed.any():
+        raise HumpbackError(f"{what} failed in process {failed.argmax()}; its message says why.")
+    return made
 
 
 def on_host(tree: Any) -> Any:

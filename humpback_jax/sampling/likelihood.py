@@ -19,7 +19,8 @@ from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Llama, Params, bind
 from humpback_jax.parallel.mesh import axis_size
 from humpback_jax.sampling.prefix import Prefix, PrefixArrays, compute_prefix
-from humpback_jax.training.packing import TrainingExample, best_fit
+from humpback_jax.training.examples import TrainingExample
+from humpback_jax.training.packing import best_fit
 
 WIDTHS = (256, 1024)  # places of one program call: for little work, and for much
 TARGETS = 256  # targets whose logits are computed at one time

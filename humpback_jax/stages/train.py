@@ -23,13 +23,14 @@ from humpback_jax.records import Example
 from humpback_jax.stages.context import Context
 from humpback_jax.text.template import Rendered, Tags, Template
 from humpback_jax.text.tokenize import tokenize_batch
+from humpback_jax.training.examples import TrainingExample, index_of
 from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.loss import Objective
+from humpback_jax.training.mixture import parse_mixture, source_counts
 from humpback_jax.training.optimizer import OptimizerSpec
-from humpback_jax.training.packing import TrainingExample
 from humpback_jax.training.trainer import Trained, TrainSpec, train
 
-VERSION = 1
+VERSION = 2
 Direction = Literal["forward", "backward"]
 # Source tags of the paper (section 2.3): what a row carries in training.
 TAGS_BY_SOURCE: dict[str, Tags] = {"seed": "S_a", "web": "S_w"}
@@ -67,12 +68,13 @@ def train_stage(
             context.resume_root / stage.key(all_parents),
             section.keep_resume,
             run_identity(
-                name, context.base, section, direction, config.seed, examples, context.heldout
+                name, context.base, section, direction, config.seed, fields["data"], context.heldout
             ),
         )
-        trained, tokenized, dropped = tune(
+        tokenized, dropped = tokenized_examples(context.base, examples, section, direction)
+        trained = tune(
             context.base,
-            examples,
+            tokenized,
             section,
             direction,
             context.compute,
@@ -80,6 +82,7 @@ def train_stage(
             validation=context.heldout,
             resume=resume,
             on_metrics=lambda row: _report(context, name, row),
+            on_plan=lambda plan: context.say(f"{name}: {plan.summary()}"),
             on_epoch=lambda epoch, model: save_checkpoint(folder / f"epoch_{epoch}", model, {}),
             stops=stop.reached,
             evidence=context.folder.root,
@@ -98,6 +101,7 @@ def train_stage(
             "tokens": sum(example.length for example in tokenized),
             "supervised_tokens": sum(example.supervised for example in tokenized),
             "by_source": _count(example.source for example in tokenized),
+            "sources": source_counts(index_of(tokenized), parse_mixture(section.mixture)),
         }
         write_parquet(
             folder / "data.parquet",
@@ -115,9 +119,38 @@ def train_stage(
     return artifact
 
 
+def tokenized_examples(
+    base: LanguageModel, examples: Sequence[Example], section: Any, direction: Direction
+) -> tuple[list[TrainingExample], dict[str, int]]:
+    """(what `tune` takes, the number of rows dropped by reason).
+
+    Raises:
+      HumpbackError: no example is left, or one is refused (`on_long="error"`).
+    """
+    rows = render(base.template, examples, direction)
+    batch = tokenize_batch(base.tokenizer, rows, token_limit(base, section), section.on_long)
+    if not batch.examples:
+        raise none_left(len(examples), batch.drop_counts())
+    sources = {example.id: example.source for example in examples}
+    tokenized = [TrainingExample(e.id, e.ids, e.mask, sources[e.id]) for e in batch.examples]
+    return tokenized, batch.drop_counts()
+
+
+def token_limit(base: LanguageModel, section: Any) -> int:
+    """Tokens of the longest example that fits both a row and the model's window."""
+    return int(min(section.row_tokens + 1, base.config.max_position_embeddings))
+
+
+def none_left(rows: int, dropped: dict[str, int]) -> HumpbackError:
+    """What to tell a user all of whose rows were dropped."""
+    return HumpbackError(
+        f"no training example is left of {rows}: {dropped}. Raise row_tokens or shorten the rows."
+    )
+
+
 def tune(
     base: LanguageModel,
-    examples: Sequence[Example],
+    examples: Sequence[TrainingExample],
     section: Any,
     direction: Direction,
     compute: Compute,
@@ -127,35 +160,26 @@ def tune(
     resume: Any = None,
     on_metrics: Any = lambda row: None,
     on_epoch: Any = lambda epoch, model: None,
+    on_plan: Any = lambda plan: None,
     stops: Any = lambda step: False,
     evidence: Path | None = None,
     profile: Path | None = None,
-) -> tuple[Trained, list[TrainingExample], dict[str, int]]:
-    """Tokenises and trains; returns the result, the examples used and the rows dropped by reason.
+) -> Trained:
+    """Trains the base under a section's settings.
 
-    Raises:
-      HumpbackError: no example is left, or one is refused (`on_long="error"`).
-      Preempted: `stops` said so; see `trainer.train`.
+    Args:
+      on_plan: see `trainer.train`, as for errors.
     """
-    rows = render(base.template, examples, direction)
-    limit = min(section.row_tokens + 1, base.config.max_position_embeddings)
-    batch = tokenize_batch(base.tokenizer, rows, limit, section.on_long)
-    sources = {example.id: example.source for example in examples}
-    tokenized = [TrainingExample(e.id, e.ids, e.mask, sources[e.id]) for e in batch.examples]
-    if not tokenized:
-        raise HumpbackError(
-            f"no training example is left of {len(examples)}: {batch.drop_counts()}. Raise "
-            "row_tokens or shorten the rows."
-        )
-    check = tokenize_batch(
-        base.tokenizer, render(base.template, validation, direction), limit, "drop"
-    )
-    spec = train_spec(section, compute, seed, len(tokenized))
+    sources = source_counts(index_of(examples), parse_mixture(section.mixture))
+    draws = sum(counts["draws"] for counts in sources.values())
+    rows = render(base.template, validation, direction)
+    check = tokenize_batch(base.tokenizer, rows, token_limit(base, section), "drop")
+    spec = train_spec(section, compute, seed, draws)
     spec = dataclasses.replace(spec, mesh=training_mesh(compute.mesh))
-    trained = train(
+    return train(
         base.config,
         base.params,
-        tokenized,
+        examples,
         spec,
         validation=[TrainingExample(e.id, e.ids, e.mask) for e in check.examples],
         resume=resume,
@@ -163,11 +187,11 @@ def tune(
         on_epoch=lambda epoch, params: on_epoch(
             epoch, LanguageModel("epoch", base.config, params, base.tokenizer, base.template)
         ),
+        on_plan=on_plan,
         stops=stops,
         evidence=evidence,
         profile=profile,
     )
-    return trained, tokenized, batch.drop_counts()
 
 
 def run_identity(
@@ -176,7 +200,7 @@ def run_identity(
     section: Any,
     direction: Direction,
     seed: int,
-    examples: Sequence[Example],
+    data: str,
     heldout: Sequence[Example],
 ) -> dict[str, str]:
     """What a training run is, wherever it runs: two with the same end with the same weights, but
@@ -184,12 +208,13 @@ def run_identity(
 
     Args:
       name: of the model that is trained, or that it is trained from.
+      data: hash of the rows, or of their tokens.
     """
     architecture = dataclasses.asdict(base.config)
     found = {
         "model": f"{name} ({json_hash(architecture)[:8]})",
         "config": json_hash([effective_fields(section), direction, seed]),
-        "data": rows_hash(_identity(example) for example in examples),
+        "data": data,
         "template": base.template.content_hash(),
     }
     if section.select == "best":
@@ -227,7 +252,9 @@ def _forward(template: Template, example: Example) -> Rendered:
 
 
 def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSpec:
-    """The section's settings for `count` examples; the step table gives batch and steps."""
+    """The section's settings for `count` examples an epoch, mixed as it says; the step table gives
+    batch and steps.
+    """
     steps, batch = section.steps, section.batch_examples
     if not steps and section.epochs:
         steps = max(round(section.epochs * count / batch), 1)
@@ -269,6 +296,7 @@ def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSp
         select=section.select,
         spike_factor=section.spike_factor,
         checkpoint_epochs=section.checkpoint_epochs,
+        mixture=parse_mixture(section.mixture),
     )
 
 

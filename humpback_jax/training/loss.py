@@ -77,7 +77,7 @@ class Targets(NamedTuple):
 
     Attributes:
       places: int32 [P, N], of the device's rows laid end to end.
-      targets, weights: [P, N]; weights are 1 or 0, float32.
+      targets, weights: [P, N]; weights are float32, 0 at unused places.
       most: int32 [], no device has more supervised positions.
     """
 
@@ -120,8 +120,8 @@ def token_nll(
       hidden: [rows, tokens, D] from `Llama.hidden_states`.
 
     Returns:
-      (the objective's sum over supervised tokens, nll [P, N] with 0 at unused places), float32, in
-      nats. The gradient flows through the sum alone.
+      (the objective's weighted sum over supervised tokens, nll [P, N] without weights, 0 at unused
+      places), float32, in nats. The gradient flows through the sum alone.
     """
     if model.config.tie_word_embeddings:
         kernel, scale, vocab_axis = model.embed.embedding[...], model.embed.scale, 0
@@ -161,8 +161,8 @@ def _projected_nll(
       count: int32 []: places from there on have weight 0, and cost nothing.
 
     Returns:
-      (the objective's sum [], nll [P, N]). The forward pass of a gradient computes the gradient
-      at once, while a chunk's logits exist: they are neither kept nor computed twice.
+      (the objective's weighted sum [], nll [P, N]). The forward pass of a gradient computes the
+      gradient at once, while a chunk's logits exist: they are neither kept nor computed twice.
     """
     cast = _head(kernel, vocab_axis, compute, mesh)
     chunks = _chunks(compute, hidden, targets, weights)
@@ -173,7 +173,7 @@ def _projected_nll(
         logits = _logits(h, cast, vocab_axis)
         log_z, picked = jax.nn.logsumexp(logits, axis=-1), _pick(logits, target, mesh)
         total += (weight * objective.value(logits, picked, log_z)).sum()
-        return total, _put(nll, index, weight * (log_z - picked))
+        return total, _put(nll, index, jnp.where(weight > 0, log_z - picked, 0))
 
     start = jnp.float32(0), _zeros_like(chunks[2], mesh)
     total, nll = jax.lax.fori_loop(0, _used(chunks, count), chunk_nll, start)
@@ -205,7 +205,7 @@ def _forward(
         pair = (dlogits, h) if vocab_axis == 0 else (h, dlogits)
         dkernel += _dot(*pair, (1, 1), batch=(0,))
         dhidden = _put(dhidden, index, _dot(dlogits, cast, (2, vocab_axis)))
-        return total, dkernel, _put(nll, index, weight * (log_z - picked)), dhidden
+        return total, dkernel, _put(nll, index, jnp.where(weight > 0, log_z - picked, 0)), dhidden
 
     # Each device sums over its own places, so that all devices add up once and not in every chunk.
     sums = jnp.zeros((hidden.shape[0], *kernel.shape), jnp.float32)

@@ -1,87 +1,29 @@
-"""Which examples form batch t, and how they are laid out in rows of fixed shape."""
+"""How a batch's examples are laid out in rows of fixed shape.
+
+Nothing of it is stored: to pack a step again takes one or two microseconds an example, from lengths
+alone, and gives the same rows in every process and after every restart.
+"""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.parallel.batches import place_rows
+from humpback_jax.training.examples import ExampleIndex, TrainingExample
 from humpback_jax.training.loss import Batch
+from humpback_jax.training.order import BatchOrder
 
 BOUNDS = 128  # static bounds are multiples of it
 PLANNED = 64  # batches that are looked at to find the best width of rows
 FRACTIONS = (1, 2, 4)  # of a row that may be computed
 SPARE_ROWS = 4  # of which rows are a multiple where empty ones cost nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingExample:
-    """A tokenised example. `mask[i]` says that token i is supervised, i.e. learnt as a target."""
-
-    id: str
-    ids: np.ndarray  # int32 [n]
-    mask: np.ndarray  # bool [n]
-    source: str = "seed"
-
-    def __post_init__(self) -> None:
-        if not 0 < len(self.ids) == len(self.mask):
-            raise HumpbackError(
-                f"example {self.id} has {len(self.ids)} tokens and a mask of {len(self.mask)}; it "
-                "needs at least one token and a mask of the same length."
-            )
-
-    @property
-    def length(self) -> int:
-        """Places it takes in a row: the last token is a target only."""
-        return len(self.ids) - 1
-
-    @property
-    def supervised(self) -> int:
-        return int(self.mask[1:].sum())
-
-
-def epoch_order(ids: Sequence[str], seed: int, epoch: int) -> list[int]:
-    """The order of one epoch: examples sorted by a hash of (seed, epoch, id).
-
-    Keyed by identity, so that it depends neither on the order of the input nor, for the examples
-    that stay, on rows added or removed.
-    """
-
-    def rank(index: int) -> bytes:
-        text = f"{seed}/{epoch}/{ids[index]}".encode()
-        return hashlib.blake2b(text, digest_size=8).digest()
-
-    return sorted(range(len(ids)), key=lambda index: (rank(index), ids[index]))
-
-
-class BatchOrder:
-    """Batch t as a function of (seed, t): a window over the epochs' orders, one after another."""
-
-    def __init__(self, ids: Sequence[str], batch_examples: int, seed: int) -> None:
-        if batch_examples > len(ids):
-            raise HumpbackError(
-                f"{len(ids)} training examples are fewer than one batch (batch_examples="
-                f"{batch_examples}). Lower batch_examples or add data."
-            )
-        self._ids, self._size, self._seed = list(ids), batch_examples, seed
-        self._epochs: dict[int, list[int]] = {}
-
-    def indices(self, step: int) -> list[int]:
-        """Indices of the examples of batch `step` (from 0)."""
-        places = range(step * self._size, (step + 1) * self._size)
-        count = len(self._ids)
-        return [self._epoch(place // count)[place % count] for place in places]
-
-    def _epoch(self, epoch: int) -> list[int]:
-        if epoch not in self._epochs:
-            recent = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
-            self._epochs = {**recent, epoch: epoch_order(self._ids, self._seed, epoch)}
-        return self._epochs[epoch]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -199,9 +141,16 @@ class PackingPlan:
     def row_tokens(self) -> int:
         return self.widths[-1]
 
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"batches of at most {self.num_rows} rows of {self.row_tokens:,} places, "
+            f"{self.efficiency:.1%} of the computed places hold tokens"
+        )
+
 
 def plan_packing(
-    examples: Sequence[TrainingExample],
+    index: ExampleIndex,
     order: BatchOrder,
     steps: int,
     row_tokens: int,
@@ -221,15 +170,8 @@ def plan_packing(
     Raises:
       HumpbackError: an example is longer than a row.
     """
-    for example in examples:
-        if example.length > row_tokens:
-            raise HumpbackError(
-                f"training example {example.id} takes {example.length} places but a row holds "
-                f"{row_tokens}; raise row_tokens or let on_long drop or truncate it."
-            )
-    lengths = [example.length for example in examples]
-    longest = static_bound(max(lengths), row_tokens, multiple_of)
-    batches = [[lengths[i] for i in order.indices(step)] for step in range(steps)]
+    longest = static_bound(int(index.lengths.max()), row_tokens, multiple_of)
+    batches = [index.lengths[order.indices(step)].tolist() for step in range(steps)]
     if accumulation is None:
         widths = tuple(
             sorted({static_bound(longest / part, longest, multiple_of) for part in FRACTIONS})
@@ -268,20 +210,37 @@ def static_bound(bound: float, row_tokens: int, multiple_of: int = BOUNDS) -> in
     return min(math.ceil(bound / multiple_of) * multiple_of, row_tokens)
 
 
-def batch_at(
+def packed_rows(index: ExampleIndex, indices: np.ndarray, plan: PackingPlan) -> list[list[int]]:
+    """The rows of the batch of these examples: for each row, indices of examples.
+
+    Raises:
+      HumpbackError: an example is longer than a row.
+    """
+    examples = indices.tolist()
+    rows = pack(index.lengths[indices].tolist(), plan.widths, plan.micro_rows)
+    return [[examples[place] for place in row] for row in rows]
+
+
+def place_batch(
     examples: Sequence[TrainingExample],
-    order: BatchOrder,
-    step: int,
+    rows: Sequence[Sequence[int]],
     plan: PackingPlan,
     sources: Sequence[str],
-) -> tuple[Batch, list[TrainingExample]]:
-    """Batch `step` as numpy arrays [num_rows, row_tokens], and its examples."""
-    chosen = [examples[index] for index in order.indices(step)]
-    rows = pack([example.length for example in chosen], plan.widths, plan.micro_rows)
-    batch = lay_out(chosen, rows, plan.num_rows, plan.row_tokens, sources)
-    if not np.asarray(batch.mask).any():
-        raise HumpbackError(
-            f"batch {step} has no supervised token; its examples: "
-            f"{', '.join(example.id for example in chosen)}."
-        )
-    return batch, chosen
+    mesh: Mesh | None,
+) -> Batch:
+    """Lays out a batch [micro-batches, micro_rows, tokens] on the mesh.
+
+    A process reads only the examples in the rows of its own devices.
+
+    Args:
+      rows: `packed_rows`, in the order in which micro-batches take them.
+    """
+    places = np.arange(plan.num_rows).reshape(-1, plan.micro_rows)
+
+    def read(chosen: slice) -> Batch:
+        ours = places[:, chosen]
+        filled = [rows[place] if place < len(rows) else () for place in ours.ravel().tolist()]
+        batch = lay_out(examples, filled, len(filled), plan.row_tokens, sources)
+        return Batch._make(x.reshape(*ours.shape, plan.row_tokens) for x in batch)
+
+    return place_rows(read, plan.micro_rows, mesh, 1)

@@ -45,6 +45,7 @@ class StepSpec:
     """Everything static about a step; `PackingPlan` says what `longest` and `widths` are.
 
     widths: () for rows as they come.
+    weights: in the loss, of the tokens of each source; () where all count alike.
     mesh: the devices that share the step: rows lie over data and fsdp, parameters and the
       optimizer's state over fsdp and tensor (`parallel/rules.py`).
     """
@@ -63,6 +64,7 @@ class StepSpec:
     widths: tuple[int, ...] = ()
     dropout_ramp: bool = False
     neftune_alpha: float = 0.0
+    weights: tuple[float, ...] = ()
 
 
 def initial_state(

@@ -30,7 +30,9 @@ class StepMetrics(NamedTuple):
 def batch_nll(
     spec: StepSpec, params: Params, batch: Batch, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(the objective's sum over supervised tokens, nll by source [sources]) of rows [rows, T]."""
+    """(the objective's weighted sum over supervised tokens, nll by source [sources]) of rows
+    [rows, T].
+    """
     model = bind(spec.config, params, spec.layout, spec.lora)
     kernels = dataclasses.replace(spec.kernels, mesh=spec.mesh)
     depth = spec.config.num_hidden_layers
@@ -56,10 +58,19 @@ def batch_nll(
         embedded=embedded,
     )
     chosen = supervised_targets(batch, spec.mesh)
-    total, nll = token_nll(model, hidden, chosen, spec.precision, spec.mesh, spec.objective)
     sources = chosen.pick(batch.sources)
+    if spec.weights:
+        chosen = chosen._replace(weights=chosen.weights * jnp.array(spec.weights)[sources])
+    total, nll = token_nll(model, hidden, chosen, spec.precision, spec.mesh, spec.objective)
     by_source = jnp.zeros((spec.num_sources,), jnp.float32).at[sources].add(nll)
     return total, by_source
+
+
+def _weight(batch: Batch, weights: tuple[float, ...]) -> jax.Array:
+    """[]: of all supervised tokens of a batch, i.e. their number where all count alike."""
+    if not weights:
+        return batch.mask.sum().astype(jnp.float32)
+    return (batch.mask * jnp.array(weights)[batch.sources]).sum()
 
 
 def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
@@ -73,7 +84,7 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
     noisy = noisy or (spec.lora is not None and spec.lora.dropout > 0)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepMetrics]:
-        count = batch.mask.sum().astype(jnp.float32)
+        count = _weight(batch, spec.weights)
         widths = spec.widths or batch.mask.shape[-1:]
         step_key = jax.random.fold_in(key, state.step)
 

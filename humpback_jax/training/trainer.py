@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from humpback_jax.errors import HumpbackError, Preempted
@@ -18,17 +19,14 @@ from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params
 from humpback_jax.model.remat import Remat
-from humpback_jax.parallel.batches import place_rows, row_parts
+from humpback_jax.parallel.batches import row_parts
+from humpback_jax.training.examples import ExampleIndex, TrainingExample, index_of
 from humpback_jax.training.goodput import Goodput
-from humpback_jax.training.loss import NLL, Batch, Objective
+from humpback_jax.training.loss import NLL, Objective
+from humpback_jax.training.mixture import Share, loss_weights, pools_of, shares_of
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
-from humpback_jax.training.packing import (
-    BatchOrder,
-    PackingPlan,
-    TrainingExample,
-    batch_at,
-    plan_packing,
-)
+from humpback_jax.training.order import BatchOrder
+from humpback_jax.training.packing import PackingPlan, packed_rows, place_batch, plan_packing
 from humpback_jax.training.state import TrainState, finished_params, initial_state
 from humpback_jax.training.step import StepSpec, make_train_step
 from humpback_jax.training.trace import StepTrace
@@ -55,6 +53,8 @@ class TrainSpec:
       checkpoint_epochs: also hand out the parameters at the end of every epoch.
       mesh: the devices that share the work; a batch's rows are filled up to a multiple of those
         with rows of their own.
+      mixture: how much of each source is used, and how much it counts; a source that it does not
+        name is used whole, with weight 1.
     """
 
     steps: int
@@ -79,6 +79,7 @@ class TrainSpec:
     objective: Objective = NLL
     dropout_ramp: bool = False
     neftune_alpha: float = 0.0
+    mixture: tuple[Share, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_examples", "row_tokens", "accumulation"):
@@ -133,6 +134,7 @@ def train(
     resume: Resume | None = None,
     on_metrics: Callable[[dict[str, Any]], None] = lambda row: None,
     on_epoch: Callable[[int, Params], None] = lambda epoch, params: None,
+    on_plan: Callable[[PackingPlan], None] = lambda plan: None,
     stops: Callable[[int], bool] = lambda step: False,
     evidence: Path | None = None,
     profile: Path | None = None,
@@ -141,9 +143,11 @@ def train(
 
     Args:
       base: stacked parameters; not modified. Trained in float32 whatever their dtype.
+      examples: in memory, or a `TokenStore`; a process reads the tokens of its own devices' rows.
       on_metrics: receives one row per logged step, once the next is under way, and per validation.
       on_epoch: receives an epoch's number, from 1, and the parameters as `Trained` would hold them.
         The next step overwrites them in place: they are valid until the callback returns.
+      on_plan: receives how batches are packed, before anything is compiled.
       stops: whether to stop after so many steps, having saved the state in `resume`.
       evidence: folder where the batch is described at which a run stops (`watch.Guard`).
       profile: folder for a trace of some steps (`trace.StepTrace`).
@@ -156,13 +160,19 @@ def train(
     """
     goodput = Goodput()
     with goodput.phase("setup"):
-        _check(config, spec, examples, validation, resume)
-        order = BatchOrder([example.id for example in examples], spec.batch_examples, spec.seed)
+        index = index_of(examples)
+        window = "the model's window", config.max_position_embeddings
+        _check("training", examples, index, window, ("a row", spec.row_tokens))
+        _check("validation", validation, index_of(validation), window)
+        _check_selection(spec, validation, resume)
+        shares = shares_of(index.names, spec.mixture)
+        pools = pools_of(index.keys, index.sources, shares)
+        order = BatchOrder(index.keys, spec.batch_examples, spec.seed, pools)
         plan = plan_packing(
-            examples, order, spec.steps, spec.row_tokens, spec.accumulation, row_parts(spec.mesh)
+            index, order, spec.steps, spec.row_tokens, spec.accumulation, row_parts(spec.mesh)
         )
-        sources = sorted({example.source for example in examples})
-        step_spec = _step_spec(config, spec, plan, len(sources))
+        on_plan(plan)
+        step_spec = _step_spec(config, spec, plan, shares)
         optimizer = make_optimizer(spec.optimizer, spec.steps)
         jitted, step_fn = make_train_step(step_spec, optimizer), None
         state = initial_state(step_spec, base, optimizer, spec.seed)
@@ -181,7 +191,8 @@ def train(
         on_metrics(row)
 
     watch = Watch(
-        sources,
+        examples,
+        index,
         learning_rate(spec.optimizer, spec.steps),
         Utilization(config, spec.lora is not None, spec.remat, peak_flops(spec.mesh)),
         Guard(spec.spike_factor, evidence),
@@ -193,15 +204,16 @@ def train(
     try:
         for step in range(first, spec.steps):
             with goodput.phase("data") if watch.idle() else contextlib.nullcontext():
-                batch, chosen = batch_at(examples, order, step, plan, sources)
-                micro_batches = _micro_batches(batch, plan, spec.mesh)
+                indices = order.indices(step)
+                rows = packed_rows(index, indices, plan)
+                micro_batches = place_batch(examples, rows, plan, index.names, spec.mesh)
             if step_fn is None:
                 with goodput.phase("compile"):
                     step_fn = jitted.lower(state, micro_batches, dropout_key).compile()
             trace.before(step, state)
             state, metrics = step_fn(state, micro_batches, dropout_key)
             trace.after(step, metrics)
-            watch.add(step, chosen, metrics)
+            watch.add(step, indices, metrics)
             done = step + 1
             if spec.log_every and step % spec.log_every == 0:
                 watch.look(behind=1)
@@ -220,9 +232,9 @@ def train(
                 watch.look()
                 with goodput.phase("checkpoint"):
                     resume.save(state)
-            if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, len(examples)):
+            if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, order):
                 watch.look()
-                epoch = done * spec.batch_examples // len(examples)
+                epoch = done * spec.batch_examples // order.epoch_examples
                 with goodput.phase("checkpoint"):
                     on_epoch(epoch, finished_params(state, step_spec, base)[0])
             if stopping:
@@ -244,23 +256,9 @@ def train(
     )
 
 
-def _check(
-    config: LlamaConfig,
-    spec: TrainSpec,
-    examples: Sequence[TrainingExample],
-    validation: Sequence[TrainingExample],
-    resume: Resume | None,
+def _check_selection(
+    spec: TrainSpec, validation: Sequence[TrainingExample], resume: Resume | None
 ) -> None:
-    for kind, given in (("training", examples), ("validation", validation)):
-        for example in given:
-            if example.supervised == 0:
-                raise HumpbackError(f"{kind} example {example.id} has no supervised token.")
-            if example.length > config.max_position_embeddings:
-                raise HumpbackError(
-                    f"{kind} example {example.id} takes {example.length} places, the model's "
-                    f"window has {config.max_position_embeddings}. Shorten it, or let on_long drop "
-                    "or truncate it."
-                )
     if spec.select == "best" and not (validation and spec.eval_every and resume is not None):
         raise HumpbackError(
             "train.select=best needs validation rows, train.eval_every of at least 1, and a folder "
@@ -268,12 +266,14 @@ def _check(
         )
 
 
-def _step_spec(config: LlamaConfig, spec: TrainSpec, plan: PackingPlan, sources: int) -> StepSpec:
+def _step_spec(
+    config: LlamaConfig, spec: TrainSpec, plan: PackingPlan, shares: Sequence[Share]
+) -> StepSpec:
     return StepSpec(
         config,
         spec.layout,
         spec.precision,
-        sources,
+        len(shares),
         lora=spec.lora,
         dropout=spec.dropout,
         remat=spec.remat,
@@ -284,6 +284,7 @@ def _step_spec(config: LlamaConfig, spec: TrainSpec, plan: PackingPlan, sources:
         widths=plan.widths,
         dropout_ramp=spec.dropout_ramp,
         neftune_alpha=spec.neftune_alpha,
+        weights=loss_weights(shares),
     )
 
 
@@ -292,14 +293,23 @@ def _validates(spec: TrainSpec, done: int) -> bool:
     return spec.eval_every > 0 and (done % spec.eval_every == 0 or last)
 
 
-def _micro_batches(batch: Batch, plan: PackingPlan, mesh: Mesh | None) -> Batch:
-    """[rows, tokens] -> [micro-batches, micro_rows, tokens], on the mesh."""
+def _check(
+    kind: str,
+    examples: Sequence[TrainingExample],
+    index: ExampleIndex,
+    *limits: tuple[str, int],
+) -> None:
+    for number in np.flatnonzero(index.supervised == 0)[:1]:
+        raise HumpbackError(f"{kind} example {examples[number].id} has no supervised token.")
+    for what, places in limits:
+        for number in np.flatnonzero(index.lengths > places)[:1]:
+            raise HumpbackError(
+                f"{kind} example {examples[number].id} takes {index.lengths[number]} places, "
+                f"{what} has {places}. Shorten it, raise row_tokens, or let on_long drop or "
+                "truncate it."
+            )
 
-    def cut(x: jax.Array) -> jax.Array:
-        return place_rows(x.reshape(-1, plan.micro_rows, x.shape[-1]), mesh, 1)
 
-    return Batch._make(map(cut, batch))
-
-
-def _ends_epoch(done: int, batch_examples: int, count: int) -> bool:
-    return done * batch_examples // count > (done - 1) * batch_examples // count
+def _ends_epoch(done: int, batch_examples: int, order: BatchOrder) -> bool:
+    epochs = [step * batch_examples // order.epoch_examples for step in (done - 1, done)]
+    return epochs[0] < epochs[1]

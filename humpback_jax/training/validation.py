@@ -9,8 +9,9 @@ import jax
 
 from humpback_jax.model.lora import join
 from humpback_jax.parallel.batches import place_rows
+from humpback_jax.training.examples import TrainingExample
 from humpback_jax.training.loss import NLL, Batch
-from humpback_jax.training.packing import TrainingExample, best_fit, lay_out, static_bound
+from humpback_jax.training.packing import best_fit, lay_out, static_bound
 from humpback_jax.training.state import StepSpec, TrainState
 from humpback_jax.training.step import batch_nll
 
@@ -29,21 +30,24 @@ def make_validation(
         spec,
         longest=width,
         num_sources=1,
+        weights=(),
         dropout=0.0,
         objective=NLL,
     )
-    batches = [
-        lay_out(examples, packed[start : start + rows], rows, width)
-        for start in range(0, len(packed), rows)
-    ]
     supervised = sum(example.supervised for example in examples)
+
+    def placed(filled: list[list[int]]) -> Batch:
+        def read(chosen: slice) -> Batch:
+            return lay_out(examples, filled[chosen], chosen.stop - chosen.start, width)
+
+        return place_rows(read, rows, spec.mesh, 0)
 
     @jax.jit
     def total(state: TrainState, batch: Batch) -> jax.Array:
         return batch_nll(spec, join(state.frozen, state.trainable), batch)[0]
 
     def mean(state: TrainState) -> float:
-        placed = [Batch._make(place_rows(x, spec.mesh, 0) for x in batch) for batch in batches]
-        return sum(float(total(state, batch)) for batch in placed) / supervised
+        batches = (placed(packed[start : start + rows]) for start in range(0, len(packed), rows))
+        return sum(float(total(state, batch)) for batch in batches) / supervised
 
     return mean

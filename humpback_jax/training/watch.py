@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -14,8 +15,8 @@ import jax
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.training.examples import ExampleIndex, TrainingExample
 from humpback_jax.training.goodput import Goodput
-from humpback_jax.training.packing import TrainingExample
 from humpback_jax.training.step import StepMetrics
 from humpback_jax.training.utilization import Utilization, memory_in_use
 
@@ -28,7 +29,7 @@ class Dispatched(NamedTuple):
     """A step that was given to the devices."""
 
     step: int
-    examples: Sequence[TrainingExample]
+    indices: np.ndarray  # [examples], of its examples
     metrics: StepMetrics
 
 
@@ -41,7 +42,8 @@ class Watch:
 
     def __init__(
         self,
-        sources: Sequence[str],
+        examples: Sequence[TrainingExample],
+        index: ExampleIndex,
         rate: Callable[[int], Any],
         utilization: Utilization,
         guard: Guard,
@@ -50,11 +52,12 @@ class Watch:
     ) -> None:
         """
         Args:
-          sources: names of the data sources, in the order of the metrics.
+          examples, index: of the run; an example is read only when its batch went wrong.
           rate: a step's learning rate.
           report: receives each row.
         """
-        self._sources, self._rate, self._utilization = sources, rate, utilization
+        self._examples, self._index = examples, index
+        self._rate, self._utilization = rate, utilization
         self._guard, self._goodput, self._report = guard, goodput, report
         self._waiting: deque[Dispatched] = deque()
         self._clock = goodput.clock()
@@ -64,9 +67,9 @@ class Watch:
         # jax.Array has it, its type stub does not.
         return not self._waiting or self._waiting[-1].metrics.grad_norm.is_ready()  # type: ignore[attr-defined]
 
-    def add(self, step: int, examples: Sequence[TrainingExample], metrics: StepMetrics) -> None:
-        """A step was dispatched."""
-        self._waiting.append(Dispatched(step, examples, metrics))
+    def add(self, step: int, indices: np.ndarray, metrics: StepMetrics) -> None:
+        """A step on the examples of these indices was dispatched."""
+        self._waiting.append(Dispatched(step, indices, metrics))
 
     def look(self, behind: int = 0) -> None:
         """Reports all steps but the newest `behind`.
@@ -84,32 +87,36 @@ class Watch:
         for _ in range(count):
             done = self._waiting.popleft()
             row = self._row(done, seconds / count)
-            self._guard.check(row, done.examples)
+            self._guard.check(row, functools.partial(self._names, done.indices))
             self._report(row)
 
     def _row(self, done: Dispatched, seconds: float) -> Row:
         nll, supervised = np.asarray(done.metrics.nll), np.asarray(done.metrics.supervised)
         tokens, targets = int(done.metrics.tokens), int(supervised.sum())
-        pairs = sum(example.length * (example.length + 1) / 2 for example in done.examples)
+        lengths = self._index.lengths[done.indices].astype(np.float64)
+        pairs = float((lengths * (lengths + 1)).sum() / 2)
         row: Row = {
             "step": done.step + 1,
             "loss": float(nll.sum() / supervised.sum()),
             "grad_norm": float(done.metrics.grad_norm),
             "tokens": tokens,
             "supervised_tokens": targets,
-            "examples": len(done.examples),
+            "examples": len(done.indices),
             "seconds": seconds,
             "tokens_per_s": tokens / seconds,
             "supervised_tokens_per_s": targets / seconds,
             **self._utilization.of(tokens, targets, pairs, seconds),
             **memory_in_use(),
         }
-        for index, source in enumerate(self._sources):
+        for index, source in enumerate(self._index.names):
             if supervised[index]:
                 row[f"loss/{source}"] = float(nll[index] / supervised[index])
                 row[f"supervised_tokens/{source}"] = int(supervised[index])
         row["learning_rate"] = float(self._rate(done.step))
         return row
+
+    def _names(self, indices: np.ndarray) -> list[str]:
+        return [self._examples[index].id for index in indices.tolist()]
 
 
 class Guard:
@@ -125,17 +132,20 @@ class Guard:
         self.factor, self._evidence = spike_factor, evidence
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
-    def check(self, row: Row, examples: Sequence[TrainingExample]) -> None:
+    def check(self, row: Row, names: Callable[[], list[str]]) -> None:
         """
+        Args:
+          names: gives the ids of the step's examples.
+
         Raises:
-          HumpbackError: the step is bad; the message names it, and the ids of its examples.
+          HumpbackError: the step is bad; the message names it, and its examples.
         """
         loss, norm = row["loss"], row["grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._stop(row, examples, f"the loss is {loss} and the gradient norm {norm}")
+            self._stop(row, names(), f"the loss is {loss} and the gradient norm {norm}")
         limit = self._limit()
         if loss > limit:
-            self._stop(row, examples, f"the loss jumped to {loss:.4f}, above {limit:.4f}")
+            self._stop(row, names(), f"the loss jumped to {loss:.4f}, above {limit:.4f}")
         self._losses.append(loss)
 
     def _limit(self) -> float:
@@ -145,8 +155,7 @@ class Guard:
         deviation = NORMAL * statistics.median(abs(loss - median) for loss in self._losses)
         return median + self.factor * max(deviation, 0.01 * abs(median))
 
-    def _stop(self, row: Row, examples: Sequence[TrainingExample], what: str) -> None:
-        ids = [example.id for example in examples]
+    def _stop(self, row: Row, ids: list[str], what: str) -> None:
         message = (
             f"step {row['step']}: {what}; examples of that batch: {', '.join(ids)}. Lower the "
             "learning rate or inspect them."
