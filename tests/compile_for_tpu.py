@@ -152,7 +152,7 @@ def training_with_activations_on_the_host(mesh: Mesh) -> dict[str, int]:
     mask = abstract(mesh, P(None, ("data", "fsdp")), bool, 1, rows, tokens)
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = make_train_step(spec, optimizer)
-    batch = Batch(places, places, places, places, places, mask)
+    batch = Batch(places, places, places, places, places, mask, places)
     memory = step.lower(state, batch, key).compile().memory_analysis()
     # bfloat16: q, k, v and context are cut along tensor, the sum after attention is whole; float32:
     # the sums of the softmax.

@@ -420,7 +420,9 @@ def test_dropout_acts_with_a_key_only_and_follows_it(where) -> None:
 
 
 def test_dropout_keeps_the_mean() -> None:
-    dropped = np.asarray(dropout(jnp.ones((200, 500)), 0.25, jax.random.key(0)))
+    dropped = np.asarray(
+        dropout(jnp.ones((2, 100, 500)), 0.25, jax.random.split(jax.random.key(0), (2, 100)))
+    )
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
     assert dropped.mean() == pytest.approx(1.0, abs=0.01)
 

@@ -21,7 +21,7 @@ from humpback_jax.model.llama import Layout, bind, flatten, init_params, unflatt
 from humpback_jax.training.neftune import with_noise
 from humpback_jax.training.packing import best_fit, lay_out
 from humpback_jax.training.state import StepSpec, initial_state
-from humpback_jax.training.step import batch_nll
+from humpback_jax.training.step import batch_nll, token_keys
 from humpback_jax.training.validation import make_validation
 
 ALPHA, DIM = 5.0, 48
@@ -32,8 +32,9 @@ def test_noise_on_embeddings_does_not_follow_the_examples_length() -> None:
     examples = random_examples(9, 60, 5)
     batch = lay_out(examples, best_fit([e.length for e in examples], 96), 6, 96)
     assert batch.segment_ids.max() > 1 and (batch.segment_ids == 0).any()
+    keys = token_keys(jax.random.key(3), batch)
     noise = jax.jit(with_noise, static_argnums=2)(
-        jnp.zeros((6, 96, DIM)), batch.segment_ids, ALPHA, jax.random.key(3)
+        jnp.zeros((6, 96, DIM)), batch.segment_ids, ALPHA, keys
     )
     for row, segments in enumerate(batch.segment_ids):
         assert not np.asarray(noise)[row, segments == 0].any()
@@ -44,10 +45,10 @@ def test_noise_on_embeddings_does_not_follow_the_examples_length() -> None:
             assert 0.98 * largest < np.abs(mine).max() <= largest
             assert mine.std() == pytest.approx(largest / np.sqrt(3), rel=0.1)
             assert abs(mine.mean()) < 4 * mine.std() / np.sqrt(mine.size)
-            # Each example by the formula of the paper, on draws of its own shape.
-            draws = jax.random.uniform(jax.random.key(3), noise.shape, minval=-1, maxval=1)
-            expected = np.asarray(draws)[row, segments == segment] * largest
-            np.testing.assert_allclose(mine, expected, rtol=1e-5)
+            # Each token by the formula of the paper, on draws of its own key.
+            first = keys[row, segments == segment][0]
+            draws = jax.random.uniform(first, (DIM,), minval=-1, maxval=1)
+            np.testing.assert_allclose(mine[0], np.asarray(draws) * largest, rtol=1e-5)
 
 
 def test_noise_disturbs_validation_or_no_training() -> None:
@@ -63,6 +64,21 @@ def test_noise_disturbs_validation_or_no_training() -> None:
     one, two = float(run(jax.random.key(0))), float(run(jax.random.key(1)))
     assert one != two
     assert without != one == float(run(jax.random.key(0)))
+
+
+def test_packing_decides_what_is_dropped() -> None:
+    """Other rows, other micro-batches or another mesh would be another experiment."""
+    config, params = from_torch(torch_llama(num_hidden_layers=2))
+    examples = random_examples(6, 40, 8)
+    noisy = StepSpec(config, "scan", FLOAT32, 2, dropout=0.3, neftune_alpha=ALPHA)
+    run = jax.jit(lambda batch: batch_nll(noisy, params, batch, jax.random.key(7))[0])
+    tight = best_fit([e.length for e in examples], 96)
+    assert len(tight) < len(examples)
+    layouts = tight, tight[::-1], [[i] for i in range(len(examples))]
+    losses = [float(run(lay_out(examples, rows, 8, 96))) for rows in layouts]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    others = [dataclasses.replace(e, id=f"{e.id}'") for e in examples]
+    assert float(run(lay_out(others, tight, 8, 96))) != pytest.approx(losses[0], rel=1e-4)
 
 
 LAYERS, WIDTH = 4, 64
@@ -88,14 +104,14 @@ def test_dropout_does_not_rise_from_nothing_at_the_bottom_to_its_rate_at_the_top
     tokens, positions, segments = whole_rows(np.zeros((16, 64), np.int32))
 
     @jax.jit
-    def hidden_states(params: Any, key: jax.Array) -> jax.Array:
+    def hidden_states(params: Any, keys: jax.Array) -> jax.Array:
         attend = packed_attention(segments, positions, FLOAT32)
         rates = jnp.linspace(0.0, 0.3, LAYERS)
         return bind(config, params, layout).hidden_states(
-            tokens, positions, attend, precision=FLOAT32, dropout_rate=rates, dropout_key=key
+            tokens, positions, attend, precision=FLOAT32, dropout_rate=rates, dropout_keys=keys
         )[0]
 
-    hidden = np.asarray(hidden_states(params, jax.random.key(0)))
+    hidden = np.asarray(hidden_states(params, jax.random.split(jax.random.key(0), tokens.shape)))
     dropped = [(part == 0).mean() for part in np.split(hidden, LAYERS, axis=-1)]
     assert dropped[0] == 0.0
     assert dropped[1:] == pytest.approx([0.1, 0.2, 0.3], abs=0.01)

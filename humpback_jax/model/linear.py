@@ -96,12 +96,25 @@ def _matmul_backward(
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; the identity without a key, which is how evaluation runs."""
-    if key is None or (not isinstance(rate, jax.Array) and rate == 0.0):
+def dropout(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None) -> jax.Array:
+    """Inverted dropout; the identity without keys, which is how evaluation runs.
+
+    Args:
+      x: [B, T, D]. keys: [B, T], each token's, so that noise does not depend on where it lies.
+    """
+    if keys is None or (not isinstance(rate, jax.Array) and rate == 0.0):
         return x
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, 1.0 - rate, x.shape[-1:])
+
+    kept = jax.vmap(jax.vmap(draw))(keys)
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def folded(keys: jax.Array, number: int | jax.Array) -> jax.Array:
+    """Keys [B, T] -> [B, T], for another purpose of the same tokens."""
+    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys)
 
 
 def quantized(weights: nnx.Param, axis: int) -> tuple[nnx.Param, nnx.Param]:
@@ -166,14 +179,14 @@ class Linear(nnx.Module):
         self.kernel, self.scale = quantized(self.kernel, -2)
 
     def __call__(
-        self, x: jax.Array, precision: Precision, dropout_key: jax.Array | None = None
+        self, x: jax.Array, precision: Precision, dropout_keys: jax.Array | None = None
     ) -> jax.Array:
         """x: [..., d_in] -> float32 [..., d_out]."""
         y = matmul(x, self.kernel[...], precision.compute)
         if self.scale is not None:
             y = y * self.scale[...]
         if self.lora is not None:
-            thin = dropout(x, self.lora.dropout, dropout_key)
+            thin = dropout(x, self.lora.dropout, dropout_keys)
             thin = matmul(thin, self.lora_a[...], precision.compute)
             update = matmul(thin, self.lora_b[...], precision.compute)
             y = y + update * self.lora.scale

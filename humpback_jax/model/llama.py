@@ -17,7 +17,15 @@ from flax import nnx
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.linear import Linear, LoraSpec, Precision, dropout, matmul, quantized
+from humpback_jax.model.linear import (
+    Linear,
+    LoraSpec,
+    Precision,
+    dropout,
+    folded,
+    matmul,
+    quantized,
+)
 from humpback_jax.model.remat import Remat, named, recomputed
 from humpback_jax.model.rope import apply_rope, rope_tables
 
@@ -155,7 +163,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         keys: list[jax.Array | None] = [None] * 9
         if key is not None:
-            keys = list(jax.random.split(key, 9))
+            keys = [folded(key, site) for site in range(9)]
         update, cache = self.attn(self.attn_norm(x), rope, attend, cache, precision, keys[0:4])
         x = named(x + dropout(update, dropout_rate, keys[4]).astype(x.dtype), "attended")
         update = self.mlp(self.mlp_norm(x), precision, keys[5:8])
@@ -218,7 +226,7 @@ class Llama(nnx.Module):
         *,
         precision: Precision,
         dropout_rate: float | jax.Array = 0.0,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
         remat: Remat = "none",
         placed: Callable[[jax.Array], jax.Array] = lambda x: x,
         embedded: Callable[[jax.Array], jax.Array] = lambda x: x,
@@ -231,7 +239,7 @@ class Llama(nnx.Module):
           caches: one cache per layer: a list (unrolled) or a tree stacked on axis 0 (scan); None
             when `attend` keeps none.
           dropout_rate: of all layers, or [layers] of each.
-          dropout_key: None switches dropout off.
+          dropout_keys: [B, T], each token's; None switches dropout off.
           remat: what the backward pass finds kept of each layer; see `model/remat.py`.
           placed: tells XLA where [B, T, D] between the layers lies.
           embedded: what becomes of the embeddings [B, T, D] before the first layer.
@@ -255,7 +263,9 @@ class Llama(nnx.Module):
 
         run = recomputed(run, remat, prevent_cse=not isinstance(self.layers, Block))
         depth = self.config.num_hidden_layers
-        keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
+        keys = None
+        if dropout_keys is not None:
+            keys = jax.vmap(functools.partial(folded, dropout_keys))(jnp.arange(depth))
         rates = dropout_rate if isinstance(dropout_rate, jax.Array) else None
         if isinstance(self.layers, Block):
             graphdef, state = nnx.split(self.layers)

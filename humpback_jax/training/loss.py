@@ -25,8 +25,9 @@ class Batch(NamedTuple):
     """Packed rows. Position i predicts `targets[i]`; only where `mask[i]` does that count.
 
     Every field is [rows, tokens]: int32 tokens, targets, positions (restarting with each example),
-    segment_ids (from 1; 0 is padding), sources (index of the row's data source), and the boolean
-    mask, which comes from tokenisation and is never derived from token values.
+    segment_ids (from 1; 0 is padding), sources (index of the row's data source), the boolean mask,
+    which comes from tokenisation and is never derived from token values, and uint32 keys, which say
+    whose noise a token gets: part of a hash of its example's source and id.
     """
 
     tokens: jax.Array
@@ -35,6 +36,7 @@ class Batch(NamedTuple):
     segment_ids: jax.Array
     sources: jax.Array
     mask: jax.Array
+    keys: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.parallel.batches import place_rows
-from humpback_jax.training.examples import ExampleIndex, TrainingExample
+from humpback_jax.training.examples import ExampleIndex, TrainingExample, example_key
 from humpback_jax.training.loss import Batch
 from humpback_jax.training.order import BatchOrder
 
@@ -71,7 +71,7 @@ def lay_out(
     tokens, targets, positions, segment_ids, source_ids = (
         np.zeros(shape, np.int32) for _ in range(5)
     )
-    mask = np.zeros(shape, bool)
+    mask, keys = np.zeros(shape, bool), np.zeros(shape, np.uint32)
     source_index = {name: index for index, name in enumerate(sources)}
     for r, row in enumerate(rows):
         start = 0
@@ -84,8 +84,9 @@ def lay_out(
             segment_ids[r, place] = segment
             source_ids[r, place] = source_index.get(example.source, 0)
             mask[r, place] = example.mask[1:]
+            keys[r, place] = example_key(example.source, example.id) & 0xFFFFFFFF
             start += example.length
-    return Batch._make((tokens, targets, positions, segment_ids, source_ids, mask))
+    return Batch._make((tokens, targets, positions, segment_ids, source_ids, mask, keys))
 
 
 def pack(lengths: Sequence[int], widths: Sequence[int], micro_rows: int = 1) -> list[list[int]]:

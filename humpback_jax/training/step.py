@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from humpback_jax.model.linear import folded
 from humpback_jax.model.llama import Params, bind
 from humpback_jax.model.lora import join
 from humpback_jax.parallel.batches import keep_rows_apart
@@ -28,7 +29,7 @@ class StepMetrics(NamedTuple):
 
 
 def batch_nll(
-    spec: StepSpec, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+    spec: StepSpec, params: Params, batch: Batch, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """(the objective's weighted sum over supervised tokens, nll by source [sources]) of rows
     [rows, T].
@@ -36,15 +37,16 @@ def batch_nll(
     model = bind(spec.config, params, spec.layout, spec.lora)
     kernels = dataclasses.replace(spec.kernels, mesh=spec.mesh)
     depth = spec.config.num_hidden_layers
+    keys = None if key is None else token_keys(key, batch)
     rate: float | jax.Array = spec.dropout
     if spec.dropout and spec.dropout_ramp:
         rate = jnp.linspace(0.0, spec.dropout, depth)
 
     def embedded(x: jax.Array) -> jax.Array:
-        if dropout_key is None or not spec.neftune_alpha:
+        if keys is None or not spec.neftune_alpha:
             return x
-        key = jax.random.fold_in(dropout_key, depth)  # those of the layers are before it
-        return with_noise(x, batch.segment_ids, spec.neftune_alpha, key)
+        # The layers fold in the numbers before `depth`.
+        return with_noise(x, batch.segment_ids, spec.neftune_alpha, folded(keys, depth))
 
     hidden, _ = model.hidden_states(
         batch.tokens,
@@ -52,7 +54,7 @@ def batch_nll(
         kernels.packed(batch.segment_ids, batch.positions, spec.precision, spec.longest),
         precision=spec.precision,
         dropout_rate=rate,
-        dropout_key=dropout_key,
+        dropout_keys=keys,
         remat=spec.remat,
         placed=lambda x: keep_rows_apart(x, spec.mesh),
         embedded=embedded,
@@ -66,6 +68,18 @@ def batch_nll(
     return total, by_source
 
 
+def token_keys(key: jax.Array, batch: Batch) -> jax.Array:
+    """[rows, T]: keys of each token's noise, of its example and its place in it.
+
+    However a batch is packed and cut, and whatever shares a row, noise is the same.
+    """
+
+    def of_token(example: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, example), position)
+
+    return jax.vmap(jax.vmap(of_token))(batch.keys, batch.positions)
+
+
 def _weight(batch: Batch, weights: tuple[float, ...]) -> jax.Array:
     """[]: of all supervised tokens of a batch, i.e. their number where all count alike."""
     if not weights:
@@ -76,8 +90,8 @@ def _weight(batch: Batch, weights: tuple[float, ...]) -> jax.Array:
 def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
     """Builds the jitted step. The state is donated, and stays where it lies.
 
-    The step takes a batch [micro-batches, rows, tokens] and the run's dropout key, from which the
-    key of a micro-batch is folded by (step, index).
+    The step takes a batch [micro-batches, rows, tokens] and the run's key, from which the noise of
+    each token is drawn (`token_keys`).
     """
 
     noisy = spec.dropout > 0 or spec.neftune_alpha > 0
@@ -88,19 +102,15 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
         widths = spec.widths or batch.mask.shape[-1:]
         step_key = jax.random.fold_in(key, state.step)
 
-        def mean_nll(
-            trainable: Params, micro: Batch, index: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            dropout_key = jax.random.fold_in(step_key, index)
-            total, by_source = batch_nll(
-                spec, join(state.frozen, trainable), micro, dropout_key if noisy else None
-            )
+        def mean_nll(trainable: Params, micro: Batch) -> tuple[jax.Array, jax.Array]:
+            params = join(state.frozen, trainable)
+            total, by_source = batch_nll(spec, params, micro, step_key if noisy else None)
             return total / count, by_source
 
-        def gradient(micro: Batch, index: jax.Array) -> tuple[Params, jax.Array]:
+        def gradient(micro: Batch) -> tuple[Params, jax.Array]:
             def of_width(width: int) -> tuple[Params, jax.Array]:
                 cut = jax.tree.map(lambda x: x[:, :width], micro)
-                return jax.grad(mean_nll, has_aux=True)(state.trainable, cut, index)
+                return jax.grad(mean_nll, has_aux=True)(state.trainable, cut)
 
             used = (micro.segment_ids > 0).sum(1).max()
             choice = jnp.searchsorted(jnp.array(widths[:-1], jnp.int32), used)
@@ -111,7 +121,7 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
             return grads, nll
 
         if batch.mask.shape[0] == 1:
-            sums = gradient(jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
+            sums = gradient(jax.tree.map(lambda x: x[0], batch))
         else:
             # Rows are filled from the first on: what a small batch leaves empty are the last ones.
             filled = (batch.segment_ids > 0).any((1, 2)).sum()
@@ -120,7 +130,7 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
                 micro = jax.tree.map(
                     lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch
                 )
-                return jax.tree.map(jnp.add, sums, gradient(micro, index))
+                return jax.tree.map(jnp.add, sums, gradient(micro))
 
             first = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
             if where is not None:
