@@ -389,7 +389,7 @@ def _peers(arguments: argparse.Namespace) -> list[str]:
 
 def aot(arguments: argparse.Namespace) -> Result:
     """Compiles a config's prefill and decode for a TPU slice; prints what they need there."""
-    from humpback_jax.aot import compile_for
+    from humpback_jax.aot.decode import compile_for
     from humpback_jax.artifacts import write_json
 
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from humpback_jax.aot import plan_decode
+from humpback_jax.aot.decode import plan_decode
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.shapes import PUBLISHED, SHAPES

@@ -23,6 +23,8 @@ from humpback_jax.model.rope import apply_rope, rope_tables
 Params = dict[str, Any]
 Layout = Literal["scan", "unrolled"]
 Cache = Any
+# (table, tokens [B, T]) -> [B, T, D], where the table is a function of the tokens
+LookUp = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
 # (q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], this layer's cache) -> (context [B,T,H,K], its new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 
@@ -219,6 +221,7 @@ class Llama(nnx.Module):
         dropout_key: jax.Array | None = None,
         remat: bool = False,
         placed: Callable[[jax.Array], jax.Array] = lambda x: x,
+        look_up: LookUp = lambda table, tokens: table(tokens),
     ) -> tuple[jax.Array, Any]:
         """Runs the decoder up to the final norm.
 
@@ -230,12 +233,13 @@ class Llama(nnx.Module):
           dropout_key: None switches dropout off.
           remat: recompute each layer in the backward pass instead of keeping its activations.
           placed: tells XLA where [B, T, D] between the layers lies.
+          look_up: takes the table, and tokens to embeddings [B, T, D] where it wants them.
 
         Returns:
           hidden [B, T, D] in `precision.activations`, and the new caches in the form given.
         """
         rope = rope_tables(self.config, positions)
-        x = placed(self.embed(tokens).astype(precision.activations))
+        x = placed(look_up(self.embed, tokens).astype(precision.activations))
 
         def run(
             block: Block, x: jax.Array, cache: Cache, key: jax.Array | None

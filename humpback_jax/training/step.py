@@ -11,7 +11,7 @@ import optax
 
 from humpback_jax.model.llama import Params, bind
 from humpback_jax.model.lora import join
-from humpback_jax.parallel.batches import keep_rows_apart
+from humpback_jax.parallel.batches import keep_rows_apart, look_up
 from humpback_jax.training.loss import Batch, supervised_targets, token_nll
 from humpback_jax.training.state import StepSpec, TrainState, state_shardings
 
@@ -40,6 +40,7 @@ def batch_nll(
         dropout_key=dropout_key,
         remat=spec.remat,
         placed=lambda x: keep_rows_apart(x, spec.mesh),
+        look_up=lambda table, tokens: look_up(table, tokens, spec.mesh),
     )
     chosen = supervised_targets(batch, spec.max_targets, spec.mesh)
     total, nll = token_nll(model, hidden, chosen, spec.precision, spec.mesh, spec.objective)
