@@ -12,13 +12,13 @@ import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
+import jax
 
-from humpback_jax.aot.hlo import collectives  # noqa: E402
-from humpback_jax.aot.train import lower_step, plan_training  # noqa: E402
-from humpback_jax.model.shapes import SHAPES  # noqa: E402
-from humpback_jax.parallel.mesh import parse_mesh  # noqa: E402
-from humpback_jax.training.trainer import TrainSpec  # noqa: E402
+from humpback_jax.aot.hlo import collectives
+from humpback_jax.aot.train import lower_step, plan_training
+from humpback_jax.model.shapes import SHAPES
+from humpback_jax.parallel.mesh import parse_mesh
+from humpback_jax.training.trainer import TrainSpec
 
 VOCAB, WIDTH, TOKENS = 512, 64, 64
 

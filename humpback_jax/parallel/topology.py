@@ -13,19 +13,24 @@ GIB = 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device: memory in bytes, its bandwidth in bytes/s, bfloat16 products in FLOP/s."""
+    """One device: memory in bytes, its bandwidth in bytes/s, bfloat16 products in FLOP/s.
+
+    links: bytes/s that it can send to its neighbours, over all of its links together.
+    """
 
     memory: int
     bandwidth: float
     flops: float
+    links: float
 
 
-# Google's published figures (cloud.google.com/tpu/docs, pages of each version).
+# Google's published figures (cloud.google.com/tpu/docs, pages of each version). Links: 2,400 Gbit/s
+# (v4), 400 GB/s both ways together (v5e), 4,800 Gbit/s (v5p), 800 GB/s both ways together (v6e).
 CHIPS = {
-    "v4": Chip(32 * GIB, 1.228e12, 275e12),
-    "v5e": Chip(16 * GIB, 0.819e12, 197e12),
-    "v5p": Chip(95 * GIB, 2.765e12, 459e12),
-    "v6e": Chip(32 * GIB, 1.64e12, 918e12),
+    "v4": Chip(32 * GIB, 1.228e12, 275e12, 300e9),
+    "v5e": Chip(16 * GIB, 0.819e12, 197e12, 200e9),
+    "v5p": Chip(95 * GIB, 2.765e12, 459e12, 600e9),
+    "v6e": Chip(32 * GIB, 1.64e12, 918e12, 400e9),
 }
 
 
