@@ -52,7 +52,7 @@ def get_config(argument: str = "llama2_7b") -> Any:
         for section in (config.backward, config.train):
             section.update({"resume_every": 100, "eval_every": 100})
             if size in ("33b", "65b", "llama2_70b"):
-                section.remat = True
+                section.remat = "full"
         config.curate.also = ("rubric_likelihood", "pmi")
         config.compute.batch_size = 64
     if "tiny" in parts:

@@ -119,18 +119,22 @@ def train_section() -> dict[str, Any]:
         "on_long": "drop",  # error | drop | truncate
         "learning_rate": 1e-5,
         "end_learning_rate": 9e-6,
-        "schedule": "linear",
+        "schedule": "linear",  # linear | cosine | constant | wsd | inverse_sqrt
         "warmup_steps": 0,
+        "decay_share": 0.1,  # the last part of the steps, in which the schedule "wsd" decays
+        "optimizer": "adamw",  # adamw | adamw_bf16 | adafactor | lion; see docs/training.md
         "beta1": 0.9,
         "beta2": 0.95,
         "epsilon": 1e-8,
         "weight_decay": 0.1,
         "clip_norm": 1.0,
         "dropout": 0.1,
+        "dropout_ramp": False,  # from 0 in the first layer to `dropout` in the last (LIMA)
+        "neftune_alpha": 0.0,  # noise on the embeddings (NEFTune); 0: none
         "label_smoothing": 0.0,
         "z_loss": 0.0,
         "lora": {"rank": 0, "alpha": 32.0, "dropout": 0.0, "targets": ("q", "v")},
-        "remat": False,
+        "remat": "none",  # activations to compute again: none | full | named | offload
         "log_every": 1,
         "eval_every": 0,
         "resume_every": 0,
@@ -146,7 +150,7 @@ POSITIVE = (
     *("max_chars", "row_tokens", "batch_examples", "log_every", "batch_size"),
     *("max_new_tokens", "answer_tokens", "shard_rows", "pairs"),
 )
-SHARES = ("top_p", "fraction")
+SHARES = ("top_p", "fraction", "decay_share")
 PARTS = ("dropout", "label_smoothing")
 ANY_NUMBER = ("seed", "curate.threshold", "meters.min_lift")
 
@@ -257,8 +261,9 @@ def _choices() -> dict[str, tuple[str, ...]]:
     """Known values by dotted key, or by the name of the field wherever it stands."""
     from humpback_jax.compute import FORMATS
     from humpback_jax.curators import CURATORS
+    from humpback_jax.model.remat import REMATS
     from humpback_jax.text.template import TAG_TEXT
-    from humpback_jax.training.optimizer import SCHEDULES
+    from humpback_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
     return {
         "base.template": ("auto", "chat", "plain"),
@@ -273,6 +278,8 @@ def _choices() -> dict[str, tuple[str, ...]]:
         "compute.kv": FORMATS,
         "on_long": ("error", "drop", "truncate"),
         "schedule": SCHEDULES,
+        "optimizer": OPTIMIZERS,
+        "remat": REMATS,
     }
 
 

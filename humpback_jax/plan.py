@@ -15,6 +15,7 @@ import numpy as np
 
 from humpback_jax.artifacts import Row
 from humpback_jax.loop import prepare
+from humpback_jax.model.remat import Remat
 from humpback_jax.records import Example, Message, Segment, stable_id
 from humpback_jax.sampling.likelihood import WIDTHS, sequence_nll
 from humpback_jax.sampling.sampler import Decoding
@@ -31,7 +32,8 @@ from humpback_jax.training.packing import BatchOrder, TrainingExample, plan_pack
 # is bound by memory everywhere: what it costs off the CPU depends on model and batch size.
 MEASURED_ON_CPU = (5.5, 2.0)
 ELSEWHERE = (3.0, 8.0)
-REMAT_FACTOR = 4 / 3
+# "full" computes a layer's forward pass again, the others less than half of it: `model/remat.py`.
+REMAT_FACTOR: dict[Remat, float] = {"none": 1.0, "full": 4 / 3, "named": 7 / 6, "offload": 7 / 6}
 PROBE_TOKENS = 512
 KINDS = 4  # forms of a pair in the curation meter: true, shuffled, truncated, promo
 
@@ -62,7 +64,7 @@ def dry_run(config: Any, say: Callable[[str], None]) -> Row:
     texts tokenised, as the run would; nothing is kept. The time is that of one forward pass,
     measured on a batch of 2 x 512 tokens, times the tokens of each stage times a factor: 1 for
     likelihoods and prompts; for a trained token, places left empty in packed rows included, 5.5 on
-    a CPU and 3 elsewhere (a third more with `remat`); for a decoded token 2 on a CPU and 8
+    a CPU and 3 elsewhere (up to a third more with `remat`); for a decoded token 2 on a CPU and 8
     elsewhere. The factors for the CPU are medians measured with the default model; single steps
     varied by a factor of two on a busy machine. Compilation, once a program, is not counted.
 
@@ -171,7 +173,7 @@ class _Planner:
         order = BatchOrder([example.id for example in kept], spec.batch_examples, seed)
         packing = plan_packing(kept, order, spec.steps, spec.row_tokens, spec.accumulation)
         tokens = sum(kept[i].length for step in range(spec.steps) for i in order.indices(step))
-        cost = tokens / packing.efficiency * self.train_factor * (REMAT_FACTOR if spec.remat else 1)
+        cost = tokens / packing.efficiency * self.train_factor * REMAT_FACTOR[spec.remat]
         if spec.eval_every:
             held_out = self._tokens(render(self.template, self.context.heldout, direction))
             cost += spec.steps // spec.eval_every * held_out

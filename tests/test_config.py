@@ -98,7 +98,7 @@ def test_overrides_take_the_type_of_the_field():
         {
             "train.steps": ["7"],
             "train.learning_rate": ["2"],
-            "train.remat": ["TRUE"],
+            "train.checkpoint_epochs": ["TRUE"],
             "data.skip_bad": ["0"],
             "name": ["12"],
             "corpus.documents": ["a.txt,b.txt", "c.txt"],
@@ -109,7 +109,11 @@ def test_overrides_take_the_type_of_the_field():
     )
     assert config.train.steps == 7
     assert config.train.learning_rate == 2.0 and isinstance(config.train.learning_rate, float)
-    assert config.train.remat is True and config.data.skip_bad is False and config.name == "12"
+    assert (
+        config.train.checkpoint_epochs is True
+        and config.data.skip_bad is False
+        and config.name == "12"
+    )
     assert config.corpus.documents == ("a.txt", "b.txt", "c.txt")
     assert config.curate.also == ("pmi",) and config.train.lora.targets == ("q", "k")
     assert config.meters.min_lift == -0.5
@@ -123,7 +127,7 @@ def test_overrides_take_the_type_of_the_field():
         ("train.dropout", "x", "must be of type float"),
         ("train.dropout", "nan", "must be of type float"),
         ("train.learning_rate", "inf", "must be of type float"),
-        ("train.remat", "maybe", "must be of type bool"),
+        ("train.checkpoint_epochs", "maybe", "must be of type bool"),
         ("train.stepz", "1", "unknown key 'stepz' in config.train (did you mean 'steps'?)"),
         ("trian.steps", "1", "unknown key 'trian' in config (did you mean 'train'?)"),
         ("train.steps.more", "1", "unknown key 'more' in config.train.steps"),
@@ -146,6 +150,9 @@ def test_a_mistyped_override_is_refused_with_its_key(key, value, message):
         ("meters.curators", "x", "config.meters.curators='x'"),
         ("evaluate.tags", "S_b", "config.evaluate.tags='S_b'"),
         ("train.on_long", "cut", "known: error, drop, truncate"),
+        ("train.optimizer", "adam", "known: adamw, adamw_bf16, adafactor, lion"),
+        ("train.remat", "true", "known: none, full, named, offload"),
+        ("train.decay_share", "0", "above 0 and at most 1"),
         ("backward.schedule", "linaer", "did you mean 'linear'"),
         ("compute.precision", "float16", "known: auto, float32, bfloat16"),
         ("compute.weights", "int4", "known: auto, int8"),

@@ -381,7 +381,7 @@ def test_a_model_trains_on_the_gradients_of_xla_with_layers_scanned_and_recomput
             Precision(),
             plan.max_targets,
             2,
-            remat=True,
+            remat="named",
             longest=plan.longest,
             kernels=kernels,
         )

@@ -12,7 +12,8 @@ import dataclasses
 from typing import Any
 
 from humpback_jax.aot.hlo import bytes_by_kind, collectives
-from humpback_jax.aot.train import TrainPlan, lower_step
+from humpback_jax.aot.memory import held_bytes
+from humpback_jax.aot.train import TrainPlan, abstract_state, lower_step
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.parallel.mesh import axis_size
@@ -61,9 +62,9 @@ def step_costs(plan: TrainPlan) -> Costs:
     layers = plan.config.num_hidden_layers
     micro_batch = one + (two + one.times(-1)).times(layers - 1)
     micro_batch += attention_costs(plan).times(layers) + loss_costs(plan)
-    update = update_costs(plan)
-    # Each micro-batch beyond the first also reads and writes the sum of the gradients.
-    again = micro_batch + update.times(-1 + 2 / UPDATE_PASSES)
+    # Each micro-batch beyond the first updates nothing, but adds to the sum of the gradients.
+    added_up = Costs(0.0, 3 * held_bytes(abstract_state(plan).trainable))
+    again = micro_batch + added_up + update_costs(plan).times(-1)
     return micro_batch + again.times(plan.micro_batches - 1)
 
 
@@ -71,12 +72,12 @@ def attention_costs(plan: TrainPlan) -> Costs:
     """Of the kernels of one layer: causal, so that half of all pairs of places count.
 
     Forwards there are two products, backwards seven (scores twice more, since the gradients of the
-    keys and of the queries are computed apart), and with remat the forward ones again.
+    keys and of the queries are computed apart), and where nothing is kept the forward ones again.
     """
     config, tokens = plan.config, plan.run.row_tokens
     heads = config.num_attention_heads // axis_size(plan.mesh, "tensor")
     pairs = plan.rows * tokens * tokens / 2
-    products = 9 + 2 * bool(plan.run.remat)
+    products = 9 + 2 * (plan.run.remat == "full")
     return Costs(products * 2 * pairs * heads * config.head_dim, 0.0)
 
 
@@ -92,15 +93,10 @@ def loss_costs(plan: TrainPlan) -> Costs:
     return Costs(6 * CHUNK * head, 12 * head + 12 * logits).times(chunks - 1)
 
 
-UPDATE_PASSES = 7  # read: parameter, gradient, two moments; written: all but the gradient
-
-
 def update_costs(plan: TrainPlan) -> Costs:
-    """Of the optimizer, in float32; an adapter's are too small to matter."""
-    if plan.run.lora is not None:
-        return Costs(0.0, 0.0)
-    parts = axis_size(plan.mesh, "fsdp") * axis_size(plan.mesh, "tensor")
-    return Costs(0.0, 4 * UPDATE_PASSES * count_parameters(plan.config) / parts)
+    """Of the optimizer: its state is read and written, and so are parameters beside gradients."""
+    state = abstract_state(plan)
+    return Costs(0.0, 3 * held_bytes(state.trainable) + 2 * held_bytes(state.optimizer))
 
 
 def needed_flops(plan: TrainPlan) -> float:
@@ -118,7 +114,7 @@ def needed_flops(plan: TrainPlan) -> float:
 
 
 def product_weights(config: LlamaConfig) -> int:
-    """Parameters but for the embedding table, which is looked up, where the head is not the same."""
+    """Parameters, but for an embedding table that is only looked up."""
     table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return count_parameters(config) - table
 

@@ -14,18 +14,21 @@ from humpback_jax.aot.estimate import (
     product_weights,
     update_costs,
 )
+from humpback_jax.aot.memory import held_bytes
 from humpback_jax.aot.programs import compile_train
-from humpback_jax.aot.train import TrainPlan, plan_training
+from humpback_jax.aot.train import TrainPlan, abstract_state, plan_training
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import count_parameters
+from humpback_jax.model.remat import REMATS
 from humpback_jax.parallel.mesh import MeshShape, axis_size
 from humpback_jax.parallel.topology import GIB, Chip
 from humpback_jax.training.loss import CHUNK
 from humpback_jax.training.trainer import TrainSpec
 
 ROWS = (1, 2, 4, 8, 16)
-REMAT = (False, True)
+# Of a forward pass, what is computed again: all of a layer, or two of the MLP's three products.
+AGAIN = {"none": 0.0, "full": 1.0, "named": 0.45, "offload": 0.45}
 COMPILED = 3  # candidates that fit, compiled for real
 REFUSED = 6  # candidates in a row that do not, until the search gives up
 KEPT_FREE = 0.05  # of a chip's memory
@@ -82,7 +85,7 @@ def candidates(
     """Plans that should fit: all divisions of the chips that cut neither heads nor a width."""
     budget = chip.memory * (1 - KEPT_FREE)
     for shape in shapes(len(devices), config):
-        for remat in REMAT:
+        for remat in REMATS:
             for rows in ROWS:
                 spec = dataclasses.replace(run, remat=remat)
                 plan = plan_training(config, spec, devices, shape, rows)
@@ -106,20 +109,28 @@ def predicted_bytes(plan: TrainPlan) -> float:
     A formula; the compiler has the last word.
     """
     config, run = plan.config, plan.run
-    tensor, fsdp = axis_size(plan.mesh, "tensor"), axis_size(plan.mesh, "fsdp")
-    parameters = count_parameters(config)
-    # Parameter, two moments, gradient; of a frozen parameter there is nothing else.
-    state = (16 if run.lora is None else 4) * parameters / (fsdp * tensor)
+    tensor = axis_size(plan.mesh, "tensor")
+    state = abstract_state(plan)
+    held = held_bytes(state) + held_bytes(state.trainable)
     tokens = plan.rows * run.row_tokens
     width, inner = config.hidden_size, config.intermediate_size / tensor
-    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim / tensor
-    layer = tokens * (16 * width + 12 * inner + 6 * heads)  # what its backward pass goes by
-    kept = tokens * 2 * width if run.remat else layer
-    activations = config.num_hidden_layers * kept + 2 * layer
-    weights = 2 * 2 * layer_weights(config) / tensor if fsdp > 1 else 0  # this layer, and the next
+    heads = config.num_attention_heads * config.head_dim / tensor
+    groups = config.num_key_value_heads * config.head_dim / tensor
+    attention = 2 * (2 * heads + 2 * groups)
+    layer = tokens * (16 * width + 12 * inner + 3 * attention)  # its backward pass goes by them
+    inputs = tokens * 2 * width
+    kept = {
+        "none": layer,
+        "full": inputs,
+        "named": 2 * inputs + tokens * attention,
+        "offload": inputs,
+    }
+    activations = config.num_hidden_layers * kept[run.remat] + 2 * layer
+    gathered = axis_size(plan.mesh, "fsdp") > 1
+    weights = 2 * 2 * layer_weights(config) / tensor * gathered  # of this layer, and the next
     head = config.hidden_size * config.vocab_size / tensor
     loss = 6 * head + 10 * CHUNK * config.vocab_size / tensor
-    return state + activations + weights + loss
+    return held + activations + weights + loss
 
 
 def promised_rate(plan: TrainPlan, chip: Chip) -> float:
@@ -133,16 +144,16 @@ def predicted_costs(plan: TrainPlan) -> Costs:
     tensor, fsdp = axis_size(plan.mesh, "tensor"), axis_size(plan.mesh, "fsdp")
     data = axis_size(plan.mesh, "data")
     tokens = plan.rows * run.row_tokens
-    passes = (3 if run.lora is None else 2) + bool(run.remat)
+    passes = (3 if run.lora is None else 2) + AGAIN[run.remat]
     flops = 2 * passes * product_weights(config) / tensor * tokens
     read = 3 * 4 * count_parameters(config) / tensor
     activations = config.num_hidden_layers * tokens * 40 * (config.hidden_size + config.head_dim)
     layers = config.num_hidden_layers
     whole = 2 * layer_weights(config) * layers / tensor
-    gathered = (2 + bool(run.remat)) * whole * (fsdp - 1) / fsdp
+    gathered = (2 + (run.remat != "none")) * whole * (fsdp - 1) / fsdp
     scattered = 2 * whole * (fsdp - 1) / fsdp if run.lora is None else 0.0
     # Partial sums of the two products of a layer that end along the cut axis, both ways.
-    sums = (4 + 2 * bool(run.remat)) * layers * tokens * config.hidden_size * 4
+    sums = (4 + 2 * (run.remat == "full")) * layers * tokens * config.hidden_size * 4
     added = 2 * sums * (tensor - 1) / tensor
     if run.lora is None:
         added += 2 * 4 * count_parameters(config) / (fsdp * tensor) * (data - 1) / data
@@ -160,9 +171,8 @@ def layer_weights(config: LlamaConfig) -> float:
 def flags(report: dict[str, Any]) -> str:
     """What to write on the command line for a plan."""
     mesh = ",".join(f"{axis}={size}" for axis, size in report["mesh"].items())
-    remat = str(report["remat"]).lower()
     return (
-        f"--config.compute.mesh={mesh} --config.train.remat={remat} "
+        f"--config.compute.mesh={mesh} --config.train.remat={report['remat']} "
         f"--config.train.accumulation={report['micro_batches']}"
     )
 

@@ -75,8 +75,33 @@ def plan_training(
 
 def lower_step(plan: TrainPlan) -> tuple[jax.stages.Lowered, TrainState, Batch]:
     """The step's program, and the shapes of what it takes."""
-    run, mesh = plan.run, plan.mesh
-    spec = StepSpec(
+    mesh, run = plan.mesh, plan.run
+    state = abstract_state(plan)
+    batch = _abstract_batch(plan.micro_batches, plan.rows * row_parts(mesh), run.row_tokens, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = make_train_step(_step_spec(plan), make_optimizer(run.optimizer, run.steps))
+    return step.lower(state, batch, key), state, batch
+
+
+def abstract_state(plan: TrainPlan) -> TrainState:
+    """Shapes of what the step carries, and where they lie."""
+    spec, optimizer = _step_spec(plan), make_optimizer(plan.run.optimizer, plan.run.steps)
+    trainable = abstract_params(spec.config, "float32", spec.layout, spec.lora)
+    frozen: Any = {}
+    if spec.lora is not None:
+        frozen, trainable = split_adapter(trainable)
+    kept = jax.eval_shape(optimizer.init, trainable)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+        TrainState(step, trainable, frozen, kept),
+        state_shardings(spec, optimizer),
+    )
+
+
+def _step_spec(plan: TrainPlan) -> StepSpec:
+    run = plan.run
+    return StepSpec(
         plan.config,
         run.layout,
         run.precision,
@@ -87,34 +112,16 @@ def lower_step(plan: TrainPlan) -> tuple[jax.stages.Lowered, TrainState, Batch]:
         remat=run.remat,
         longest=min(run.row_tokens, plan.config.max_position_embeddings),
         kernels=run.kernels,
-        mesh=mesh,
+        mesh=plan.mesh,
         objective=run.objective,
-    )
-    optimizer = make_optimizer(run.optimizer, run.steps)
-    state = _abstract_state(spec, optimizer)
-    batch = _abstract_batch(plan.micro_batches, plan.rows * row_parts(mesh), run.row_tokens, mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return make_train_step(spec, optimizer).lower(state, batch, key), state, batch
-
-
-def _abstract_state(spec: StepSpec, optimizer: Any) -> TrainState:
-    trainable = abstract_params(spec.config, "float32", spec.layout, spec.lora)
-    frozen: Any = {}
-    if spec.lora is not None:
-        frozen, trainable = split_adapter(trainable)
-    kept = jax.eval_shape(optimizer.init, trainable)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, frozen, kept)
-    return jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
-        state,
-        state_shardings(spec, optimizer),
+        dropout_ramp=run.dropout_ramp,
+        neftune_alpha=run.neftune_alpha,
     )
 
 
 def _abstract_batch(micro_batches: int, rows: int, tokens: int, mesh: Mesh) -> Batch:
-    def field(dtype: Any) -> jax.ShapeDtypeStruct:
+    def field(dtype: Any) -> Any:
         where = NamedSharding(mesh, P(None, ROWS))
         return jax.ShapeDtypeStruct((micro_batches, rows, tokens), dtype, sharding=where)
 
-    fields = dict.fromkeys(Batch._fields, field(jnp.int32)) | {"mask": field(jnp.bool_)}
-    return Batch(**fields)
+    return Batch(*[field(jnp.int32)] * 5, mask=field(jnp.bool_))

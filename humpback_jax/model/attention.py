@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import Attend, Cache
+from humpback_jax.model.remat import named
 
 MASKED = -1e30  # finite, so that a row without any visible key gives 0/0-free garbage, not NaN
 BLOCK = 128  # queries of packed rows that attend at one time
@@ -37,7 +38,7 @@ def packed_attention(
         queries = q, segment_ids, positions
         keys = k, v, segment_ids, positions
         if blocks == 1:
-            return _attend_block(queries, keys, precision), cache
+            return named(_attend_block(queries, keys, precision), "context"), cache
         queries = jax.tree.map(functools.partial(_pad_places, count=padding), queries)
 
         @jax.checkpoint
@@ -51,7 +52,7 @@ def packed_attention(
 
         context = jax.lax.map(block, jnp.arange(blocks) * BLOCK)  # [blocks, B, BLOCK, H, K]
         context = jnp.moveaxis(context, 0, 1).reshape(rows, blocks * BLOCK, *q.shape[2:])
-        return context[:, :length], cache
+        return named(context[:, :length], "context"), cache
 
     return attend
 

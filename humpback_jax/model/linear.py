@@ -80,9 +80,9 @@ def _matmul_backward(
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; the identity without a key, which is how evaluation runs."""
-    if key is None or rate == 0.0:
+    if key is None or (not isinstance(rate, jax.Array) and rate == 0.0):
         return x
     kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))

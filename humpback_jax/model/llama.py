@@ -18,6 +18,7 @@ from flax import nnx
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import Linear, LoraSpec, Precision, dropout, matmul, quantized
+from humpback_jax.model.remat import Remat, named, recomputed
 from humpback_jax.model.rope import apply_rope, rope_tables
 
 Params = dict[str, Any]
@@ -97,8 +98,9 @@ class Attention(nnx.Module):
         q = projected(self.q, self.head_shape, keys[0])
         k = projected(self.k, self.group_shape, keys[1])
         v = projected(self.v, self.group_shape, keys[2])
-        q, k = apply_rope(q, *rope).astype(kept), apply_rope(k, *rope).astype(kept)
-        context, cache = attend(q, k, v.astype(kept), cache)
+        q = named(apply_rope(q, *rope).astype(kept), "q")
+        k = named(apply_rope(k, *rope).astype(kept), "k")
+        context, cache = attend(q, k, named(v.astype(kept), "v"), cache)
         return self.o(context.reshape(*leading, -1), precision, keys[3]), cache
 
 
@@ -150,14 +152,14 @@ class Block(nnx.Module):
         attend: Attend,
         cache: Cache,
         precision: Precision,
-        dropout_rate: float,
+        dropout_rate: float | jax.Array,
         key: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         keys: list[jax.Array | None] = [None] * 9
         if key is not None:
             keys = list(jax.random.split(key, 9))
         update, cache = self.attn(self.attn_norm(x), rope, attend, cache, precision, keys[0:4])
-        x = x + dropout(update, dropout_rate, keys[4]).astype(x.dtype)
+        x = named(x + dropout(update, dropout_rate, keys[4]).astype(x.dtype), "attended")
         update = self.mlp(self.mlp_norm(x), precision, keys[5:8])
         return x + dropout(update, dropout_rate, keys[8]).astype(x.dtype), cache
 
@@ -217,11 +219,12 @@ class Llama(nnx.Module):
         caches: Any = None,
         *,
         precision: Precision,
-        dropout_rate: float = 0.0,
+        dropout_rate: float | jax.Array = 0.0,
         dropout_key: jax.Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
         placed: Callable[[jax.Array], jax.Array] = lambda x: x,
         look_up: LookUp = lambda table, tokens: table(tokens),
+        embedded: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> tuple[jax.Array, Any]:
         """Runs the decoder up to the final norm.
 
@@ -230,50 +233,54 @@ class Llama(nnx.Module):
           attend: how queries meet keys; see `model/attention.py`.
           caches: one cache per layer: a list (unrolled) or a tree stacked on axis 0 (scan); None
             when `attend` keeps none.
+          dropout_rate: of all layers, or [layers] of each.
           dropout_key: None switches dropout off.
-          remat: recompute each layer in the backward pass instead of keeping its activations.
+          remat: what the backward pass finds kept of each layer; see `model/remat.py`.
           placed: tells XLA where [B, T, D] between the layers lies.
           look_up: takes the table, and tokens to embeddings [B, T, D] where it wants them.
+          embedded: what becomes of the embeddings [B, T, D] before the first layer.
 
         Returns:
           hidden [B, T, D] in `precision.activations`, and the new caches in the form given.
         """
         rope = rope_tables(self.config, positions)
-        x = placed(look_up(self.embed, tokens).astype(precision.activations))
+        x = placed(embedded(look_up(self.embed, tokens).astype(precision.activations)))
 
         def run(
-            block: Block, x: jax.Array, cache: Cache, key: jax.Array | None
+            block: Block,
+            x: jax.Array,
+            cache: Cache,
+            key: jax.Array | None,
+            rate: jax.Array | None,
         ) -> tuple[jax.Array, Cache]:
-            x, cache = block(x, rope, attend, cache, precision, dropout_rate, key)
+            thinned = dropout_rate if rate is None else rate
+            x, cache = block(x, rope, attend, cache, precision, thinned, key)
             return placed(x), cache
 
-        if remat:
-            run = nnx.remat(run, prevent_cse=not isinstance(self.layers, Block))
+        run = recomputed(run, remat, prevent_cse=not isinstance(self.layers, Block))
         depth = self.config.num_hidden_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
+        rates = dropout_rate if isinstance(dropout_rate, jax.Array) else None
         if isinstance(self.layers, Block):
             graphdef, state = nnx.split(self.layers)
 
             def body(x: jax.Array, per_layer: Any) -> tuple[jax.Array, Cache]:
-                layer, cache, key = per_layer
-                return run(nnx.merge(graphdef, layer), x, cache, key)
+                layer, *others = per_layer
+                return run(nnx.merge(graphdef, layer), x, *others)
 
-            x, caches = jax.lax.scan(body, x, (state, caches, keys))
+            x, caches = jax.lax.scan(body, x, (state, caches, keys, rates))
         else:
             # All layers are one function to trace, and differ in what it is called with.
             graphdef, _ = nnx.split(self.layers[0])
 
             @jax.jit
-            def layer(
-                state: Any, x: jax.Array, cache: Cache, key: jax.Array | None
-            ) -> tuple[jax.Array, Cache]:
-                return run(nnx.merge(graphdef, state), x, cache, key)
+            def layer(state: Any, x: jax.Array, *others: Any) -> tuple[jax.Array, Cache]:
+                return run(nnx.merge(graphdef, state), x, *others)
 
             updated = []
             for index, block in enumerate(self.layers):
-                cache = None if caches is None else caches[index]
-                key = None if keys is None else keys[index]
-                x, cache = layer(nnx.state(block), x, cache, key)
+                others = (None if per is None else per[index] for per in (caches, keys, rates))
+                x, cache = layer(nnx.state(block), x, *others)
                 updated.append(cache)
             caches = None if caches is None else updated
         return self.norm(x), caches

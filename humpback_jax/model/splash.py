@@ -98,4 +98,5 @@ def _kernel(
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name="context",  # of `remat.NAMES`: what its backward pass needs
     )

@@ -1,4 +1,4 @@
-"""AdamW and learning-rate schedules with the paper's settings as defaults."""
+"""Optimizers and learning-rate schedules with the paper's settings as defaults."""
 
 from __future__ import annotations
 
@@ -6,20 +6,35 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from humpback_jax.errors import HumpbackError
 
-SCHEDULES = ("linear", "cosine", "constant")
+OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor", "lion")
+SCHEDULES = ("linear", "cosine", "constant", "wsd", "inverse_sqrt")
+UNWARMED_SCALE = 10_000  # steps in which "inverse_sqrt" without a warm-up stays constant (T5)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSpec:
-    """AdamW (Loshchilov and Hutter, 2019).
+    """How gradients become updates.
 
-    Defaults: learning rate 1e-5 falling linearly to 9e-6 and weight decay 0.1 (Humpback, section
-    3.1); beta and the absence of a warm-up from LIMA; the clip norm from the unofficial
+    Defaults: AdamW, learning rate 1e-5 falling linearly to 9e-6 and weight decay 0.1 (Humpback,
+    section 3.1); beta and the absence of a warm-up from LIMA; the clip norm from the unofficial
     re-implementation. `end_learning_rate` is a rate, not a fraction of the first one.
+
+    Attributes:
+      decay_share: the last part of the steps, in which "wsd" decays.
+      name: "adamw" (Loshchilov and Hutter, 2019): 8 bytes of state a parameter.
+        "adamw_bf16": its first moment in bfloat16, 6 bytes. The second one stays float32: it
+        changes by a share of 1 - beta2 a step, which bfloat16 may round away.
+        "adafactor" (Shazeer and Stern, 2018): a second moment for each row and each column of a
+        matrix, and no first one: next to nothing. Rates are absolute, as AdamW's are, and updates
+        of each tensor have a root mean square of 1 at most. Reads neither beta nor epsilon.
+        "lion" (Chen et al., 2023): the sign of a moving average, 4 bytes. Every entry moves by the
+        full rate: its authors advise a rate 3 to 10 times smaller than AdamW's, and a weight decay
+        as many times larger.
     """
 
     learning_rate: float = 1e-5
@@ -31,12 +46,17 @@ class OptimizerSpec:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    decay_share: float = 0.1
+    name: str = "adamw"
 
 
 def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
     """Schedule over `steps` optimizer steps: lr(s) = first + (last - first) * s / steps (linear).
 
-    With a warm-up the rate first rises linearly from 0, and the rest spans what remains.
+    With a warm-up the rate first rises linearly from 0, and the rest spans what remains. "wsd"
+    (warm-up, stable, decay; Hu et al., 2024) is constant, and linear in its last `decay_share`.
+    "inverse_sqrt" is first * sqrt(w / s) from the end of the w steps of warm-up on; like
+    "constant", it does not know of a last rate.
     """
     remaining = max(steps - spec.warmup_steps, 1)
     first, last = spec.learning_rate, spec.end_learning_rate
@@ -47,6 +67,14 @@ def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
             main = optax.cosine_decay_schedule(first, remaining, alpha=last / first)
         case "constant":
             main = optax.constant_schedule(first)
+        case "wsd":
+            decay = min(max(round(spec.decay_share * steps), 1), remaining)
+            main = optax.linear_schedule(first, last, decay, remaining - decay)
+        case "inverse_sqrt":
+            scale = spec.warmup_steps or UNWARMED_SCALE
+
+            def main(step: Any) -> jax.Array:
+                return first * jnp.sqrt(scale / (scale + jnp.asarray(step, jnp.float32)))
         case unknown:
             raise HumpbackError(
                 f"train.schedule={unknown!r} is unknown; choose one of {', '.join(SCHEDULES)}."
@@ -58,18 +86,51 @@ def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW. Norm scales and biases are not decayed."""
+    """Clip by global norm, then the optimizer of that name.
+
+    Weight decay is apart from the gradient, times the rate; norm scales and biases have none.
+    """
     return optax.chain(
         optax.clip_by_global_norm(spec.clip_norm),
-        optax.adamw(
-            learning_rate(spec, steps),
-            b1=spec.beta1,
-            b2=spec.beta2,
-            eps=spec.epsilon,
-            weight_decay=spec.weight_decay,
-            mask=_decayed,
-        ),
+        _direction(spec),
+        optax.add_decayed_weights(spec.weight_decay, _decayed),
+        optax.scale_by_learning_rate(learning_rate(spec, steps)),
     )
+
+
+def _direction(spec: OptimizerSpec) -> optax.GradientTransformation:
+    """Of the update, before decay and rate."""
+    match spec.name:
+        case "adamw":
+            return optax.scale_by_adam(spec.beta1, spec.beta2, spec.epsilon)
+        case "adamw_bf16":
+            return optax.scale_by_adam(
+                spec.beta1, spec.beta2, spec.epsilon, mu_dtype=jnp.dtype("bfloat16")
+            )
+        case "adafactor":
+            return optax.chain(optax.scale_by_factored_rms(), _at_most_one())
+        case "lion":
+            return optax.scale_by_lion(spec.beta1, spec.beta2)
+        case unknown:
+            raise HumpbackError(
+                f"train.optimizer={unknown!r} is unknown; choose one of {', '.join(OPTIMIZERS)}."
+            )
+
+
+def _at_most_one() -> optax.GradientTransformation:
+    """Scales down each tensor whose root mean square is above 1.
+
+    A tensor is one layer's: optax's own rule would take stacked layers for one, so that the layout
+    changed what is learnt.
+    """
+
+    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        stacked = path[0].key == "layers" and not isinstance(path[1].key, int)
+        axes = tuple(range(int(stacked), update.ndim))
+        square = jnp.mean(jnp.square(update), axes, keepdims=True)
+        return update / jnp.maximum(jnp.sqrt(square), 1.0)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
 def _decayed(params: Any) -> Any:

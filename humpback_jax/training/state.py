@@ -16,6 +16,7 @@ from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params, init_params, stack_layers, unstack_layers
 from humpback_jax.model.lora import merge_adapter, split_adapter
+from humpback_jax.model.remat import Remat
 from humpback_jax.parallel.rules import abstract_params, everywhere, param_shardings, place
 from humpback_jax.training.loss import NLL, Objective
 
@@ -44,11 +45,13 @@ class StepSpec:
     num_sources: int
     lora: LoraSpec | None = None
     dropout: float = 0.0
-    remat: bool = False
+    remat: Remat = "none"
     longest: int | None = None
     kernels: Kernels = XLA
     mesh: Mesh | None = None
     objective: Objective = NLL
+    dropout_ramp: bool = False
+    neftune_alpha: float = 0.0
 
 
 def initial_state(
@@ -107,8 +110,8 @@ def _float32(tree: Any) -> Any:
 def state_shardings(spec: StepSpec, optimizer: optax.GradientTransformation) -> TrainState:
     """A NamedSharding for each array of a `TrainState` on the step's mesh.
 
-    What the optimizer keeps of a parameter lies where that parameter lies, if it has its shape; all
-    else is on every device.
+    What the optimizer keeps of a parameter lies where that parameter lies, if it has its shape, or
+    that of its rows or columns; all else is on every device.
     """
     mesh = spec.mesh
     assert mesh is not None
@@ -121,7 +124,12 @@ def state_shardings(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
         _, shapes = split_adapter(shapes)
 
     def beside(kept: Any, shape: Any, sharding: Any) -> Any:
-        return sharding if kept.shape == shape.shape else on_all
+        axes = range(len(shape.shape))
+        for left_out in (None, *reversed(axes)):
+            rest = [axis for axis in axes if axis != left_out]
+            if kept.shape == tuple(shape.shape[axis] for axis in rest):
+                return NamedSharding(mesh, PartitionSpec(*(sharding.spec[axis] for axis in rest)))
+        return on_all
 
     kept = optax.tree.map_params(
         optimizer,

@@ -13,6 +13,7 @@ from humpback_jax.model.llama import Params, bind
 from humpback_jax.model.lora import join
 from humpback_jax.parallel.batches import keep_rows_apart, look_up
 from humpback_jax.training.loss import Batch, supervised_targets, token_nll
+from humpback_jax.training.neftune import with_noise
 from humpback_jax.training.state import StepSpec, TrainState, state_shardings
 
 
@@ -31,16 +32,28 @@ def batch_nll(
     """(the objective's sum over supervised tokens, nll by source [sources]) of rows [rows, T]."""
     model = bind(spec.config, params, spec.layout, spec.lora)
     kernels = dataclasses.replace(spec.kernels, mesh=spec.mesh)
+    depth = spec.config.num_hidden_layers
+    rate: float | jax.Array = spec.dropout
+    if spec.dropout and spec.dropout_ramp:
+        rate = jnp.linspace(0.0, spec.dropout, depth)
+
+    def embedded(x: jax.Array) -> jax.Array:
+        if dropout_key is None or not spec.neftune_alpha:
+            return x
+        key = jax.random.fold_in(dropout_key, depth)  # those of the layers are before it
+        return with_noise(x, batch.segment_ids, spec.neftune_alpha, key)
+
     hidden, _ = model.hidden_states(
         batch.tokens,
         batch.positions,
         kernels.packed(batch.segment_ids, batch.positions, spec.precision, spec.longest),
         precision=spec.precision,
-        dropout_rate=spec.dropout,
+        dropout_rate=rate,
         dropout_key=dropout_key,
         remat=spec.remat,
         placed=lambda x: keep_rows_apart(x, spec.mesh),
         look_up=lambda table, tokens: look_up(table, tokens, spec.mesh),
+        embedded=embedded,
     )
     chosen = supervised_targets(batch, spec.max_targets, spec.mesh)
     total, nll = token_nll(model, hidden, chosen, spec.precision, spec.mesh, spec.objective)
@@ -56,6 +69,9 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
     key of a micro-batch is folded by (step, index).
     """
 
+    noisy = spec.dropout > 0 or spec.neftune_alpha > 0
+    noisy = noisy or (spec.lora is not None and spec.lora.dropout > 0)
+
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepMetrics]:
         count = batch.mask.sum().astype(jnp.float32)
         step_key = jax.random.fold_in(key, state.step)
@@ -64,9 +80,8 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
             trainable: Params, micro: Batch, index: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
             dropout_key = jax.random.fold_in(step_key, index)
-            active = spec.dropout > 0 or (spec.lora is not None and spec.lora.dropout > 0)
             total, by_source = batch_nll(
-                spec, join(state.frozen, trainable), micro, dropout_key if active else None
+                spec, join(state.frozen, trainable), micro, dropout_key if noisy else None
             )
             return total / count, by_source
 

@@ -16,6 +16,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import XLA, Kernels
 from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import Layout, Params
+from humpback_jax.model.remat import Remat
 from humpback_jax.parallel.batches import place_rows, row_parts
 from humpback_jax.training.loss import NLL, Batch, Objective
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
@@ -39,7 +40,9 @@ class TrainSpec:
       steps: optimizer steps. batch_examples: examples a step.
       row_tokens: places of a packed row, at most (`plan_packing`).
       accumulation: micro-batches a step; None: each has a single row for each device.
-      dropout: residual dropout.
+      dropout: residual dropout. dropout_ramp: linear in the layer, from 0 at the bottom to
+        `dropout` at the top (LIMA).
+      remat: see `model/remat.py`. neftune_alpha: see `training/neftune.py`; 0 switches off.
       eval_every, resume_every, log_every: in steps; 0 switches off.
       checkpoint_epochs: also hand out the parameters at the end of every epoch.
       mesh: the devices that share the work; a batch's rows are filled up to a multiple of those
@@ -55,7 +58,7 @@ class TrainSpec:
     dropout: float = 0.0
     precision: Precision = Precision()
     layout: Layout = "scan"
-    remat: bool = False
+    remat: Remat = "none"
     seed: int = 0
     log_every: int = 1
     eval_every: int = 0
@@ -64,6 +67,8 @@ class TrainSpec:
     kernels: Kernels = XLA
     mesh: Mesh | None = None
     objective: Objective = NLL
+    dropout_ramp: bool = False
+    neftune_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_examples", "row_tokens", "accumulation"):
@@ -149,6 +154,8 @@ def train(
         spec.kernels,
         spec.mesh,
         spec.objective,
+        spec.dropout_ramp,
+        spec.neftune_alpha,
     )
     optimizer = make_optimizer(spec.optimizer, spec.steps)
     rate = learning_rate(spec.optimizer, spec.steps)
