@@ -15,23 +15,45 @@ from humpback_jax.aot.estimate import (
     update_costs,
 )
 from humpback_jax.aot.memory import held_bytes
-from humpback_jax.aot.programs import compile_train
+from humpback_jax.aot.programs import compile_train, training_plan
 from humpback_jax.aot.train import TrainPlan, abstract_state, plan_training
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import count_parameters
-from humpback_jax.model.remat import REMATS
+from humpback_jax.model.remat import Remat
+from humpback_jax.models import load_config
 from humpback_jax.parallel.mesh import MeshShape, axis_size
-from humpback_jax.parallel.topology import GIB, Chip
+from humpback_jax.parallel.topology import GIB, Chip, tpu_slice
 from humpback_jax.training.loss import CHUNK
 from humpback_jax.training.trainer import TrainSpec
 
 ROWS = (1, 2, 4, 8, 16)
 # Of a forward pass, what is computed again: all of a layer, or two of the MLP's three products.
-AGAIN = {"none": 0.0, "full": 1.0, "named": 0.45, "offload": 0.45}
+AGAIN = {"none": 0.0, "named": 0.45, "offload": 0.45, "full": 1.0}
+SEARCHED: tuple[Remat, ...] = ("none", "named", "full")  # no rate is published for the host's side
 COMPILED = 3  # candidates that fit, compiled for real
 REFUSED = 6  # candidates in a row that do not, until the search gives up
 KEPT_FREE = 0.05  # of a chip's memory
+
+
+def suggest_for(
+    config: Any, model: str | None, topology: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """`suggest` for the config's section `train`, as `programs.compile_for` reports it.
+
+    Raises:
+      HumpbackError: an unknown slice or model, or no plan fits.
+    """
+    architecture = load_config(model or config.base.model)
+    devices, chip = tpu_slice(topology)
+    run = training_plan(config, architecture, devices, rows=1).run
+    best = suggest(architecture, run, devices, chip, COMPILED, say)
+    say(f"best: rows={best['rows']} {flags(best)}")
+    return {
+        "topology": topology,
+        "chips": len(devices),
+        "train": {"topology": topology, **best},
+    }
 
 
 def suggest(
@@ -39,12 +61,14 @@ def suggest(
     run: TrainSpec,
     devices: Sequence[Any],
     chip: Chip,
+    compiled: int = COMPILED,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The plan with the most estimated tokens a second among the compiled ones that fit.
 
     Args:
       run: everything but the mesh and remat is taken from it.
+      compiled: stops after so many plans that fit.
 
     Returns:
       what `compile_train` reports of the best plan, with "tried", the plans compiled.
@@ -68,7 +92,7 @@ def suggest(
             refused, fitting = 0, fitting + 1
             if best is None or report["est_tokens_per_s"] > best["est_tokens_per_s"]:
                 best = report
-        if fitting == COMPILED or refused == REFUSED:
+        if fitting == compiled or refused == REFUSED:
             break
     if best is None:
         raise HumpbackError(
@@ -85,7 +109,7 @@ def candidates(
     """Plans that should fit: all divisions of the chips that cut neither heads nor a width."""
     budget = chip.memory * (1 - KEPT_FREE)
     for shape in shapes(len(devices), config):
-        for remat in REMATS:
+        for remat in SEARCHED:
             for rows in ROWS:
                 spec = dataclasses.replace(run, remat=remat)
                 plan = plan_training(config, spec, devices, shape, rows)

@@ -124,4 +124,5 @@ def _abstract_batch(micro_batches: int, rows: int, tokens: int, mesh: Mesh) -> B
         where = NamedSharding(mesh, P(None, ROWS))
         return jax.ShapeDtypeStruct((micro_batches, rows, tokens), dtype, sharding=where)
 
-    return Batch(*[field(jnp.int32)] * 5, mask=field(jnp.bool_))
+    numbers = [field(jnp.int32) for _ in Batch._fields[:-1]]
+    return Batch._make((*numbers, field(jnp.bool_)))
