@@ -69,11 +69,13 @@ def step_costs(plan: TrainPlan) -> Costs:
 
 
 def attention_costs(plan: TrainPlan) -> Costs:
-    """Of the kernels of one layer: causal, so that half of all pairs of places count.
+    """Of one layer's kernels, where there are any: causal, so that half of all pairs count.
 
     Forwards there are two products, backwards seven (scores twice more, since the gradients of the
     keys and of the queries are computed apart), and where nothing is kept the forward ones again.
     """
+    if plan.run.kernels.kind != "pallas":  # XLA counts its own products
+        return Costs(0.0, 0.0)
     config, tokens = plan.config, plan.run.row_tokens
     heads = config.num_attention_heads // axis_size(plan.mesh, "tensor")
     pairs = plan.rows * tokens * tokens / 2

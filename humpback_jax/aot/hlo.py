@@ -14,6 +14,10 @@ OPERATION = re.compile(rf"= (\(?[a-z0-9]+\[.*?) ({'|'.join(KINDS)})(-start)?\((.
 SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 COUNTED_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+# Axes of a mesh, as in mesh['a'=2,'b'=8] {'b'}; part of one as in {'b':(1)4}.
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}")
+MESH_AXIS = re.compile(r"'(\w+)'=(\d+)")
+GROUP_AXIS = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")
 BITS = re.compile(r"\d+$")
 
 
@@ -63,6 +67,9 @@ def _group(rest: str) -> int:
         return int(match[2])
     if match := LISTED_GROUPS.search(rest):
         return match[1].count(",") + 1
+    if match := MESH_GROUPS.search(rest):
+        sizes = dict(MESH_AXIS.findall(match[1]))
+        return math.prod(int(part or sizes[axis]) for axis, part in GROUP_AXIS.findall(match[2]))
     return 2  # a permutation has pairs
 
 

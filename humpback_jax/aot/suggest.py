@@ -174,7 +174,7 @@ def predicted_costs(plan: TrainPlan) -> Costs:
     activations = config.num_hidden_layers * tokens * 40 * (config.hidden_size + config.head_dim)
     layers = config.num_hidden_layers
     whole = 2 * layer_weights(config) * layers / tensor
-    gathered = (2 + (run.remat != "none")) * whole * (fsdp - 1) / fsdp
+    gathered = 2 * whole * (fsdp - 1) / fsdp
     scattered = 2 * whole * (fsdp - 1) / fsdp if run.lora is None else 0.0
     # Partial sums of the two products of a layer that end along the cut axis, both ways.
     sums = (4 + 2 * (run.remat == "full")) * layers * tokens * config.hidden_size * 4
