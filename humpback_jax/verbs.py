@@ -405,7 +405,8 @@ def aot(arguments: argparse.Namespace) -> Result:
     if arguments.suggest:
         result = suggest_for(config, arguments.model, arguments.topology, timed_lines())
     else:
-        result = compile_for(config, arguments.model, arguments.topology, arguments.rows)
+        names = arguments.programs.split(",")
+        result = compile_for(config, arguments.model, arguments.topology, arguments.rows, names)
     for line in summary_lines(result):
         print(line)
     if arguments.out:

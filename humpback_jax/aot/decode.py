@@ -145,14 +145,19 @@ def compile_decode(
             report[name]["collective_bytes"] = bytes_by_kind(
                 collectives(compiled.program.as_text())
             )
-    weights = report["decode"]["bytes_by_kind"]["parameters"]
-    cache = report["decode"]["bytes_by_kind"]["cache"]
-    flops = 2 * count_parameters(config) * plan.slots / mesh.size
-    step = max((weights + cache / 2) / chip.bandwidth, flops / chip.flops)
-    sent = report["decode"].get("collective_bytes", {})
-    step += sum(sent.values()) / (LINKS_SHARE * chip.links)
-    report["decode"] |= {"est_step_s": step, "est_mfu": flops / chip.flops / step}
+    if "decode" in report:
+        report["decode"] |= _estimate(report["decode"], config, plan, chip)
     sizes = {axis: axis_size(mesh, axis) for axis in mesh.axis_names} | {"data": plan.copies}
     chips = plan.copies * mesh.size
     shared = {"mesh": sizes, "slots": plan.slots, "capacity": plan.capacity, "chips": chips}
     return {name: {**shared, **entry} for name, entry in report.items()}
+
+
+def _estimate(
+    entry: dict[str, Any], config: LlamaConfig, plan: DecodePlan, chip: Chip
+) -> dict[str, float]:
+    held, sent = entry["bytes_by_kind"], entry.get("collective_bytes", {})
+    flops = 2 * count_parameters(config) * plan.slots / plan.mesh.size
+    read = (held["parameters"] + held["cache"] / 2) / chip.bandwidth
+    step = max(read, flops / chip.flops) + sum(sent.values()) / (LINKS_SHARE * chip.links)
+    return {"est_step_s": step, "est_mfu": flops / chip.flops / step}

@@ -12,6 +12,7 @@ from humpback_jax.aot.estimate import Costs, Roofline, needed_flops, step_costs
 from humpback_jax.aot.memory import bytes_report, compile_program
 from humpback_jax.aot.train import TrainPlan, lower_step, plan_training
 from humpback_jax.compute import choose_compute
+from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.models import load_config
 from humpback_jax.parallel.mesh import parse_mesh
@@ -30,13 +31,17 @@ def compile_for(
     Args:
       model: instead of the config's base.
       rows: of `train.row_tokens` places that each device trains on at a time.
+      names: of the programs to compile.
 
     Returns:
       Under each of `names` what `compile_train` or `compile_decode` reports.
 
     Raises:
-      HumpbackError: an unknown slice or model, or one that the slice does not hold.
+      HumpbackError: an unknown slice, program or model, or one that the slice does not hold.
     """
+    for name in names:
+        if name not in ALL:
+            raise HumpbackError(f"program {name!r} is unknown; choose from {', '.join(ALL)}.")
     architecture = load_config(model or config.base.model)
     devices, chip = tpu_slice(topology)
     report: dict[str, Any] = {"topology": topology, "chips": len(devices)}
