@@ -43,6 +43,11 @@ PROGRAM = """
   %art = f32[8]{0:T(8)} all-reduce(%n), replica_groups=mesh['a'=4,'b'=8] {'a','b':(2)4}, x={{0}}
   %agd = bf16[32]{0} all-gather-done((bf16[8]{0}, bf16[32]{0}) %ags)
   %cp = pred[64]{0} collective-permute(pred[64]{0} %p), source_target_pairs={{0,1},{1,0}}
+%all-reduce-scatter.1 (input.1: f32[8,4]) -> f32[2,4] {
+  %sum = f32[8,4]{1,0} all-reduce(%input.1), replica_groups={{0,1,2,3}}, to_apply=%add.1
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %whole = f32[4]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add.1
 """
 
 
@@ -56,8 +61,8 @@ def test_bytes_between_devices_are_counted_twice_or_by_the_wrong_ring() -> None:
     sent = bytes_by_kind(collectives(PROGRAM))
     assert sent == {
         "all-gather": 8 * 1024 * 2 * 7 / 8 + 32 * 2 * 3 / 4,
-        "all-reduce": 2 * (16 + 4) * 4 * 3 / 4 + 2 * 32 * 7 / 8 + 2 * 32 * 15 / 16,
-        "reduce-scatter": 2 * 4 * 4 * 3,
+        "all-reduce": 2 * (16 + 4) * 4 * 3 / 4 + 2 * 32 * 7 / 8 + 2 * 32 * 15 / 16 + 2 * 16 * 3 / 4,
+        "reduce-scatter": 2 * (2 * 4 * 4 * 3),
         "collective-permute": 64,
     }
 

@@ -27,6 +27,9 @@ LINKS_SHARE = 0.5
 # Exchanges that wait for nothing in the layer at work, so that its products hide them.
 HIDDEN = ("all-gather", "reduce-scatter", "collective-permute")
 
+# What is counted hardly depends on the compiler's effort, and compiling takes a tenth of the time.
+QUICK = {"exec_time_optimization_effort": -1.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
@@ -56,7 +59,7 @@ def compiled_costs(compiled: Any) -> Costs:
 def step_costs(plan: TrainPlan) -> Costs:
     """Of a whole step, extrapolated from compiled steps of one and of two layers."""
     one, two = (
-        compiled_costs(lower_step(plan.with_layers(count, "unrolled"))[0].compile())
+        compiled_costs(lower_step(plan.with_layers(count, "unrolled"))[0].compile(QUICK))
         for count in (1, 2)
     )
     layers = plan.config.num_hidden_layers

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 # The result's type, the kind, and what follows. Of an asynchronous pair the start counts.
 OPERATION = re.compile(rf"= (\(?[a-z0-9]+\[.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
+# A sum of which each device keeps a part is, on TPU, one operation that is written as two.
+FUSED_SCATTER = "%all-reduce-scatter"
 SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 COUNTED_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
@@ -36,8 +38,10 @@ class Collective:
 
 def collectives(program: str) -> list[Collective]:
     """All exchanges in the text of a compiled program; those of a loop are listed once."""
-    found = []
+    found, scatters = [], False
     for line in program.splitlines():
+        if line.endswith("{"):  # a computation begins
+            scatters = line.startswith(FUSED_SCATTER)
         match = OPERATION.search(line)
         if match is None:
             continue
@@ -50,6 +54,8 @@ def collectives(program: str) -> list[Collective]:
             arrays = arrays[1:2]  # (operand, result, contexts ...)
         devices = _group(rest)
         size = sum(map(_bytes, arrays))
+        if scatters and kind == "all-reduce":
+            kind, size = "reduce-scatter", size // devices
         found.append(Collective(kind, tuple(arrays), devices, _sent(kind, size, devices)))
     return found
 
