@@ -20,8 +20,6 @@ from humpback_jax.parallel.mesh import axis_size
 from humpback_jax.parallel.topology import Chip
 from humpback_jax.training.loss import CHUNK
 
-# Products run at this share of the published rate, where nothing holds them up.
-PRODUCTS_SHARE = 0.75
 # A group of chips along one side of a slice has some of a chip's links, and no ring at its ends.
 LINKS_SHARE = 0.5
 # Exchanges that wait for nothing in the layer at work, so that its products hide them.
@@ -138,7 +136,7 @@ class Roofline:
         links = LINKS_SHARE * chip.links
         hidden = sum(costs.sent.get(kind, 0.0) for kind in HIDDEN)
         return cls(
-            costs.flops / (PRODUCTS_SHARE * chip.flops),
+            costs.flops / (chip.share * chip.flops),
             costs.memory / chip.bandwidth,
             hidden / links,
             (sum(costs.sent.values()) - hidden) / links,
