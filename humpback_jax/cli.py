@@ -181,8 +181,18 @@ def build_parser() -> argparse.ArgumentParser:
     _bench_verbs(verb("bench", "measure speed: ours, and others' on the same work"))
 
     ahead = verb("aot", "compile for a TPU slice that need not be there", config=True)
-    ahead.add_argument("--topology", required=True, help="KIND:SHAPE, e.g. v5e:2x4 or v5p:2x2x1")
+    ahead.add_argument("--topology", help="KIND:SHAPE, e.g. v5e:2x4 or v5p:2x2x1")
     ahead.add_argument("--model", default=None, help="instead of a config's; random:SHAPE is known")
+    ahead.add_argument("--programs", default="train,prefill,decode", help="some of these")
+    ahead.add_argument("--rows", type=int, default=1, help="that a device trains on at a time")
+    ahead.add_argument("--lora", type=int, help="rank of an adapter; 0: full tuning")
+    ahead.add_argument(
+        "--suggest",
+        action="store_true",
+        help="search mesh, rows and remat to train fastest",
+    )
+    ahead.add_argument("--table", help="JSON file of the docs' table: compute the rows it lacks")
+    ahead.add_argument("--only", default="", help="of --table: rows whose name holds this text")
     ahead.add_argument("--out", help="where to write the results as JSON")
 
     export = verb("export", "write a model for other programs")

@@ -368,27 +368,27 @@ SUITES = {"nll": _nll, "fidelity": _fidelity}
 
 
 def aot(arguments: argparse.Namespace) -> Result:
-    """Compiles a config's prefill and decode for a TPU slice; prints what they need there."""
-    from humpback_jax.aot import compile_for
+    """Compiles a config's programs for a TPU slice; prints what they need there."""
+    from humpback_jax.aot.programs import compile_for
+    from humpback_jax.aot.suggest import suggest_for
+    from humpback_jax.aot.summary import summary_lines
+    from humpback_jax.aot.table import fill_table
     from humpback_jax.artifacts import write_json
 
-    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
-    result = compile_for(config or default_config(), arguments.model, arguments.topology)
-    for name in ("prefill", "decode"):
-        entry = result[name]
-        gib = {kind: size / 2**30 for kind, size in entry["bytes_by_kind"].items()}
-        listed = ", ".join(f"{kind} {size:.2f}" for kind, size in gib.items() if size >= 0.005)
-        print(
-            f"{name}: {entry['bytes_per_device'] / 2**30:.2f} of {entry['hbm_bytes'] / 2**30:.0f} "
-            f"GiB a device ({listed}), {'fits' if entry['fits'] else 'does not fit'}; compiled in "
-            f"{entry['compile_s']:.0f} s"
-        )
-    decode = result["decode"]
-    print(
-        f"mesh {decode['mesh']}, {decode['slots']} rows of {decode['capacity']} tokens a copy; a "
-        f"step is estimated at {1e3 * decode['est_step_s']:.1f} ms, {decode['est_mfu']:.1%} of the "
-        "products' rate"
-    )
+    if arguments.table:
+        return fill_table(Path(arguments.table), arguments.only, timed_lines())
+    if not arguments.topology:
+        raise HumpbackError("aot needs --topology=KIND:SHAPE, e.g. v5p:2x2x1, or --table=FILE.")
+    config = _config(arguments)
+    if arguments.lora is not None:
+        set_field(config, "train.lora.rank", [str(arguments.lora)])
+    if arguments.suggest:
+        result = suggest_for(config, arguments.model, arguments.topology, timed_lines())
+    else:
+        names = arguments.programs.split(",")
+        result = compile_for(config, arguments.model, arguments.topology, arguments.rows, names)
+    for line in summary_lines(result):
+        print(line)
     if arguments.out:
         write_json(Path(arguments.out), result)
     return result
@@ -466,7 +466,7 @@ def trace(arguments: argparse.Namespace) -> Result:
 
 
 def _config(arguments: argparse.Namespace) -> Any:
-    """The config of `train`: a file's, or the defaults; overrides apply to both."""
+    """The config of `train` and `aot`: a file's, or the defaults; overrides apply to both."""
     if arguments.config:
         return load_config(arguments.config, arguments.overrides)
     config = default_config()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from humpback_jax.aot import plan_decode
+from humpback_jax.aot.decode import plan_decode
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.shapes import PUBLISHED, SHAPES
@@ -102,4 +102,11 @@ def test_a_model_does_not_compile_for_a_slice_or_copies_its_cache_or_weights(mes
         assert kinds["parameters"] == pytest.approx(2.2e9 / parts, rel=0.05)
         assert kinds["cache"] == pytest.approx(64 * CACHED_ROW / parts, rel=0.01)
     kinds = result["decode"]["bytes_by_kind"]
-    assert kinds["temporary"] < 0.1 * kinds["parameters"]
+    assert kinds["activations"] < 0.1 * kinds["parameters"]
+    train = result["train"]
+    assert train["fits"] == (mesh != "data=4"), "16 bytes a parameter, of 1.1 billion"
+    assert train["bytes_by_kind"]["parameters"] == pytest.approx(4.4e9 / parts, rel=0.05)
+    assert train["bytes_by_kind"]["optimizer"] == pytest.approx(8.8e9 / parts, rel=0.05)
+    if train["fits"]:
+        assert 0.1 < train["est_mfu"] < 0.8
+        assert sum(train["collective_bytes"].values()) > 1e9

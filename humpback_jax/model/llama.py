@@ -32,6 +32,8 @@ from humpback_jax.model.rope import apply_rope, rope_tables
 Params = dict[str, Any]
 Layout = Literal["scan", "unrolled"]
 Cache = Any
+# (table, tokens [B, T]) -> [B, T, D], where the table is a function of the tokens
+LookUp = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
 # (q [B,T,H,K], k [B,T,G,K], v [B,T,G,K], this layer's cache) -> (context [B,T,H,K], its new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 
@@ -229,6 +231,7 @@ class Llama(nnx.Module):
         dropout_keys: jax.Array | None = None,
         remat: Remat = "none",
         placed: Callable[[jax.Array], jax.Array] = lambda x: x,
+        look_up: LookUp = lambda table, tokens: table(tokens),
         embedded: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> tuple[jax.Array, Any]:
         """Runs the decoder up to the final norm.
@@ -242,13 +245,14 @@ class Llama(nnx.Module):
           dropout_keys: [B, T], each token's; None switches dropout off.
           remat: what the backward pass finds kept of each layer; see `model/remat.py`.
           placed: tells XLA where [B, T, D] between the layers lies.
+          look_up: takes the table, and tokens to embeddings [B, T, D] where it wants them.
           embedded: what becomes of the embeddings [B, T, D] before the first layer.
 
         Returns:
           hidden [B, T, D] in `precision.activations`, and the new caches in the form given.
         """
         rope = rope_tables(self.config, positions)
-        x = embedded(placed(self.embed(tokens).astype(precision.activations)))
+        x = placed(embedded(look_up(self.embed, tokens).astype(precision.activations)))
 
         def run(
             block: Block,

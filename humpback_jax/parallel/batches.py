@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from humpback_jax.model.shares import ROWS
-from humpback_jax.parallel.rules import constrain
+from humpback_jax.parallel.rules import constrain, partition
 
 Tree = TypeVar("Tree")
 
@@ -25,6 +25,20 @@ def row_parts(mesh: Mesh | None) -> int:
 def keep_rows_apart(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """x [rows, ...], each device's rows on that device and nowhere else."""
     return constrain(x, mesh, P(ROWS))
+
+
+def look_up(
+    table: Callable[[jax.Array], jax.Array], tokens: jax.Array, mesh: Mesh | None
+) -> jax.Array:
+    """Embeddings of tokens [rows, T], on each device the columns that it has of the table.
+
+    From there to a device's own rows is one exchange of activations. Left to itself, XLA puts the
+    whole table together everywhere, adds up gradients of that size, and warns of its own plan.
+    """
+    if mesh is None:
+        return table(tokens)
+    x = table(constrain(tokens, mesh, partition(("rows", None), tokens.shape, mesh)))
+    return constrain(x, mesh, partition(("rows", None, "embed"), x.shape, mesh))
 
 
 def place_rows(read: Callable[[slice], Tree], count: int, mesh: Mesh | None, axis: int) -> Tree:

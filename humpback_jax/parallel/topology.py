@@ -13,19 +13,29 @@ GIB = 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device: memory in bytes, its bandwidth in bytes/s, bfloat16 products in FLOP/s."""
+    """One device: memory in bytes, its bandwidth in bytes/s, bfloat16 products in FLOP/s.
+
+    links: bytes/s that it can send to its neighbours, over all of its links together.
+    share: of `flops` that the products of a training step reach.
+    """
 
     memory: int
     bandwidth: float
     flops: float
+    links: float
+    share: float
 
 
-# Google's published figures (cloud.google.com/tpu/docs, pages of each version).
+# Google's published figures (cloud.google.com/tpu/docs, pages of each version). Links: 2,400 Gbit/s
+# (v4), 400 GB/s both ways together (v5e), 4,800 Gbit/s (v5p), 800 GB/s both ways together (v6e).
+# The shares are ours: v5p's and v6e's are such that steps published by MaxText come out right
+# (`aot/published.py`), the others' lower than v5p's by as much as the MFU of Llama-2-70B that its
+# Run_Llama2.md reports (57 % on v4 and v5e, 65 % on v5p).
 CHIPS = {
-    "v4": Chip(32 * GIB, 1.228e12, 275e12),
-    "v5e": Chip(16 * GIB, 0.819e12, 197e12),
-    "v5p": Chip(95 * GIB, 2.765e12, 459e12),
-    "v6e": Chip(32 * GIB, 1.64e12, 918e12),
+    "v4": Chip(32 * GIB, 1.228e12, 275e12, 300e9, 0.7),
+    "v5e": Chip(16 * GIB, 0.819e12, 197e12, 200e9, 0.7),
+    "v5p": Chip(95 * GIB, 2.765e12, 459e12, 600e9, 0.8),
+    "v6e": Chip(32 * GIB, 1.64e12, 918e12, 400e9, 0.55),
 }
 
 

@@ -13,7 +13,7 @@ import optax
 from humpback_jax.model.linear import folded
 from humpback_jax.model.llama import Params, bind
 from humpback_jax.model.lora import join
-from humpback_jax.parallel.batches import keep_rows_apart
+from humpback_jax.parallel.batches import keep_rows_apart, look_up
 from humpback_jax.training.loss import Batch, supervised_targets, token_nll
 from humpback_jax.training.neftune import with_noise
 from humpback_jax.training.state import StepSpec, TrainState, state_shardings
@@ -57,6 +57,7 @@ def batch_nll(
         dropout_keys=keys,
         remat=spec.remat,
         placed=lambda x: keep_rows_apart(x, spec.mesh),
+        look_up=lambda table, tokens: look_up(table, tokens, spec.mesh),
         embedded=embedded,
     )
     chosen = supervised_targets(batch, spec.mesh)

@@ -1,0 +1,1 @@
+"""Programs compiled ahead of time for TPU slices that need not be there, and what they need."""

@@ -1,0 +1,148 @@
+"""The time of a train step on a slice, estimated from programs that were compiled for it.
+
+What a layer costs is the difference between the same step of a model with two layers and with one,
+both unrolled: XLA counts the body of a loop once. Kernels and the loop of the loss, which XLA does
+not count, are added from their shapes. Of the costs, a roofline makes seconds (`Roofline`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+from humpback_jax.aot.hlo import bytes_by_kind, collectives
+from humpback_jax.aot.memory import held_bytes
+from humpback_jax.aot.train import TrainPlan, abstract_state, lower_step
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.llama import count_parameters
+from humpback_jax.parallel.mesh import axis_size
+from humpback_jax.parallel.topology import Chip
+from humpback_jax.training.loss import CHUNK
+
+# A group of chips along one side of a slice has some of a chip's links, and no ring at its ends.
+LINKS_SHARE = 0.5
+# Exchanges that wait for nothing in the layer at work, so that its products hide them.
+HIDDEN = ("all-gather", "reduce-scatter", "collective-permute")
+
+# What is counted hardly depends on the compiler's effort, and compiling takes a tenth of the time.
+QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one device: FLOP, bytes of its memory read and written, bytes sent by kind."""
+
+    flops: float
+    memory: float
+    sent: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __add__(self, other: Costs) -> Costs:
+        sent = collections.Counter(self.sent)
+        sent.update(other.sent)
+        return Costs(self.flops + other.flops, self.memory + other.memory, dict(sent))
+
+    def times(self, factor: float) -> Costs:
+        sent = {kind: factor * size for kind, size in self.sent.items()}
+        return Costs(factor * self.flops, factor * self.memory, sent)
+
+
+def compiled_costs(compiled: Any) -> Costs:
+    """As XLA counts them: loops once, and kernels not at all."""
+    analysis = compiled.cost_analysis()
+    sent = bytes_by_kind(collectives(compiled.as_text()))
+    return Costs(analysis["flops"], analysis["bytes accessed"], sent)
+
+
+def step_costs(plan: TrainPlan) -> Costs:
+    """Of a whole step, extrapolated from compiled steps of one and of two layers."""
+    one, two = (
+        compiled_costs(lower_step(plan.with_layers(count, "unrolled"))[0].compile(QUICK))
+        for count in (1, 2)
+    )
+    layers = plan.config.num_hidden_layers
+    micro_batch = one + (two + one.times(-1)).times(layers - 1)
+    micro_batch += attention_costs(plan).times(layers) + loss_costs(plan)
+    # Each micro-batch beyond the first updates nothing, but adds to the sum of the gradients.
+    added_up = Costs(0.0, 3 * held_bytes(abstract_state(plan).trainable))
+    again = micro_batch + added_up + update_costs(plan).times(-1)
+    return micro_batch + again.times(plan.micro_batches - 1)
+
+
+def attention_costs(plan: TrainPlan) -> Costs:
+    """Of one layer's kernels, where there are any: causal, so that half of all pairs count.
+
+    Forwards there are two products, backwards seven (scores twice more, since the gradients of the
+    keys and of the queries are computed apart), and where nothing is kept the forward ones again.
+    """
+    if plan.run.kernels.kind != "pallas":  # XLA counts its own products
+        return Costs(0.0, 0.0)
+    config, tokens = plan.config, plan.run.row_tokens
+    heads = config.num_attention_heads // axis_size(plan.mesh, "tensor")
+    pairs = plan.rows * tokens * tokens / 2
+    products = 9 + 2 * (plan.run.remat == "full")
+    return Costs(products * 2 * pairs * heads * config.head_dim, 0.0)
+
+
+def loss_costs(plan: TrainPlan) -> Costs:
+    """Of all chunks of the loss but the first, which XLA has counted.
+
+    A chunk is three products with the head, reads it twice, and adds to its float32 gradient.
+    """
+    config = plan.config
+    head = config.hidden_size * config.vocab_size / axis_size(plan.mesh, "tensor")
+    chunks = -(-plan.rows * plan.run.row_tokens // CHUNK)
+    logits = CHUNK * config.vocab_size / axis_size(plan.mesh, "tensor")
+    return Costs(6 * CHUNK * head, 12 * head + 12 * logits).times(chunks - 1)
+
+
+def update_costs(plan: TrainPlan) -> Costs:
+    """Of the optimizer: its state is read and written, and so are parameters beside gradients."""
+    state = abstract_state(plan)
+    return Costs(0.0, 3 * held_bytes(state.trainable) + 2 * held_bytes(state.optimizer))
+
+
+def needed_flops(plan: TrainPlan) -> float:
+    """What the step's mathematics takes on all devices, without anything computed twice.
+
+    Forwards 2 for each weight in a product and each token; backwards as much for the inputs and,
+    in full tuning, for the weights. Attention is counted causally.
+    """
+    config, tokens = plan.config, plan.run.row_tokens
+    passes = 3 if plan.run.lora is None else 2
+    pairs = tokens * tokens / 2 * config.num_hidden_layers
+    scores = 3 * 2 * 2 * pairs * config.num_attention_heads * config.head_dim
+    rows = plan.tokens / tokens
+    return passes * 2 * product_weights(config) * plan.tokens + rows * scores
+
+
+def product_weights(config: LlamaConfig) -> int:
+    """Parameters, but for an embedding table that is only looked up."""
+    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return count_parameters(config) - table
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that each part would take alone."""
+
+    products: float
+    memory: float
+    hidden: float
+    waited_for: float
+
+    @classmethod
+    def of(cls, costs: Costs, chip: Chip) -> Roofline:
+        links = LINKS_SHARE * chip.links
+        hidden = sum(costs.sent.get(kind, 0.0) for kind in HIDDEN)
+        return cls(
+            costs.flops / (chip.share * chip.flops),
+            costs.memory / chip.bandwidth,
+            hidden / links,
+            (sum(costs.sent.values()) - hidden) / links,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """The longest of what runs side by side, and what nothing runs beside."""
+        return max(self.products, self.memory, self.hidden) + self.waited_for

@@ -1,0 +1,136 @@
+"""The programs of a config, compiled for a slice: what each needs there, and how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from humpback_jax.aot.decode import compile_decode, plan_decode
+from humpback_jax.aot.estimate import Costs, Roofline, needed_flops, step_costs
+from humpback_jax.aot.memory import bytes_report, compile_program
+from humpback_jax.aot.train import TrainPlan, lower_step, plan_training
+from humpback_jax.compute import choose_compute
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.models import load_config
+from humpback_jax.parallel.mesh import parse_mesh
+from humpback_jax.parallel.topology import Chip, tpu_slice
+from humpback_jax.stages.train import train_spec
+
+ALL = ("train", "prefill", "decode")
+CHARS_PER_TOKEN = 3  # of long documents, at least
+
+
+def compile_for(
+    config: Any, model: str | None, topology: str, rows: int = 1, names: Sequence[str] = ALL
+) -> dict[str, Any]:
+    """The programs that train, write and rate as a run of `config` would, on a slice.
+
+    Args:
+      model: instead of the config's base.
+      rows: of `train.row_tokens` places that each device trains on at a time.
+      names: of the programs to compile.
+
+    Returns:
+      Under each of `names` what `compile_train` or `compile_decode` reports.
+
+    Raises:
+      HumpbackError: an unknown slice, program or model, or one that the slice does not hold.
+    """
+    for name in names:
+        if name not in ALL:
+            raise HumpbackError(f"program {name!r} is unknown; choose from {', '.join(ALL)}.")
+    architecture = load_config(model or config.base.model)
+    devices, chip = tpu_slice(topology)
+    report: dict[str, Any] = {"topology": topology, "chips": len(devices)}
+    if "train" in names:
+        plan = training_plan(config, architecture, devices, rows)
+        report["train"] = compile_train(plan, chip)
+    generating = [name for name in names if name != "train"]
+    if generating:
+        report |= _generation(config, architecture, devices, chip, generating)
+    for name in names:
+        report[name]["topology"] = topology
+    return report
+
+
+def training_plan(
+    config: Any, architecture: LlamaConfig, devices: Sequence[Any], rows: int
+) -> TrainPlan:
+    """The step of the config's section `train` on its mesh."""
+    compute = choose_compute("bfloat16", config.compute.batch_size, platform="tpu")
+    run = train_spec(config.train, compute, config.seed, count=config.train.batch_examples)
+    return plan_training(architecture, run, devices, parse_mesh(config.compute.mesh), rows)
+
+
+def compile_train(plan: TrainPlan, chip: Chip) -> dict[str, Any]:
+    """Compiles the step, and estimates its time where it fits (`estimate.step_costs`).
+
+    Returns:
+      the plan, `bytes_report`, and: flops, memory_bytes and collective_bytes of a device;
+      est_parts, the seconds that each part would take alone; est_step_s and est_mfu.
+    """
+    lowered, state, batch = lower_step(plan)
+    compiled = compile_program(lowered)
+    arguments = {
+        "parameters": (state.trainable, state.frozen),
+        "optimizer": state.optimizer,
+        "gradients": state.trainable,
+        "batch": batch,
+    }
+    report = {**described(plan), **bytes_report(compiled, arguments, chip)}
+    if not report["fits"]:
+        return report
+    del lowered, compiled
+    jax.clear_caches()
+    return report | estimated(plan, step_costs(plan), chip)
+
+
+def described(plan: TrainPlan) -> dict[str, Any]:
+    """The plan's choices as plain data."""
+    return {
+        "mesh": {axis: int(size) for axis, size in plan.mesh.shape.items()},
+        "chips": plan.mesh.size,
+        "rows": plan.rows,
+        "row_tokens": plan.run.row_tokens,
+        "micro_batches": plan.micro_batches,
+        "tokens": plan.tokens,
+        "remat": plan.run.remat,
+        "lora": plan.run.lora.rank if plan.run.lora else 0,
+    }
+
+
+def estimated(plan: TrainPlan, costs: Costs, chip: Chip) -> dict[str, Any]:
+    """Costs as a report, with the seconds that they come to."""
+    roofline = Roofline.of(costs, chip)
+    seconds = roofline.seconds
+    return {
+        "flops": costs.flops,
+        "memory_bytes": costs.memory,
+        "collective_bytes": costs.sent,
+        "est_parts": vars(roofline),
+        "est_step_s": seconds,
+        "est_tokens_per_s": plan.tokens / seconds,
+        "est_mfu": needed_flops(plan) / (seconds * plan.mesh.size * chip.flops),
+    }
+
+
+def _generation(
+    config: Any, architecture: LlamaConfig, devices: Sequence[Any], chip: Chip, names: Sequence[str]
+) -> dict[str, Any]:
+    compute = choose_compute("bfloat16", config.compute.batch_size, platform="tpu")
+    engine = compute.engine_shape
+    tokens = config.corpus.max_chars // CHARS_PER_TOKEN + config.augment.max_new_tokens
+    plan = plan_decode(
+        architecture,
+        devices,
+        chip,
+        parse_mesh(config.compute.mesh),
+        engine.slots,
+        min(tokens, architecture.max_position_embeddings),
+        engine.chunks * engine.chunk_tokens,
+        compute.kernels,
+    )
+    return compile_decode(architecture, plan, engine, chip, compute.kernels, names)

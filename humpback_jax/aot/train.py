@@ -1,0 +1,130 @@
+"""The train step of a run, as it would be compiled on a slice: its inputs are shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.llama import Layout
+from humpback_jax.model.lora import split_adapter
+from humpback_jax.model.shares import ROWS
+from humpback_jax.parallel.batches import row_parts
+from humpback_jax.parallel.mesh import MeshShape, make_mesh
+from humpback_jax.parallel.rules import abstract_params
+from humpback_jax.training.loss import Batch
+from humpback_jax.training.optimizer import make_optimizer
+from humpback_jax.training.state import StepSpec, TrainState, state_shardings
+from humpback_jax.training.step import make_train_step
+from humpback_jax.training.trainer import TrainSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """How a train step is spread over a slice.
+
+    Attributes:
+      run: the run's settings, with the mesh of all chips.
+      rows: of `run.row_tokens` places that a device computes at a time, all of them supervised:
+        the most that a batch can ask for.
+    """
+
+    config: LlamaConfig
+    run: TrainSpec
+    rows: int
+
+    @property
+    def mesh(self) -> Mesh:
+        assert self.run.mesh is not None
+        return self.run.mesh
+
+    @property
+    def micro_batches(self) -> int:
+        return self.run.accumulation or 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, on all devices."""
+        return self.micro_batches * self.rows * row_parts(self.mesh) * self.run.row_tokens
+
+    def with_layers(self, count: int, layout: Layout) -> TrainPlan:
+        """The same step of a model with so many layers, and one micro-batch."""
+        config = dataclasses.replace(self.config, num_hidden_layers=count)
+        run = dataclasses.replace(self.run, layout=layout, accumulation=1)
+        return TrainPlan(config, run, self.rows)
+
+
+def plan_training(
+    config: LlamaConfig, run: TrainSpec, devices: Sequence[Any], shape: MeshShape | None, rows: int
+) -> TrainPlan:
+    """Args:
+      shape: None cuts weights and rows over all devices (fsdp), as `parallel.mesh.training_mesh`.
+
+    Raises:
+      HumpbackError: the devices do not divide into the shape.
+    """
+    mesh = make_mesh(shape or MeshShape(data=1, fsdp=len(devices)), devices)
+    return TrainPlan(config, dataclasses.replace(run, mesh=mesh), rows)
+
+
+def lower_step(plan: TrainPlan) -> tuple[jax.stages.Lowered, TrainState, Batch]:
+    """The step's program, and the shapes of what it takes."""
+    mesh, run = plan.mesh, plan.run
+    state = abstract_state(plan)
+    batch = _abstract_batch(plan.micro_batches, plan.rows * row_parts(mesh), run.row_tokens, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = make_train_step(_step_spec(plan), make_optimizer(run.optimizer, run.steps))
+    return step.lower(state, batch, key), state, batch
+
+
+def abstract_state(plan: TrainPlan) -> TrainState:
+    """Shapes of what the step carries, and where they lie."""
+    spec, optimizer = _step_spec(plan), make_optimizer(plan.run.optimizer, plan.run.steps)
+    trainable = abstract_params(spec.config, "float32", spec.layout, spec.lora)
+    frozen: Any = {}
+    if spec.lora is not None:
+        frozen, trainable = split_adapter(trainable)
+    kept = jax.eval_shape(optimizer.init, trainable)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.tree.map(
+        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+        TrainState(step, trainable, frozen, kept),
+        state_shardings(spec, optimizer),
+    )
+
+
+def _step_spec(plan: TrainPlan) -> StepSpec:
+    run = plan.run
+    return StepSpec(
+        plan.config,
+        run.layout,
+        run.precision,
+        num_sources=2,  # seed and augmented pairs
+        lora=run.lora,
+        dropout=run.dropout,
+        remat=run.remat,
+        longest=min(run.row_tokens, plan.config.max_position_embeddings),
+        kernels=run.kernels,
+        mesh=plan.mesh,
+        objective=run.objective,
+        dropout_ramp=run.dropout_ramp,
+        neftune_alpha=run.neftune_alpha,
+    )
+
+
+def _abstract_batch(micro_batches: int, rows: int, tokens: int, mesh: Mesh) -> Batch:
+    where = NamedSharding(mesh, P(None, ROWS))
+    dtypes = {"mask": jnp.bool_, "keys": jnp.uint32}
+    fields: Any = [
+        jax.ShapeDtypeStruct(
+            (micro_batches, rows, tokens), dtypes.get(name, jnp.int32), sharding=where
+        )
+        for name in Batch._fields
+    ]
+    return Batch._make(fields)

@@ -1,0 +1,165 @@
+"""Estimates for slices: if these fail, users plan weeks of training by wrong figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from humpback_jax.aot.estimate import (
+    Costs,
+    Roofline,
+    attention_costs,
+    compiled_costs,
+    needed_flops,
+    step_costs,
+)
+from humpback_jax.aot.hlo import bytes_by_kind, collectives
+from humpback_jax.aot.memory import Compiled, bytes_report, compile_program, held_bytes
+from humpback_jax.aot.suggest import shapes
+from humpback_jax.aot.table import check_lines, table_lines, write_page
+from humpback_jax.aot.train import TrainPlan, abstract_state, lower_step, plan_training
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.kernels import Kernels
+from humpback_jax.model.llama import count_parameters
+from humpback_jax.model.lora import lora_spec
+from humpback_jax.model.shapes import SHAPES
+from humpback_jax.parallel.topology import CHIPS
+from humpback_jax.training.trainer import TrainSpec
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """
+  %ag = bf16[8,1024]{1,0} all-gather(bf16[1,1024]{1,0} %x), channel_id=1, replica_groups=[4,8]<=[32]
+  %ars = (f32[16]{0}, f32[4]{0}) all-reduce(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %rs = f32[2,4]{1,0} reduce-scatter(f32[8,4]{1,0} %y), replica_groups={{0,1,2,3}}, dimensions={0}
+  %ags = (bf16[8]{0}, bf16[32]{0}) all-gather-start(bf16[8]{0} %z), replica_groups=[8,4]<=[32]
+  %arm = f32[8]{0} all-reduce(%m), replica_groups=mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'a'}
+  %art = f32[8]{0:T(8)} all-reduce(%n), replica_groups=mesh['a'=4,'b'=8] {'a','b':(2)4}, x={{0}}
+  %agd = bf16[32]{0} all-gather-done((bf16[8]{0}, bf16[32]{0}) %ags)
+  %cp = pred[64]{0} collective-permute(pred[64]{0} %p), source_target_pairs={{0,1},{1,0}}
+%all-reduce-scatter.1 (input.1: f32[8,4]) -> f32[2,4] {
+  %sum = f32[8,4]{1,0} all-reduce(%input.1), replica_groups={{0,1,2,3}}, to_apply=%add.1
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %whole = f32[4]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add.1
+"""
+
+
+def plan_of(layers: int, rows: int = 1, tokens: int = 64, **settings: object) -> TrainPlan:
+    config = dataclasses.replace(SHAPES["tiny"], num_hidden_layers=layers)
+    run = TrainSpec(1, row_tokens=tokens, **settings)  # type: ignore[arg-type]
+    return plan_training(config, run, jax.devices()[:1], None, rows)
+
+
+def test_bytes_between_devices_are_counted_twice_or_by_the_wrong_ring() -> None:
+    sent = bytes_by_kind(collectives(PROGRAM))
+    assert sent == {
+        "all-gather": 8 * 1024 * 2 * 7 / 8 + 32 * 2 * 3 / 4,
+        "all-reduce": 2 * (16 + 4) * 4 * 3 / 4 + 2 * 32 * 7 / 8 + 2 * 32 * 15 / 16 + 2 * 16 * 3 / 4,
+        "reduce-scatter": 2 * (2 * 4 * 4 * 3),
+        "collective-permute": 64,
+    }
+
+
+def test_a_layer_more_costs_something_else_than_the_difference_of_two_compiles() -> None:
+    plan = plan_of(4, layout="unrolled")
+    whole = compiled_costs(lower_step(plan)[0].compile())
+    estimated = step_costs(plan)
+    assert estimated.flops == pytest.approx(whole.flops, rel=0.01)
+
+
+def test_the_mathematics_of_a_step_is_not_six_operations_a_weight_and_a_token() -> None:
+    config = SHAPES["7b"]
+    run = TrainSpec(1, row_tokens=2048)
+    plan = plan_training(config, run, jax.devices()[:1], None, 2)
+    weights = count_parameters(config) - 32000 * 4096
+    attention = 3 * 4 * 2 * 2048**2 / 2 * 4096 * 32
+    assert needed_flops(plan) == pytest.approx(6 * weights * 4096 + attention)
+    adapted = plan_training(
+        config,
+        dataclasses.replace(run, lora=lora_spec(8, 16, 0.0, ("q",))),
+        jax.devices()[:1],
+        None,
+        2,
+    )
+    assert needed_flops(adapted) == pytest.approx(4 * weights * 4096 + attention)
+
+
+def test_kernels_of_a_layer_that_is_computed_again_cost_nothing() -> None:
+    plan = plan_of(1, kernels=Kernels.of_platform("tpu"))
+    full = plan_of(1, kernels=Kernels.of_platform("tpu"), remat="full")
+    assert attention_costs(full).flops == pytest.approx(attention_costs(plan).flops * 11 / 9)
+    assert attention_costs(plan_of(1)).flops == 0, "XLA counts its own"
+
+
+def test_micro_batches_update_the_parameters_once_each() -> None:
+    alone, four = plan_of(2, accumulation=1), plan_of(2, accumulation=4)
+    assert four.tokens == 4 * alone.tokens
+    one, several = step_costs(alone), step_costs(four)
+    assert several.flops == pytest.approx(4 * one.flops)
+    held = abstract_state(alone)
+    update = 3 * held_bytes(held.trainable) + 2 * held_bytes(held.optimizer)
+    added = 3 * held_bytes(held.trainable)
+    assert several.memory == pytest.approx(4 * one.memory + 3 * (added - update))
+
+
+def test_a_step_is_faster_than_the_slowest_of_its_parts() -> None:
+    chip = CHIPS["v5p"]
+    costs = Costs(chip.flops, chip.bandwidth, {"all-gather": chip.links, "all-reduce": chip.links})
+    roofline = Roofline.of(costs, chip)
+    assert roofline.seconds >= max(roofline.products, roofline.memory, roofline.hidden)
+    assert roofline.seconds == pytest.approx(roofline.hidden + roofline.waited_for)
+
+
+def test_a_program_that_was_refused_fits() -> None:
+    report = bytes_report(Compiled(None, 1.0, 20 * 2**30), {}, CHIPS["v5e"])
+    assert not report["fits"]
+    assert report["bytes_per_device"] == 20 * 2**30
+
+
+def test_the_kinds_of_bytes_do_not_add_up_or_forget_the_optimizer() -> None:
+    lowered, state, batch = lower_step(plan_of(1))
+    arguments = {
+        "parameters": state.trainable,
+        "optimizer": state.optimizer,
+        "gradients": state.trainable,
+        "batch": batch,
+    }
+    report = bytes_report(compile_program(lowered), arguments, CHIPS["v5e"])
+    kinds = report["bytes_by_kind"]
+    parameters = sum(4 * leaf.size for leaf in jax.tree.leaves(state.trainable))
+    assert kinds["parameters"] == kinds["gradients"] == parameters
+    assert kinds["optimizer"] == pytest.approx(2 * parameters, rel=1e-3)
+    assert sum(kinds.values()) == report["bytes_per_device"]
+    assert report["fits"]
+
+
+@given(st.sampled_from([1, 2, 4, 8, 16, 32, 64, 256]), st.sampled_from(["tinyllama", "llama2_70b"]))
+def test_a_suggested_mesh_cuts_heads_or_leaves_chips_idle(chips: int, name: str) -> None:
+    config = SHAPES[name]
+    found = list(shapes(chips, config))
+    assert found
+    for shape in found:
+        assert math.prod((shape.data, shape.fsdp, shape.tensor)) == chips
+        assert config.num_key_value_heads % shape.tensor == 0
+
+
+def test_the_page_shows_another_table_than_the_file_holds(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    file = ROOT / "docs" / "scale_table.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    copy = tmp_path / "scale.md"
+    copy.write_text(page, encoding="utf-8")
+    write_page(copy, rows)
+    assert copy.read_text(encoding="utf-8") == page
+    assert len(list(table_lines(rows))) <= 32
+    assert len(list(check_lines(rows))) == 5
+    copy.write_text("no marks", encoding="utf-8")
+    with pytest.raises(HumpbackError, match="has no place"):
+        write_page(copy, rows)
