@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from humpback_jax.bench.table import sample_lines
+from humpback_jax.bench.table import sample_lines, score_lines
 from humpback_jax.cli import build_parser, config_overrides, main
 from humpback_jax.config import default_config, set_field
 
@@ -37,6 +37,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
 
 # Each command of the page on speed runs on random weights, where it does not read a GGUF file.
 SMALL = "--model=tiny-random --rows=6 --max-tokens=4 --batch-size=4 --rounds=1"
+TRAIN = "--model=tiny-random --rows=8 --steps=2 --batch-size=4 --rounds=1 --vs=torch"
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,18 @@ def test_every_command_on_a_page_is_understood(page: str, least: int) -> None:
 
 def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    result = json.loads((ROOT / "benchmarks" / "cpu_cases_float32.json").read_text())
-    assert "\n".join(line.rstrip() for line in sample_lines(result)) in page
+    for name, lines in (
+        ("cpu_cases_float32", sample_lines),
+        ("cpu_best", sample_lines),
+        ("cpu_score", score_lines),
+    ):
+        result = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+        assert "\n".join(line.rstrip() for line in lines(result)) in page
+    best = json.loads((ROOT / "benchmarks" / "cpu_best.json").read_text())
+    for system in (best["ours"], *best["peers"].values()):
+        for precision in ("float32", "bfloat16"):
+            rates = [f"{rate:.2f}" for name, rate in system["all_rows_per_s"] if name == precision]
+            assert f"{' and '.join(rates)} in {precision}" in page
     rates = [
         json.loads((ROOT / "benchmarks" / f"cpu_single_{name}.json").read_text())["ours"]
         for name in ("drafts", "no_drafts")
@@ -73,8 +84,9 @@ def test_every_command_on_the_page_on_speed_runs(
     for number, command in enumerate(shown_commands(ROOT / "docs" / "benchmarks.md")):
         if "llamacpp" not in command:
             command = command.replace("--case=all", "--case=single")
+            small = TRAIN if " train " in command else SMALL
             out = tmp_path / f"{number}.json"
-            assert main(shlex.split(f"{command} {SMALL} --out={out}")[1:]) == 0, command
+            assert main(shlex.split(f"{command} {small} --out={out}")[1:]) == 0, command
             assert out.exists()
 
 
