@@ -30,6 +30,7 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
         steps=job.steps,
         batch_examples=job.batch_examples,
         row_tokens=job.row_tokens,
+        accumulation=compute.accumulation,
         optimizer=OptimizerSpec(job.learning_rate, schedule="constant"),
         lora=lora_spec(rank, 2.0 * rank, 0.0, PROJECTIONS) if rank else None,
         precision=compute.precision,
