@@ -27,7 +27,7 @@ HIDDEN = ("all-gather", "reduce-scatter", "collective-permute")
 
 # What is counted hardly depends on the compiler's effort, and compiling takes a tenth of the time.
 # Products that exchange their inputs piece by piece would be loops, whose bodies count once.
-QUICK = {
+QUICK: Any = {
     "exec_time_optimization_effort": -1.0,
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
