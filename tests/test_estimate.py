@@ -117,10 +117,18 @@ def test_a_step_is_faster_than_the_slowest_of_its_parts() -> None:
     assert roofline.seconds == pytest.approx(roofline.hidden + roofline.waited_for)
 
 
+def _alone() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
 def test_a_program_that_was_refused_fits() -> None:
     report = bytes_report(Compiled(None, 1.0, 20 * 2**30), {}, CHIPS["v5e"])
     assert not report["fits"]
     assert report["bytes_per_device"] == 20 * 2**30
+    held = {"cache": jax.ShapeDtypeStruct((2**30,), "int8", sharding=_alone())}
+    beside = bytes_report(Compiled(None, 1.0, 20 * 2**30, beside=True), held, CHIPS["v5e"])
+    assert beside["bytes_per_device"] == 21 * 2**30
+    assert beside["bytes_by_kind"] == {"cache": 2**30, "activations": 20 * 2**30}
 
 
 def test_the_kinds_of_bytes_do_not_add_up_or_forget_the_optimizer() -> None:

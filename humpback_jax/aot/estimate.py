@@ -26,7 +26,11 @@ LINKS_SHARE = 0.5
 HIDDEN = ("all-gather", "reduce-scatter", "collective-permute")
 
 # What is counted hardly depends on the compiler's effort, and compiling takes a tenth of the time.
-QUICK: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
+# Products that exchange their inputs piece by piece would be loops, whose bodies count once.
+QUICK: Any = {
+    "exec_time_optimization_effort": -1.0,
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +60,9 @@ def compiled_costs(compiled: Any) -> Costs:
 
 def step_costs(plan: TrainPlan) -> Costs:
     """Of a whole step, extrapolated from compiled steps of one and of two layers."""
+    options = QUICK if plan.mesh.devices.flat[0].platform == "tpu" else None
     one, two = (
-        compiled_costs(lower_step(plan.with_layers(count, "unrolled"))[0].compile(QUICK))
+        compiled_costs(lower_step(plan.with_layers(count, "unrolled"))[0].compile(options))
         for count in (1, 2)
     )
     layers = plan.config.num_hidden_layers

@@ -13,6 +13,7 @@ import jax
 from humpback_jax.parallel.topology import GIB, Chip
 
 USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ")
+TEMPORARY = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds")
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": GIB, "T": 1024 * GIB}
 
 
@@ -20,12 +21,14 @@ UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": GIB, "T": 1024 * GIB}
 class Compiled:
     """A program, or None where it does not fit, with the seconds that took.
 
-    refused: bytes of a device that the compiler found the program to need, where it gave up.
+    refused: bytes of a device that the compiler found the program to need, where it gave up;
+      `beside`: next to its arguments.
     """
 
     program: Any
     seconds: float
     refused: int = 0
+    beside: bool = False
 
 
 def compile_program(lowered: jax.stages.Lowered) -> Compiled:
@@ -36,13 +39,14 @@ def compile_program(lowered: jax.stages.Lowered) -> Compiled:
     """
     started = time.monotonic()
     try:
-        program, refused = lowered.compile(), 0
+        return Compiled(lowered.compile(), round(time.monotonic() - started, 1))
     except jax.errors.JaxRuntimeError as error:
-        found = USED.search(str(error))
+        used, temporary = USED.search(str(error)), TEMPORARY.search(str(error))
+        found = used or temporary
         if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
             raise
-        program, refused = None, int(float(found[1]) * UNITS[found[2]])
-    return Compiled(program, round(time.monotonic() - started, 1), refused)
+        refused = int(float(found[1]) * UNITS[found[2]])
+        return Compiled(None, round(time.monotonic() - started, 1), refused, used is None)
 
 
 def bytes_report(compiled: Compiled, arguments: dict[str, Any], chip: Chip) -> dict[str, Any]:
@@ -56,13 +60,13 @@ def bytes_report(compiled: Compiled, arguments: dict[str, Any], chip: Chip) -> d
       within the program, "gradients" apart where `arguments` names them.
     """
     kinds = {kind: held_bytes(tree) for kind, tree in arguments.items()}
+    inside = kinds.get("gradients", 0)
+    outside = sum(kinds.values()) - inside
     if compiled.program is None:
-        total = compiled.refused
-        kinds["activations"] = max(total - sum(kinds.values()), 0)
+        total = compiled.refused + compiled.beside * outside
+        kinds["activations"] = max(total - outside - inside, 0)
     else:
         analysis = compiled.program.memory_analysis()
-        inside = kinds.get("gradients", 0)
-        outside = sum(kinds.values()) - inside
         kinds["other_arguments"] = max(analysis.argument_size_in_bytes - outside, 0)
         kinds["activations"] = max(analysis.temp_size_in_bytes - inside, 0)
         kinds["results"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

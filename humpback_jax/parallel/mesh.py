@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from humpback_jax.errors import HumpbackError
@@ -74,7 +75,9 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
             f"not fit {len(devices)} devices; the product of its sizes must be their number."
         )
     sizes = (data, shape.fsdp, shape.tensor)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # An axis need not follow one of a slice's own: tensor=2 is half of a side of 4x4x4.
+    grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def training_mesh(shape: MeshShape | None) -> Mesh | None:

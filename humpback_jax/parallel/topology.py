@@ -51,7 +51,9 @@ def tpu_slice(text: str) -> tuple[list[Any], Chip]:
             f"--topology={text} is not known; write KIND:SHAPE with a kind of "
             f"{', '.join(CHIPS)}, e.g. v5e:2x4 or v5p:2x2x1."
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about
+    # There is no TPU to ask about, or that processes which compile could take from each other.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
