@@ -66,5 +66,7 @@ def test_too_few_rows_or_an_unknown_peer_are_errors_that_say_so() -> None:
         training_rows(model, "builtin", 100_000, 1, 4, 1024)
     with pytest.raises(HumpbackError, match="--steps=1: the first step is not timed"):
         bench_train("tiny-random", "builtin", 8, 1, 4, 512, 0, "float32", [], 1, print)
+    with pytest.raises(HumpbackError, match="--vs=torch tunes all weights"):
+        bench_train("tiny-random", "builtin", 8, 2, 4, 512, 4, "float32", ["torch"], 1, print)
     with pytest.raises(HumpbackError, match="--vs=axolotl is unknown; known: trl, trl_default"):
         bench_train("tiny-random", "builtin", 8, 1, 4, 512, 0, "float32", ["axolotl"], 1, print)

@@ -45,7 +45,7 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
     seconds = sum(row["seconds"] for row in timed)
     tokens, supervised = (sum(row[key] for row in timed) for key in ("tokens", "supervised_tokens"))
     pairs = sum(e.length * (e.length + 1) / 2 for e in examples[job.batch_examples :])
-    flops = training_flops(model.config, tokens, supervised, pairs)
+    flops = training_flops(model.config, tokens, supervised, pairs, frozen=rank > 0)
     dtype = compute.precision.compute
     rows = trained.plan.micro_rows * trained.plan.row_tokens
     return {

@@ -58,6 +58,8 @@ def bench_train(
       HumpbackError: too few rows, an unknown or absent peer, or a measurement that failed.
     """
     _check_peers(peers)
+    if lora_rank and "torch" in peers:
+        raise HumpbackError("--vs=torch tunes all weights: leave --lora or --vs=torch out.")
     if steps < 2:
         raise HumpbackError(f"--steps={steps}: the first step is not timed; take 2 or more.")
     leave_the_device_to_others()

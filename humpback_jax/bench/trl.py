@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -30,17 +31,19 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
 
     before = peak_bytes()
     options = dict(SETTINGS[setting])
-    batch = job.batch_examples
+    batch, row_tokens = job.batch_examples, job.row_tokens
     if options.get("packing"):
-        tokens = sum(len(ids) for _, ids, _ in job.rows) / job.steps
-        batch = max(round(tokens / job.row_tokens), 1)
+        lengths = [len(ids) for _, ids, _ in job.rows]
+        tokens = sum(lengths) / job.steps
+        batch = max(round(tokens / row_tokens), 1)
+        row_tokens = min(row_tokens, max(math.ceil(tokens), *lengths))
     ends, counts, losses = [], [], []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):  # type: ignore[misc]  # no stubs
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
-    class Counting(SFTTrainer):  # type: ignore[misc]
+    class Counting(SFTTrainer):  # type: ignore[misc]  # no stubs
         def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
             supervised = int((inputs["labels"][:, 1:] != UNLABELLED).sum())
             used = inputs.get("attention_mask")
@@ -70,7 +73,7 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
                 output_dir=folder,
                 per_device_train_batch_size=batch,
                 num_train_epochs=1,
-                max_length=job.row_tokens,
+                max_length=row_tokens,
                 bf16=precision == "bfloat16",
                 learning_rate=job.learning_rate,
                 lr_scheduler_type="constant",
