@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,23 @@ def measure_apart(module: str, *options: str | Path, seconds: float | None = Non
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise HumpbackError(f"the measurement {module} failed: {lines[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def check_peer(peer: str, packages: Mapping[str, Sequence[str]], extra: str) -> None:
+    """
+    Args:
+      packages: what each known peer needs. extra: of ours, which brings it.
+
+    Raises:
+      HumpbackError: the peer is unknown, or not installed.
+    """
+    if peer not in packages:
+        raise HumpbackError(f"--vs={peer} is unknown; known: {', '.join(packages)}.")
+    absent = [name for name in packages[peer] if importlib.util.find_spec(name) is None]
+    if absent:
+        raise HumpbackError(
+            f"--vs={peer} needs {' and '.join(absent)}: pip install 'humpback-jax[{extra}]'."
+        )
 
 
 def leave_the_device_to_others() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from humpback_jax.bench.process import leave_the_device_to_others, measure_apart
+from humpback_jax.bench.process import check_peer, leave_the_device_to_others, measure_apart
 from humpback_jax.bench.workload import Case, Workload, backward_workload
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import is_random, load_model
@@ -75,16 +74,9 @@ def _check_peers(peers: Sequence[str], model_name: str) -> str:
     """The model's GGUF file where a peer needs it, else ""."""
     gguf = ""
     for peer in peers:
-        if peer not in PACKAGES:
-            raise HumpbackError(f"--vs={peer} is unknown; known: {', '.join(PACKAGES)}.")
         if peer == "llamacpp":
             gguf = _gguf_file(model_name)
-        absent = [name for name in PACKAGES[peer] if importlib.util.find_spec(name) is None]
-        if absent:
-            raise HumpbackError(
-                f"--vs={peer} needs {' and '.join(absent)}: "
-                f"pip install 'humpback-jax[{EXTRAS[peer]}]'."
-            )
+        check_peer(peer, PACKAGES, EXTRAS.get(peer, ""))
     return gguf
 
 

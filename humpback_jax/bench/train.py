@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from humpback_jax.bench.process import leave_the_device_to_others, measure_apart
+from humpback_jax.bench.process import check_peer, leave_the_device_to_others, measure_apart
 from humpback_jax.bench.sample import PRECISIONS
 from humpback_jax.bench.training_job import TrainingJob, training_rows
 from humpback_jax.errors import HumpbackError
@@ -57,7 +56,8 @@ def bench_train(
     Raises:
       HumpbackError: too few rows, an unknown or absent peer, or a measurement that failed.
     """
-    _check_peers(peers)
+    for peer in peers:
+        check_peer(peer, PACKAGES, "bench")
     if lora_rank and "torch" in peers:
         raise HumpbackError("--vs=torch tunes all weights: leave --lora or --vs=torch out.")
     if steps < 2:
@@ -104,17 +104,6 @@ def bench_train(
         },
         "environment": environment,
     }
-
-
-def _check_peers(peers: Sequence[str]) -> None:
-    for peer in peers:
-        if peer not in PEERS:
-            raise HumpbackError(f"--vs={peer} is unknown; known: {', '.join(PEERS)}.")
-        absent = [name for name in PACKAGES[peer] if importlib.util.find_spec(name) is None]
-        if absent:
-            raise HumpbackError(
-                f"--vs={peer} needs {' and '.join(absent)}: pip install 'humpback-jax[bench]'."
-            )
 
 
 def _measure(
