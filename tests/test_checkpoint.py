@@ -168,13 +168,13 @@ def test_the_end_of_a_run_hides_that_a_state_was_not_written(tmp_path) -> None:
         run(dataclasses.replace(SPEC, resume_every=5), resume=ResumeFolder(tmp_path / "resume"))
 
 
-RATES = {"full": (3e-3, None), "adapter": (2e-2, LORA)}
+RATES = {"full": (3e-3, None), "adapter": (1e-1, LORA)}
 
 
 @pytest.mark.parametrize("variant", RATES)
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_best_parameters_are_not_those_with_the_lowest_loss(variant, killed, tmp_path) -> None:
-    """With these rates the loss on the validation rows falls, and then rises."""
+    """With these rates the validation loss falls, and by step 6 has risen by more than 1 %."""
     rate, lora = RATES[variant]
     optimizer = OptimizerSpec(rate, rate, schedule="constant")
     spec = dataclasses.replace(SPEC, steps=7, eval_every=2, optimizer=optimizer, lora=lora)
