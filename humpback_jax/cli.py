@@ -26,10 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_huge_pages()
     try:
         arguments.overrides = config_overrides(rest, arguments)
-        from humpback_jax import verbs
+        from humpback_jax.verbs import perform
 
-        verbs.start(arguments)
-        result = getattr(verbs, arguments.function)(arguments)
+        result = perform(arguments)
     except HumpbackError as error:
         return _fail(f"error: {error}", arguments)
     except Preempted as stop:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+from humpback_jax.artifacts import write_json
+from humpback_jax.bench import table
+from humpback_jax.bench.sample import bench_sample
+from humpback_jax.bench.score import bench_score
+from humpback_jax.bench.train import bench_train
+from humpback_jax.bench.workload import choose_cases
 from humpback_jax.errors import HumpbackError
 from humpback_jax.progress import timed_lines
-
-Result = dict[str, Any]
+from humpback_jax.verbs.arguments import Result
 
 
 def bench(arguments: argparse.Namespace) -> Result:
     """Measures generation, scoring or training; prints a table and writes the results file."""
-    from humpback_jax.artifacts import write_json
-    from humpback_jax.bench import table
-
     for name in ("rows", "max_tokens", "rounds", "batch_size", "steps", "row_tokens"):
         count = getattr(arguments, name, 1)
         if count < 1:
@@ -34,9 +35,6 @@ def bench(arguments: argparse.Namespace) -> Result:
 
 
 def _bench_sample(arguments: argparse.Namespace) -> Result:
-    from humpback_jax.bench.sample import bench_sample
-    from humpback_jax.bench.workload import choose_cases
-
     cases = choose_cases(
         arguments.case,
         arguments.rows,
@@ -59,8 +57,6 @@ def _bench_sample(arguments: argparse.Namespace) -> Result:
 
 
 def _bench_score(arguments: argparse.Namespace) -> Result:
-    from humpback_jax.bench.score import bench_score
-
     return bench_score(
         arguments.model,
         arguments.data,
@@ -74,8 +70,6 @@ def _bench_score(arguments: argparse.Namespace) -> Result:
 
 
 def _bench_train(arguments: argparse.Namespace) -> Result:
-    from humpback_jax.bench.train import bench_train
-
     return bench_train(
         arguments.model,
         arguments.data,

@@ -1,0 +1,37 @@
+"""The verb `humpback aot`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from humpback_jax.aot.programs import compile_for
+from humpback_jax.aot.suggest import suggest_for
+from humpback_jax.aot.summary import summary_lines
+from humpback_jax.aot.table import fill_table
+from humpback_jax.artifacts import write_json
+from humpback_jax.config import set_field
+from humpback_jax.errors import HumpbackError
+from humpback_jax.progress import timed_lines
+from humpback_jax.verbs.arguments import Result, chosen_config
+
+
+def aot(arguments: argparse.Namespace) -> Result:
+    """Compiles a config's programs for a TPU slice; prints what they need there."""
+    if arguments.table:
+        return fill_table(Path(arguments.table), arguments.only, timed_lines())
+    if not arguments.topology:
+        raise HumpbackError("aot needs --topology=KIND:SHAPE, e.g. v5p:2x2x1, or --table=FILE.")
+    config = chosen_config(arguments)
+    if arguments.lora is not None:
+        set_field(config, "train.lora.rank", [str(arguments.lora)])
+    if arguments.suggest:
+        result = suggest_for(config, arguments.model, arguments.topology, timed_lines())
+    else:
+        names = arguments.programs.split(",")
+        result = compile_for(config, arguments.model, arguments.topology, arguments.rows, names)
+    for line in summary_lines(result):
+        print(line)
+    if arguments.out:
+        write_json(Path(arguments.out), result)
+    return result

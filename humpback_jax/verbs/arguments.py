@@ -1,0 +1,58 @@
+"""What several verbs make of their arguments."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from humpback_jax.compute import Compute, choose_compute
+from humpback_jax.config import check_config, default_config, load_config, set_field
+from humpback_jax.errors import HumpbackError
+
+if TYPE_CHECKING:
+    from humpback_jax.models import LanguageModel
+
+Result = dict[str, Any]
+
+
+def chosen_config(arguments: argparse.Namespace) -> Any:
+    """The config of `train` and `aot`: a file's, or the defaults; overrides apply to both."""
+    if arguments.config:
+        return load_config(arguments.config, arguments.overrides)
+    config = default_config()
+    for key, values in arguments.overrides.items():
+        set_field(config, key, values)
+    check_config(config)
+    return config
+
+
+def adapted(model: LanguageModel, adapter: str | None) -> LanguageModel:
+    """The model as it is, with the named adapter in place of its own, or ("none") without any."""
+    from humpback_jax.adapters import load_adapter, with_adapter
+
+    if adapter is None:
+        return model
+    return with_adapter(model, None if adapter == "none" else load_adapter(adapter, model))
+
+
+def chosen_compute(arguments: argparse.Namespace, rows: int) -> Compute:
+    """The number formats asked for, and engine shapes for so many rows decoded together."""
+    names = ("precision", "weights", "kv", "mesh", "memory_gb", "drafts")
+    return choose_compute(batch_size=rows, **{name: getattr(arguments, name) for name in names})
+
+
+def run_folder(arguments: argparse.Namespace) -> Path:
+    folder = Path(arguments.workdir)
+    if not (folder / "manifest.json").is_file():
+        raise HumpbackError(f"--workdir={folder}: no run stands there (manifest.json is missing).")
+    return folder
+
+
+def writable_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".probe").touch()
+        (folder / ".probe").unlink()
+    except OSError as error:
+        raise HumpbackError(f"{folder} cannot be written ({error.strerror}).") from error

@@ -1,0 +1,145 @@
+"""The verb `humpback train`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.compute import choose_compute
+from humpback_jax.metrics import MetricsLog
+from humpback_jax.models import load_model, save_checkpoint
+from humpback_jax.parallel.mesh import training_mesh
+from humpback_jax.parallel.preemption import StopSignal
+from humpback_jax.progress import timed_lines
+from humpback_jax.records import Example
+from humpback_jax.rows import read_examples
+from humpback_jax.stages.tokens import Tokenization, parse_files, token_store
+from humpback_jax.stages.train import (
+    TAGS_BY_SOURCE,
+    Direction,
+    run_identity,
+    tune,
+    tuned_model,
+)
+from humpback_jax.text.preview import preview_lines
+from humpback_jax.text.template import Tags
+from humpback_jax.training.goodput import goodput_line
+from humpback_jax.training.mixture import check_sources, parse_mixture, source_counts
+from humpback_jax.verbs.arguments import Result, chosen_config, writable_folder
+
+
+def train(arguments: argparse.Namespace) -> Result:
+    """SFT on files of rows; writes one of our checkpoints."""
+    config = chosen_config(arguments)
+    out = Path(arguments.out)
+    writable_folder(out)
+    files = parse_files(arguments.data, arguments.source)
+    heldout: list[Example] = []
+    if arguments.heldout:
+        heldout, _ = read_examples(Path(arguments.heldout), "seed", arguments.skip_bad)
+    section = config.backward if arguments.reverse else config.train
+    if arguments.mix:
+        section.mixture = tuple(part for text in arguments.mix for part in text.split(","))
+    mixture = parse_mixture(section.mixture)
+    check_sources(mixture, [file.source for file in files])
+    if not arguments.config and not any(k.endswith(".on_long") for k in arguments.overrides):
+        section.on_long = "error"
+    compute = choose_compute(**config.compute)
+    on_mesh = training_mesh(compute.mesh) is not None
+    base = load_model(arguments.model, config.base.template, config.seed, stored=on_mesh)
+    direction: Direction = "backward" if arguments.reverse else "forward"
+    leads = jax.process_index() == 0
+    started, clocked, metrics = time.monotonic(), timed_lines(), MetricsLog(out)
+
+    def say(text: str) -> None:
+        if leads:
+            clocked(text)
+
+    way = Tokenization(base, section, direction, arguments.skip_bad, arguments.limit)
+    first = way.first_rows(files[0], arguments.preview)
+    for line in preview_lines(base.tokenizer, first, sys.stdout.isatty()):
+        print(line)
+    tokens = Path(arguments.tokens) if arguments.tokens else out / "resume" / "tokens"
+    examples, bad = token_store(files, way, tokens, say)
+    sources = source_counts(examples.columns, mixture)
+    if not arguments.config:
+        draws = sum(counts["draws"] for counts in sources.values())
+        _fit_to_file(section, draws, arguments.overrides)
+    resume = ResumeFolder(
+        out / "resume",
+        section.keep_resume,
+        run_identity(
+            arguments.model, base, section, direction, config.seed, examples.hash, heldout
+        ),
+    )
+
+    def report_row(row: Result) -> None:
+        if not leads:
+            return
+        metrics.write("train", row)
+        if "validation_nll" in row:
+            say(f"train: step {row['step']}, validation NLL {row['validation_nll']:.4f}")
+        else:
+            mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+            say(
+                f"train: step {row['step']}, loss {row['loss']:.4f}, "
+                f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s{mfu}"
+            )
+
+    with StopSignal() as stop:
+        trained = tune(
+            base,
+            examples,
+            section,
+            direction,
+            compute,
+            config.seed,
+            validation=heldout,
+            resume=resume,
+            on_metrics=report_row,
+            on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
+            on_plan=lambda plan: say(f"train: {plan.summary()}"),
+            stops=stop.reached,
+            evidence=out,
+            profile=Path(arguments.profile) if arguments.profile else None,
+        )
+        say(f"train: {goodput_line(trained.goodput)}")
+        learnt = [TAGS_BY_SOURCE[name] for name in sources if name in TAGS_BY_SOURCE]
+        tags: Tags = "both" if len(learnt) == 2 else learnt[0] if learnt else "none"
+        tags = "none" if arguments.reverse else tags
+        model = tuned_model(base, out.name, trained, tags)
+        losses = [row["loss"] for row in trained.history if "loss" in row]
+        details = {
+            "examples": sum(counts["examples"] for counts in sources.values()),
+            "dropped": dict(examples.dropped),
+            "bad_rows": bad,
+            "supervised_tokens": sum(counts["supervised_tokens"] for counts in sources.values()),
+            "sources": sources,
+            "packing_efficiency": round(trained.plan.efficiency, 4),
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "selected_step": trained.step,
+            "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
+        }
+        save_checkpoint(out, model, details)
+        resume.delete()
+    if not arguments.tokens:
+        shutil.rmtree(tokens, ignore_errors=True)
+    say(f"saved {out}: {details}")
+    return {"out": str(out), "seconds": round(time.monotonic() - started, 1), **details}
+
+
+def _fit_to_file(section: Any, count: int, overrides: dict[str, list[str]]) -> None:
+    """What `train` does unless told otherwise: one epoch, small batches."""
+    given = {key.rsplit(".", 1)[-1] for key in overrides}
+    if not given & {"steps", "epochs"}:
+        section.epochs = 1.0
+    if "batch_examples" not in given:
+        section.batch_examples = min(8, count)
