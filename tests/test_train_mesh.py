@@ -24,6 +24,7 @@ from humpback_jax.parallel.mesh import parse_mesh, training_mesh
 from humpback_jax.parallel.preemption import StopSignal
 
 ROOT = Path(__file__).parent.parent
+VARIANTS = "full,accumulated,scan_and_options,dropout,dora_on_int8"
 ONE = "data=1"
 SOME = ("fsdp=8", "data=2,fsdp=2,tensor=2")
 ALL = (
@@ -33,10 +34,10 @@ ALL = (
 
 
 @functools.cache
-def on_meshes(model: str, steps: int, *meshes: str) -> dict[str, Any]:
+def on_meshes(model: str, steps: int, variants: str, *meshes: str) -> dict[str, Any]:
     """What `tests/train_on_meshes.py` prints."""
     done = subprocess.run(
-        [sys.executable, "train_on_meshes.py", model, str(steps), *meshes],
+        [sys.executable, "train_on_meshes.py", model, str(steps), variants, *meshes],
         cwd=ROOT / "tests",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -66,12 +67,20 @@ def check_alike(found: dict[str, Any], tolerance: float) -> None:
 
 
 def test_chips_that_train_together_learn_something_else_than_one() -> None:
-    check_alike(dict(on_meshes("tiny", 4, ONE, *SOME)), 1e-6)
+    check_alike(dict(on_meshes("tiny", 4, VARIANTS, ONE, *SOME)), 1e-6)
 
 
 @pytest.mark.slow
 def test_on_some_mesh_shape_training_learns_something_else() -> None:
-    check_alike(dict(on_meshes("tiny", 4, ONE, *ALL)), 1e-6)
+    check_alike(dict(on_meshes("tiny", 4, VARIANTS, ONE, *ALL)), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_chips_that_share_the_default_model_learn_something_else_than_one() -> None:
+    """Its 9 and 3 heads divide by no mesh. Each run is also stopped, and continued on the other."""
+    found = on_meshes("smollm2-135m-instruct", 3, "scan", ONE, "data=2,fsdp=2,tensor=2")
+    check_alike(dict(found), 1e-5)
 
 
 def test_a_mesh_for_training_larger_than_the_machine_is_an_error() -> None:

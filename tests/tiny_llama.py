@@ -155,9 +155,11 @@ def torch_nll(model: torch.nn.Module, examples: Sequence[TrainingExample]) -> to
     sums = []
     for example in examples:
         ids = torch.tensor(example.ids, dtype=torch.long)
-        log_probs = torch.log_softmax(model(ids[None, :-1]).logits[0].float(), dim=-1)
+        logits = model(ids[None, :-1]).logits[0]
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        log_probs = torch.log_softmax(logits.to(exact), dim=-1)
         nll = -log_probs.gather(1, ids[1:, None])[:, 0]
-        sums.append((nll * torch.tensor(example.mask[1:], dtype=torch.float32)).sum())
+        sums.append((nll * torch.tensor(example.mask[1:], dtype=exact)).sum())
     return torch.stack(sums)
 
 

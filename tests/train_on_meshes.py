@@ -1,4 +1,8 @@
-"""One model tuned on several meshes, as JSON: `python train_on_meshes.py MODEL STEPS MESH ...`.
+"""One model tuned on several meshes, as JSON.
+
+    python train_on_meshes.py MODEL STEPS VARIANT,... MESH ...
+
+The first variant is also stopped on each mesh, and continued on the next.
 
 A program of its own, because a process has as many CPU devices as it started with.
 """
@@ -36,6 +40,7 @@ from humpback_jax.training.trainer import TrainSpec, train  # noqa: E402
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
+    "scan": {"layout": "scan"},
     "accumulated": {"accumulation": 2},
     "scan_and_options": {
         "layout": "scan",
@@ -120,11 +125,11 @@ if __name__ == "__main__":
     assert jax.device_count() == DEVICES
     chosen, steps = model_of(sys.argv[1]), int(sys.argv[2])
     rows = examples_of(chosen, 40, 200)
-    meshes = sys.argv[3:]
+    variants, meshes = sys.argv[3].split(","), sys.argv[4:]
     found: dict[str, Any] = {}
     unbroken: dict[str, Params] = {}
-    for name, changes in VARIANTS.items():
-        found[name] = {}
+    for name in variants:
+        found[name], changes = {}, VARIANTS[name]
         for mesh in meshes:
             figures, params = results(chosen, rows, spec_of(mesh, steps, **changes))
             params = jax.tree.map(np.asarray, params)
@@ -132,11 +137,12 @@ if __name__ == "__main__":
                 alone = params
             figures["apart"] = apart(params, alone, chosen.params)
             found[name][mesh] = figures
-            if not changes:
+            if name == variants[0]:
                 unbroken[mesh] = params
     found["continued"] = {}
     for before, after in [*zip(meshes, [*meshes[1:], meshes[0]], strict=True), (meshes[-1],) * 2]:
-        other = continued(chosen, rows, spec_of(before, steps), spec_of(after, steps))
+        specs = [spec_of(mesh, steps, **VARIANTS[variants[0]]) for mesh in (before, after)]
+        other = continued(chosen, rows, *specs)
         distance = apart(other, unbroken[before], chosen.params)
         found["continued"][f"{before} then {after}"] = distance
     print(json.dumps(found))
