@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from humpback_jax.bench.table import sample_lines, score_lines
+from humpback_jax.bench.table import sample_lines, score_lines, train_lines
 from humpback_jax.cli import build_parser, config_overrides, main
 from humpback_jax.config import default_config, set_field
 
@@ -59,6 +59,8 @@ def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
         ("cpu_cases_float32", sample_lines),
         ("cpu_best", sample_lines),
         ("cpu_score", score_lines),
+        ("cpu_train", train_lines),
+        ("cpu_train_lora", train_lines),
     ):
         result = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
         assert "\n".join(line.rstrip() for line in lines(result)) in page
@@ -67,6 +69,17 @@ def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
         for precision in ("float32", "bfloat16"):
             rates = [f"{rate:.2f}" for name, rate in system["all_rows_per_s"] if name == precision]
             assert f"{' and '.join(rates)} in {precision}" in page
+    full, adapter = (
+        json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+        for name in ("cpu_train", "cpu_train_lora")
+    )
+    for precision in ("float32", "bfloat16"):
+        ours, theirs, tuned = (
+            next(rate for _, name, rate in system["all"] if name == precision)
+            for system in (full["ours"], full["peers"]["trl"], adapter["ours"])
+        )
+        assert f"{ours:.1f} and {theirs:.1f} in {precision}" in " ".join(page.split())
+        assert re.search(rf"{tuned:.1f} (supervised tokens a second )?in {precision}", page)
     rates = [
         json.loads((ROOT / "benchmarks" / f"cpu_single_{name}.json").read_text())["ours"]
         for name in ("drafts", "no_drafts")
