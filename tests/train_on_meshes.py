@@ -84,6 +84,8 @@ def results(model: LanguageModel, examples: list[TrainingExample], spec: TrainSp
     losses = [row["loss"] for row in done.history if "loss" in row]
     norms = [row["grad_norm"] for row in done.history if "loss" in row]
     validation = [row["validation_nll"] for row in done.history if "validation_nll" in row]
+    # A mesh's programs keep memory that the next one's need.
+    jax.clear_caches()
     return {"loss": losses, "grad_norm": norms, "validation": validation}, done.params
 
 
@@ -103,7 +105,9 @@ def continued(
                 resume=resume,
                 stops=lambda done: done == STOPPED,
             )
+        jax.clear_caches()
         rest = train(model.config, params, examples[8:], after, resume=resume)
+        jax.clear_caches()
         assert next(row["step"] for row in rest.history if "loss" in row) == STOPPED + 1
     return rest.params
 
