@@ -75,14 +75,6 @@ def test_on_some_mesh_shape_training_learns_something_else() -> None:
     check_alike(dict(on_meshes("tiny", 4, VARIANTS, ONE, *ALL)), 1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.real_model
-def test_chips_that_share_the_default_model_learn_something_else_than_one() -> None:
-    """Its 9 and 3 heads divide by no mesh. Each run is also stopped, and continued on the other."""
-    found = on_meshes("smollm2-135m-instruct", 3, "scan", ONE, "data=1,fsdp=2,tensor=2")
-    check_alike(dict(found), 1e-5)
-
-
 def test_a_mesh_for_training_larger_than_the_machine_is_an_error() -> None:
     with pytest.raises(HumpbackError, match="does not fit"):
         training_mesh(parse_mesh("data=64"))

@@ -40,7 +40,6 @@ from humpback_jax.training.trainer import TrainSpec, train  # noqa: E402
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
-    "scan": {"layout": "scan"},
     "accumulated": {"accumulation": 2},
     "scan_and_options": {
         "layout": "scan",
