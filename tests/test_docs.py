@@ -78,8 +78,9 @@ def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
             next(rate for _, name, rate in system["all"] if name == precision)
             for system in (full["ours"], full["peers"]["trl"], adapter["ours"])
         )
-        assert f"{ours:.1f} and {theirs:.1f} in {precision}" in " ".join(page.split())
-        assert re.search(rf"{tuned:.1f} (supervised tokens a second )?in {precision}", page)
+        text = " ".join(page.split())
+        assert f"{ours:.1f} and {theirs:.1f} in {precision}" in text
+        assert re.search(rf"{tuned:.1f} (supervised tokens a second )?in {precision}", text)
     rates = [
         json.loads((ROOT / "benchmarks" / f"cpu_single_{name}.json").read_text())["ours"]
         for name in ("drafts", "no_drafts")
