@@ -1,21 +1,19 @@
-"""Reading and writing row files: every common form of instruction data, detected row by row."""
+"""Rows of instruction data in every common form, detected row by row; and writing rows."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import dataclasses
-import gzip
-import io
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.records import Example, Message, stable_id
+from humpback_jax.row_files import is_unicode, malformed, raw_rows
 
 Row = dict[str, Any]
 FORMS = (
@@ -38,7 +36,6 @@ _PAIRS = (
     ("prompt", "completion"),
     ("inputs", "targets"),
 )
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclasses.dataclass
@@ -84,7 +81,7 @@ def stream_examples(
     skip_bad: bool = False,
     distinct_ids: bool = True,
 ) -> Iterator[Example]:
-    """Training or evaluation rows from .jsonl, .json (a list), .parquet; also .gz and .zst.
+    """Training or evaluation rows from a file of any kind that `raw_rows` reads.
 
     Texts lose the white space at their ends: an answer that began with some could have its first
     token merged with the newline before it, which belongs to the prompt.
@@ -208,116 +205,6 @@ def _write_parquet(path: Path, temporary: Path, rows: list[Row]) -> None:
         ) from error
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """Opens a file for reading, decompressing .gz and .zst.
-
-    Raises:
-      HumpbackError: there is no such file, or it cannot be opened.
-    """
-    if not path.exists():
-        raise HumpbackError(f"{path}: the file does not exist.")
-    if not path.is_file():
-        raise HumpbackError(f"{path} is not a file.")
-    with readable(path):
-        if path.suffix == ".gz":
-            return cast(BinaryIO, gzip.open(path, "rb"))
-        if path.suffix == ".zst":
-            import pyarrow as pa
-
-            # Unlike zstandard's own reader, Arrow's reports a truncated file.
-            return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-        return open(path, "rb")
-
-
-def read_text(path: Path) -> str:
-    """A whole text file, without the byte order mark.
-
-    Raises:
-      HumpbackError: missing, damaged or not UTF-8.
-    """
-    with readable(path), open_bytes(path) as file:
-        return file.read().removeprefix(_BOM).decode()
-
-
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turns whatever goes wrong while reading a file into a message that names it."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise HumpbackError(f"{path}: {malformed(error)}.") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise HumpbackError(f"{path}: the compressed file is damaged ({error}).") from error
-    except OSError as error:
-        raise HumpbackError(f"{path} cannot be read ({error.strerror or error}).") from error
-
-
-def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, parsed row) of a file; a line that cannot be parsed comes as its `ValueError`.
-
-    Raises:
-      HumpbackError: missing file, an unreadable container, or an unknown suffix.
-    """
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    with readable(path):
-        if name.endswith(".jsonl"):
-            yield from _json_lines(path)
-        elif name.endswith(".json"):
-            yield from _json_list(path)
-        elif name.endswith(".parquet"):
-            yield from _parquet(path)
-        else:
-            open_bytes(path).close()
-            raise HumpbackError(
-                f"{path}: unknown kind of file; use .jsonl, .json or .parquet (.gz, .zst)."
-            )
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(_BOM) if number == 1 else line
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line.decode())
-                except ValueError as error:
-                    yield f"line {number}", error
-                except RecursionError:
-                    yield f"line {number}", ValueError("nested too deeply")
-
-
-def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise HumpbackError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}). A file with one row a "
-            "line is named .jsonl."
-        ) from error
-    except RecursionError as error:
-        raise HumpbackError(f"{path}: not a list of rows; it is nested too deeply.") from error
-    if not isinstance(rows, list):
-        raise HumpbackError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}.")
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    open_bytes(path).close()
-    try:
-        file = pq.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", row
-    except pa.ArrowException as error:
-        raise HumpbackError(f"{path}: not a readable parquet file ({error}).") from error
-
-
 def _rows(path: Path, report: ReadReport, skip_bad: bool) -> Iterator[tuple[str, Row]]:
     for place, row in raw_rows(path):
         if isinstance(row, ValueError):
@@ -332,25 +219,6 @@ def _rows(path: Path, report: ReadReport, skip_bad: bool) -> Iterator[tuple[str,
             yield place, {key: value for key, value in row.items() if value is not None}
             continue
         _reject(path, place, reason, report, skip_bad)
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: JSON can spell half of a surrogate pair, which cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def malformed(error: ValueError) -> str:
-    """What is wrong with a text or line that cannot be decoded or parsed."""
-    if isinstance(error, UnicodeDecodeError):
-        return (
-            f"not UTF-8 text: {error.reason} at byte {error.start}; convert the file, for example "
-            "with iconv"
-        )
-    return f"not valid JSON: {getattr(error, 'msg', error)}"
 
 
 def _reject(path: Path, place: str, reason: str, report: ReadReport, skip_bad: bool) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.records import stable_id
-from humpback_jax.rows import is_unicode, malformed, raw_rows, read_text, unique_name
+from humpback_jax.row_files import is_unicode, malformed, raw_rows, read_text
+from humpback_jax.rows import unique_name
+from humpback_jax.tfds_splits import is_split
 
 PYDOC_TOPICS = "pydoc_topics"
 _ROW_FILES = (".jsonl", ".json", ".parquet")
@@ -34,8 +36,9 @@ def read_documents(paths: Sequence[str]) -> Iterator[Document]:
     """Documents of each path, in order; an id met before is given a number.
 
     A path is a row file with a `text` field (.jsonl, .json, .parquet, also .gz and .zst), a text
-    file (.txt, .md, .rst: one document), a folder of such files (sorted, recursive), or
-    `pydoc_topics`, the language reference that every Python ships.
+    file (.txt, .md, .rst: one document), a split of a TFDS data set (`tfds_splits`), a folder of
+    such files (sorted, recursive), or `pydoc_topics`, the language reference that every Python
+    ships.
 
     Raises:
       HumpbackError: missing or unreadable files, rows without text; names file and row.
@@ -52,6 +55,9 @@ def _path(path: str) -> Iterator[Document]:
         yield from _pydoc_topics()
         return
     place = Path(path)
+    if is_split(place):
+        yield from _rows(place, str(place))
+        return
     if not place.exists():
         raise HumpbackError(
             f"{path}: no such document file or folder (corpus.documents; {PYDOC_TOPICS!r} is "
@@ -85,6 +91,10 @@ def _file(file: Path, root: Path) -> Iterator[Document]:
             f"{file}: unknown kind of document file; use {', '.join(_ROW_FILES + _TEXT_FILES)} "
             "(.gz, .zst)."
         )
+    yield from _rows(file, name)
+
+
+def _rows(file: Path, name: str) -> Iterator[Document]:
     for place, row in raw_rows(file):
         if isinstance(row, ValueError):
             raise HumpbackError(f"{file}, {place}: {malformed(row)}.")

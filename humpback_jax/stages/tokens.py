@@ -21,6 +21,7 @@ from humpback_jax.rows import ReadReport, stream_examples
 from humpback_jax.stages.train import Direction, none_left, render, token_limit
 from humpback_jax.text.template import Rendered
 from humpback_jax.text.tokenize import TokenizedBatch, tokenize_batch
+from humpback_jax.tfds_splits import info_file, is_split
 from humpback_jax.token_store import TokenStore, write_shard
 
 VERSION = 1
@@ -70,7 +71,7 @@ class Tokenization:
     def key(self, file: RowFile) -> str:
         """Another one where the file or anything else changed that tokens depend on."""
         try:
-            found = file.path.stat()
+            found = (info_file(file.path) if is_split(file.path) else file.path).stat()
         except OSError as error:
             raise HumpbackError(f"{file.path}: the file does not exist.") from error
         parts = [VERSION, CHUNK * SHARD_CHUNKS, file.source, file.path.name]
