@@ -121,7 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--source", default="seed", help="source of the rows; decides their tags")
     train.add_argument("--reverse", action="store_true", help="train M_yx: response to instruction")
     train.add_argument("--skip-bad", action="store_true", help="count unreadable rows, go on")
-    train.add_argument("--heldout", help="pairs whose loss train.eval_every measures")
+    train.add_argument(
+        "--heldout",
+        action="append",
+        default=[],
+        help="FILE or SOURCE=FILE of pairs whose loss train.eval_every measures; may be repeated",
+    )
     train.add_argument("--profile", metavar="DIR", help="trace a few steps for xprof, perfetto")
     train.add_argument("--preview", type=int, default=2, help="show the first N training rows")
 

@@ -193,15 +193,19 @@ def test_train_mixes_files_and_says_what_it_took(
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = [f"--data={tmp_path / 'pairs.jsonl'}", f"--data=plain={tmp_path / 'texts.jsonl'}"]
     out = tmp_path / "model"
-    mix = "--mix=plain:weight=0.1:cap=4:repeat=2"
-    found = trained(out, capsys, *data, mix, "--config.train.batch_examples=4")
+    mix = ["--mix=plain:weight=0.1:cap=4:repeat=2", "--config.train.batch_examples=4"]
+    mix += [part.replace("--data", "--heldout") for part in data] + ["--config.train.eval_every=4"]
+    found = trained(out, capsys, *data, *mix)
     assert found["sources"]["seed"]["draws"] == found["sources"]["seed"]["examples"] == 8
     assert found["sources"]["plain"]["examples"] == 4
     assert found["sources"]["plain"]["draws"] == 8
     assert found["sources"]["plain"]["weight"] == 0.1
     assert 0 < found["packing_efficiency"] <= 1
-    log = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    *log, checked = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     assert len(log) == (8 + 8) // 4, "one epoch"
+    names = ("validation_nll/plain", "validation_nll", "validation_nll/seed")
+    by_size = sorted(checked[name] for name in names)
+    assert by_size[1] == checked["validation_nll"] and by_size[0] < by_size[2]
     assert {"loss/seed", "loss/plain"} <= {key for row in log for key in row}
     seen = sum(row.get("supervised_tokens/plain", 0) for row in log)
     assert seen == 2 * found["sources"]["plain"]["supervised_tokens"]

@@ -109,18 +109,23 @@ def apart(left: Path, right: Path) -> float:
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=8,data=1"])
 def test_two_hosts_train_another_model_than_one(mesh: str, tmp_path: Path) -> None:
     """Two processes with four devices each. `start` has learnt nothing."""
-    common = [*TRAIN, f"--data={data_file(tmp_path)}", "--config.train.steps=6"]
+    rows = data_file(tmp_path)
+    common = [*TRAIN, f"--data={rows}", "--config.train.steps=6"]
+    common += [f"--heldout={rows}", "--config.train.eval_every=3"]
     several(1, [*common, f"--out={tmp_path / 'start'}", "--config.train.learning_rate=0"], 1)
     several(1, [*common, f"--out={tmp_path / 'alone'}"], 1)
     both = [*common, f"--out={tmp_path / 'both'}", f"--config.compute.mesh={mesh}"]
     several(2, [*both, "--config.train.resume_every=1"], 4)
     assert apart(tmp_path / "alone", tmp_path / "both") <= 1e-2
-    rows = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+    alone, together = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
         for name in ("alone", "both")
-    ]
-    assert len(rows[0]) == 6
-    assert rows[1] == pytest.approx(rows[0], rel=1e-5)
+    )
+    for name, count in (("loss", 6), ("validation_nll", 2), ("validation_nll/seed", 2)):
+        expected = [row[name] for row in alone if name in row]
+        assert len(expected) == count
+        found = [row[name] for row in together if name in row]
+        assert found == pytest.approx(expected, rel=1e-5)
     saved = load_checkpoint(tmp_path / "both")
     described = json.loads((tmp_path / "both" / "humpback.json").read_text())["hash"]
     assert described == saved.hash, "hashed in parts, the weights are others"

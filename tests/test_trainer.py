@@ -292,6 +292,10 @@ def test_a_size_that_is_not_positive_is_refused_by_name(wrong) -> None:
 def test_validation_rows_come_every_n_steps_and_change_nothing() -> None:
     """T-22: elsewhere, peeking shifted the training data."""
     validation = random_examples(4, seed=9)
+    sources = ["seed", "web", "web", "seed"]
+    validation = [
+        dataclasses.replace(e, source=s) for e, s in zip(validation, sources, strict=True)
+    ]
     spec = dataclasses.replace(SPEC, eval_every=2, **VARIANTS["accumulated_with_dropout"])
     trained = run(spec, validation=validation)
     rows = [row for row in trained.history if "validation_nll" in row]
@@ -299,6 +303,10 @@ def test_validation_rows_come_every_n_steps_and_change_nothing() -> None:
     nll, counts = sequence_nll(base()[0], trained.params, validation, spec.precision, layout="scan")
     assert rows[-1]["validation_nll"] == pytest.approx(nll.sum() / counts.sum(), rel=1e-6)
     assert rows[-1]["validation_nll"] != rows[0]["validation_nll"]
+    for source in ("seed", "web"):
+        own = np.array(sources) == source
+        mean = nll[own].sum() / counts[own].sum()
+        assert rows[-1][f"validation_nll/{source}"] == pytest.approx(mean, rel=1e-6)
     assert trees_equal(run(dataclasses.replace(spec, eval_every=0)).params, trained.params)
 
 

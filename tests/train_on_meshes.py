@@ -10,6 +10,7 @@ A program of its own, because a process has as many CPU devices as it started wi
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -58,7 +59,8 @@ STOPPED = 2  # steps after which a run is stopped, to be continued on another me
 def examples_of(model: LanguageModel, count: int, longest: int) -> list[TrainingExample]:
     rows = render(model.template, packaged_pairs("train")[:count], "forward")
     batch = tokenize_batch(model.tokenizer, rows, longest, "truncate")
-    return [TrainingExample(e.id, e.ids, e.mask) for e in batch.examples]
+    sources = itertools.cycle(("seed", "web"))
+    return [TrainingExample(e.id, e.ids, e.mask, next(sources)) for e in batch.examples]
 
 
 def spec_of(mesh: str, steps: int, **changes: Any) -> TrainSpec:
@@ -82,7 +84,9 @@ def results(model: LanguageModel, examples: list[TrainingExample], spec: TrainSp
     done = train(model.config, params, examples[8:], spec, validation=examples[:8])
     losses = [row["loss"] for row in done.history if "loss" in row]
     norms = [row["grad_norm"] for row in done.history if "loss" in row]
-    validation = [row["validation_nll"] for row in done.history if "validation_nll" in row]
+    by_source = ("validation_nll", "validation_nll/seed", "validation_nll/web")
+    rows = [row for row in done.history if "validation_nll" in row]
+    validation = [row[name] for row in rows for name in by_source]
     # A mesh's programs keep memory that the next one's need.
     jax.clear_caches()
     return {"loss": losses, "grad_norm": norms, "validation": validation}, done.params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def train_stage(
             "packing_efficiency": round(trained.plan.efficiency, 4),
             "tokens": sum(example.length for example in tokenized),
             "supervised_tokens": sum(example.supervised for example in tokenized),
-            "by_source": _count(example.source for example in tokenized),
+            "by_source": dict(collections.Counter(e.source for e in tokenized)),
             "sources": source_counts(index_of(tokenized), parse_mixture(section.mixture)),
         }
         write_parquet(
@@ -172,8 +173,6 @@ def tune(
     """
     sources = source_counts(index_of(examples), parse_mixture(section.mixture))
     draws = sum(counts["draws"] for counts in sources.values())
-    rows = render(base.template, validation, direction)
-    check = tokenize_batch(base.tokenizer, rows, token_limit(base, section), "drop")
     spec = train_spec(section, compute, seed, draws)
     spec = dataclasses.replace(spec, mesh=training_mesh(compute.mesh))
     return train(
@@ -181,7 +180,7 @@ def tune(
         base.params,
         examples,
         spec,
-        validation=[TrainingExample(e.id, e.ids, e.mask) for e in check.examples],
+        validation=_validation(base, validation, section, direction),
         resume=resume,
         on_metrics=on_metrics,
         on_epoch=lambda epoch, params: on_epoch(
@@ -192,6 +191,26 @@ def tune(
         evidence=evidence,
         profile=profile,
     )
+
+
+def _validation(
+    base: LanguageModel, examples: Sequence[Example], section: Any, direction: Direction
+) -> list[TrainingExample]:
+    """Tokenised source by source: their ids may be the same. What is too long is left out.
+
+    Raises:
+      HumpbackError: nothing is left that `eval_every` could measure.
+    """
+    found, dropped = [], collections.Counter[str]()
+    for source in sorted({example.source for example in examples}):
+        chosen = [example for example in examples if example.source == source]
+        rows = render(base.template, chosen, direction)
+        batch = tokenize_batch(base.tokenizer, rows, token_limit(base, section), "drop")
+        found += [TrainingExample(e.id, e.ids, e.mask, source) for e in batch.examples]
+        dropped.update(batch.drop_counts())
+    if examples and section.eval_every and not found:
+        raise HumpbackError(f"held-out rows: {none_left(len(examples), dict(dropped))}")
+    return found
 
 
 def run_identity(
@@ -317,13 +336,6 @@ def _lora(section: Any) -> LoraSpec | None:
 def _identity(example: Example) -> dict[str, Any]:
     turns = [[m.role, m.content] for m in example.messages]
     return {"id": example.id, "source": example.source, "messages": turns, "text": example.text}
-
-
-def _count(values: Any) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return counts
 
 
 def _report(context: Context, name: str, row: dict[str, Any]) -> None:

@@ -178,7 +178,7 @@ def train(
         state = initial_state(step_spec, base, optimizer, spec.seed)
         dropout_key = jax.random.key(spec.seed)
         if validation:
-            mean_nll = make_validation(step_spec, validation, plan.micro_rows)
+            validate = make_validation(step_spec, validation, plan.micro_rows)
     best = math.inf
     if resume is not None:
         with goodput.phase("checkpoint"):
@@ -220,8 +220,9 @@ def train(
             if validation and _validates(spec, done):
                 watch.look()
                 with goodput.phase("validation"):
-                    nll = mean_nll(state)
-                report({"step": done, "validation_nll": nll})
+                    measured = validate(state)
+                    nll = measured["validation_nll"]
+                report({"step": done, **measured})
                 if resume is not None and spec.select == "best" and nll < best:
                     with goodput.phase("checkpoint"):
                         resume.save_best(state, nll)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from humpback_jax.model.lora import join
 from humpback_jax.parallel.batches import place_rows
@@ -18,36 +21,47 @@ from humpback_jax.training.step import batch_nll
 
 def make_validation(
     spec: StepSpec, examples: Sequence[TrainingExample], rows: int
-) -> Callable[[TrainState], float]:
+) -> Callable[[TrainState], dict[str, float]]:
     """Mean nll of the examples' supervised tokens, in nats, computed as a step computes it.
 
-    Without dropout. `rows` rows of packed examples are computed at a time.
+    "validation_nll" is that of all of them, "validation_nll/SOURCE" that of one source. Without
+    dropout and weights. `rows` rows of packed examples are computed at a time.
     """
     lengths = [example.length for example in examples]
     width = static_bound(max(lengths), spec.config.max_position_embeddings)
     packed = best_fit(lengths, width)
+    names = sorted({example.source for example in examples})
     spec = dataclasses.replace(
         spec,
         longest=width,
-        num_sources=1,
+        num_sources=len(names),
         weights=(),
         dropout=0.0,
         objective=NLL,
     )
-    supervised = sum(example.supervised for example in examples)
+    supervised = dict.fromkeys(names, 0)
+    for example in examples:
+        supervised[example.source] += example.supervised
 
     def placed(filled: list[list[int]]) -> Batch:
         def read(chosen: slice) -> Batch:
-            return lay_out(examples, filled[chosen], chosen.stop - chosen.start, width)
+            return lay_out(examples, filled[chosen], chosen.stop - chosen.start, width, names)
 
         return place_rows(read, rows, spec.mesh, 0)
 
-    @jax.jit
-    def total(state: TrainState, batch: Batch) -> jax.Array:
-        return batch_nll(spec, join(state.frozen, state.trainable), batch)[0]
+    whole = spec.mesh and NamedSharding(spec.mesh, PartitionSpec())
 
-    def mean(state: TrainState) -> float:
+    @functools.partial(jax.jit, out_shardings=whole)
+    def nll_of(state: TrainState, batch: Batch) -> jax.Array:
+        return batch_nll(spec, join(state.frozen, state.trainable), batch)[1]
+
+    def means(state: TrainState) -> dict[str, float]:
         batches = (placed(packed[start : start + rows]) for start in range(0, len(packed), rows))
-        return sum(float(total(state, batch)) for batch in batches) / supervised
+        nll = sum(np.asarray(nll_of(state, batch), np.float64) for batch in batches)
+        by_source = {
+            f"validation_nll/{name}": float(total) / supervised[name]
+            for name, total in zip(names, np.asarray(nll), strict=True)
+        }
+        return {"validation_nll": float(np.sum(nll)) / sum(supervised.values()), **by_source}
 
-    return mean
+    return means

@@ -42,8 +42,8 @@ def train(arguments: argparse.Namespace) -> Result:
     writable_folder(out)
     files = parse_files(arguments.data, arguments.source)
     heldout: list[Example] = []
-    if arguments.heldout:
-        heldout, _ = read_examples(Path(arguments.heldout), "seed", arguments.skip_bad)
+    for file in parse_files(arguments.heldout, arguments.source):
+        heldout += read_examples(file.path, file.source, arguments.skip_bad)[0]
     section = config.backward if arguments.reverse else config.train
     if arguments.mix:
         section.mixture = tuple(part for text in arguments.mix for part in text.split(","))
