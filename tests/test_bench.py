@@ -18,7 +18,7 @@ from humpback_jax.bench.limits import copy_bandwidth, matmul_rate, prefill_flops
 from humpback_jax.bench.pairs import PairsJob, read_pairs
 from humpback_jax.bench.process import Compilations
 from humpback_jax.bench.score import best_of, gains
-from humpback_jax.bench.workload import choose_cases, texts
+from humpback_jax.bench.workload import Case, choose_cases, texts
 from humpback_jax.cli import main
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import flatten, init_params
@@ -149,12 +149,13 @@ def test_llama_cpp_writes_what_we_write_but_where_its_rounding_decides(tmp_path)
 
 
 def test_the_cases_differ_in_length_and_batch_alone() -> None:
-    cases = {case.name: case for case in choose_cases("all", 64, 60, 500, 32)}
+    mixed = Case("mixed", 64, 60, 500, 32)
+    cases = {case.name: case for case in choose_cases("all", mixed)}
     assert [case.slots for case in cases.values()] == [32, 1, 32, 32]
     assert cases["single"].rows == 8
-    assert choose_cases("short", 64, 60, 500, 32) == [cases["short"]]
+    assert choose_cases("short", mixed) == [cases["short"]]
     with pytest.raises(HumpbackError, match="known: all, mixed, single"):
-        choose_cases("tall", 64, 60, 500, 32)
+        choose_cases("tall", mixed)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_a_measurement_that_cannot_be_is_refused_before_anything_is_measured(
 
 
 def job(count: int = 4) -> PairsJob:
-    return PairsJob("tiny-random", "float32", 4, 8, read_pairs("builtin", count))
+    return PairsJob("tiny-random", "builtin", "float32", 4, 8, read_pairs("builtin", count))
 
 
 def test_reading_and_sharing_are_counted_as_done_and_nothing_is_compiled_while_timed() -> None:

@@ -16,7 +16,7 @@ from test_loss_parity import mean_and_gradient
 from tiny_llama import FLOAT32, gradients_of, torch_nll
 
 from humpback_jax.bench.process import measure_apart
-from humpback_jax.bench.training_job import TrainingJob, training_rows
+from humpback_jax.bench.training_job import Row, TrainingJob, TrainingWorkload, training_rows
 from humpback_jax.model.llama import flatten, unstack_layers
 from humpback_jax.models import LanguageModel, export_hf, load_model
 from humpback_jax.training.examples import TrainingExample
@@ -34,8 +34,16 @@ def default_model() -> LanguageModel:
     return load_model("smollm2-135m-instruct")
 
 
+def real_rows(batches: int, batch_examples: int) -> list[Row]:
+    model = default_model()
+    asked = TrainingWorkload(
+        model.name, rows=160, steps=batches, batch_examples=batch_examples, row_tokens=WIDTH
+    )
+    return training_rows(model, asked)
+
+
 def real_examples(batches: int, batch_examples: int) -> list[TrainingExample]:
-    rows = training_rows(default_model(), "builtin", 160, batches, batch_examples, WIDTH)
+    rows = real_rows(batches, batch_examples)
     return TrainingJob("", "", WIDTH, batch_examples, 0, 0.0, rows).examples()
 
 
@@ -98,7 +106,7 @@ def test_mixed_precision_strays_further_from_float32_than_torch_s(tmp_path: Path
     """Over 50 steps, by the mean distance of the losses; both stray as training goes on."""
     model = default_model()
     export_hf(tmp_path / "hf", model)
-    rows = training_rows(model, "builtin", 160, 50, 2, WIDTH)
+    rows = real_rows(50, 2)
     job = tmp_path / "job.json"
     TrainingJob("smollm2-135m-instruct", str(tmp_path / "hf"), WIDTH, 2, 0, 1e-5, rows).save(job)
     exact, ours, theirs = (

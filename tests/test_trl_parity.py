@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from humpback_jax.bench.comparison import Comparison
 from humpback_jax.bench.process import measure_apart
 from humpback_jax.bench.train import bench_train
-from humpback_jax.bench.training_job import TrainingJob, training_rows
+from humpback_jax.bench.training_job import TrainingJob, TrainingWorkload, training_rows
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import export_hf, load_model
 
@@ -23,7 +24,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trl")
     model = load_model("tiny-random")
     export_hf(folder / "hf", model)
-    rows = training_rows(model, "builtin", 160, STEPS, 4, 1024)
+    rows = training_rows(model, TrainingWorkload("tiny-random", "builtin", 160, STEPS, 4, 1024))
     hf = str(folder / "hf")
     TrainingJob("tiny-random", hf, 1024, 4, 0, 3e-3, rows).save(folder / "job.json")
     return folder / "job.json"
@@ -60,13 +61,15 @@ def test_all_settings_of_the_others_train_on_the_same_tokens(job: Path) -> None:
 
 def test_too_few_rows_or_an_unknown_peer_are_errors_that_say_so() -> None:
     model = load_model("tiny-random")
+    asked = TrainingWorkload("tiny-random", rows=8, steps=2, batch_examples=4, row_tokens=512)
     with pytest.raises(HumpbackError, match=r"steps of 4 want 4000"):
-        training_rows(model, "builtin", 50, 1000, 4, 1024)
+        training_rows(model, dataclasses.replace(asked, rows=50, steps=1000))
     with pytest.raises(HumpbackError, match=r"100000 are wanted by --rows"):
-        training_rows(model, "builtin", 100_000, 1, 4, 1024)
+        training_rows(model, dataclasses.replace(asked, rows=100_000))
     with pytest.raises(HumpbackError, match="--steps=1: the first step is not timed"):
-        bench_train("tiny-random", "builtin", 8, 1, 4, 512, 0, "float32", [], 1, print)
+        bench_train(dataclasses.replace(asked, steps=1), Comparison(), print)
+    torch = Comparison(peers=("torch",))
     with pytest.raises(HumpbackError, match="--vs=torch tunes all weights"):
-        bench_train("tiny-random", "builtin", 8, 2, 4, 512, 4, "float32", ["torch"], 1, print)
+        bench_train(dataclasses.replace(asked, lora_rank=4), torch, print)
     with pytest.raises(HumpbackError, match="--vs=axolotl is unknown; known: trl, trl_default"):
-        bench_train("tiny-random", "builtin", 8, 1, 4, 512, 0, "float32", ["axolotl"], 1, print)
+        bench_train(asked, Comparison(peers=("axolotl",)), print)

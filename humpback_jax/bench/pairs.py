@@ -16,9 +16,13 @@ from humpback_jax.stages.sources import packaged_pairs
 
 @dataclasses.dataclass(frozen=True)
 class PairsJob:
-    """Real pairs to rate, `slots` rows decoded together, reasons of up to `max_new_tokens`."""
+    """Real pairs to rate, `slots` rows decoded together, reasons of up to `max_new_tokens`.
+
+    data: name of the file that the pairs are from.
+    """
 
     model: str
+    data: str
     precision: str
     slots: int
     max_new_tokens: int

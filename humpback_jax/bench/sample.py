@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from humpback_jax.bench.comparison import Comparison
 from humpback_jax.bench.process import check_peer, leave_the_device_to_others, measure_apart
 from humpback_jax.bench.workload import Case, Workload, backward_workload
 from humpback_jax.errors import HumpbackError
@@ -18,7 +19,6 @@ from humpback_jax.weights.safetensors_io import save_hf
 
 PACKAGES = {"hf": ("torch", "transformers"), "llamacpp": ("llama_cpp",)}  # of each peer
 EXTRAS = {"hf": "bench", "llamacpp": "llamacpp"}
-PRECISIONS = ("float32", "bfloat16")
 
 Result = dict[str, Any]
 
@@ -28,9 +28,7 @@ def bench_sample(
     data: str,
     cases: Sequence[Case],
     max_new_tokens: int,
-    precision: str,
-    peers: Sequence[str],
-    rounds: int,
+    comparison: Comparison,
     say: Say,
 ) -> Result:
     """Greedy instructions for real segments under the backward prompt, until the model stops.
@@ -38,20 +36,17 @@ def bench_sample(
     Args:
       data: documents, of which segments are taken.
       cases: the first is the main one, whose figures stand at the top of the result.
-      precision: "float32" or "bfloat16", of the peers too; "best" measures each system in both, and
-        the better one counts. A peer with a quantised file has the precision of that file.
-      peers: other systems, measured in turn with ours on the same token ids and stop rule.
-      rounds: measurements of each; the best one counts, for everybody.
+      comparison: the peers have the same token ids and stop rule.
 
     Raises:
       HumpbackError: too few segments, an unknown or absent peer, or a measurement that failed.
     """
-    gguf = _check_peers(peers, model_name)
+    gguf = _check_peers(comparison.peers, model_name)
     leave_the_device_to_others()
     model = load_model(model_name)
     with tempfile.TemporaryDirectory(prefix="humpback-bench-") as folder:
         hf = ""
-        if "hf" in peers:
+        if "hf" in comparison.peers:
             hf = str(Path(folder) / "hf")
             save_hf(Path(hf), model.config, model.params)
         workloads = [
@@ -62,8 +57,7 @@ def bench_sample(
         for case, workload in zip(cases, workloads, strict=True):
             path = Path(folder) / f"{case.name}.json"
             workload.save(path)
-            systems = _systems(peers, precision)
-            found = _measure(case, path, systems, rounds, say)
+            found = _measure(case, path, _systems(comparison), comparison.rounds, say)
             compared[case.name] = _compare(found, workload)
     environment = [result["ours"].pop("environment") for result in compared.values()]
     main = compared[cases[0].name]
@@ -91,12 +85,12 @@ def _gguf_file(model_name: str) -> str:
     )
 
 
-def _systems(peers: Sequence[str], precision: str) -> list[tuple[str, str]]:
+def _systems(comparison: Comparison) -> list[tuple[str, str]]:
     """(system, precision) of each measurement of a round."""
-    precisions = PRECISIONS if precision == "best" else (precision,)
-    systems = [("ours", each) for each in precisions]
-    for peer in peers:
-        systems += [(peer, each) for each in (precisions if peer == "hf" else ("stored",))]
+    systems = [("ours", each) for each in comparison.precisions]
+    for peer in comparison.peers:
+        formats = comparison.precisions if peer == "hf" else ("stored",)
+        systems += [(peer, each) for each in formats]
     return systems
 
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from humpback_jax.bench.pairs import PairsJob, read_pairs
+from humpback_jax.bench.pairs import PairsJob
 from humpback_jax.bench.process import measure_apart
 from humpback_jax.progress import Say
 
@@ -17,31 +17,19 @@ FASTEST = ("seconds", "bare_prefill_seconds", "seconds_without_sharing")
 Result = dict[str, Any]
 
 
-def bench_score(
-    model_name: str,
-    data: str,
-    rows: int,
-    max_new_tokens: int,
-    precision: str,
-    slots: int,
-    rounds: int,
-    say: Say,
-) -> Result:
+def bench_score(job: PairsJob, rounds: int, say: Say) -> Result:
     """What rating costs, by curator; `rubric_likelihood` stands for us at the top of the result.
 
     Args:
-      data: a file of pairs, or "builtin"; `rows`: how many of its first pairs.
-      max_new_tokens: of the reasoned rubric. slots: rows that it decodes together.
       rounds: measurements of each curator; the fastest of each time counts.
 
     Raises:
-      HumpbackError: too few pairs, or a measurement that failed.
+      HumpbackError: a measurement that failed.
     """
-    pairs = read_pairs(data, rows)
     found: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory(prefix="humpback-bench-") as folder:
         path = Path(folder) / "job.json"
-        PairsJob(model_name, precision, slots, max_new_tokens, pairs).save(path)
+        job.save(path)
         for number in range(rounds):
             for curator in CURATORS:
                 result = measure_apart("rate", path, curator)
@@ -56,12 +44,12 @@ def bench_score(
         "matmul_share": curators["rubric_likelihood"]["matmul_share"],
         "targets": TARGETS,
         "workload": {
-            "model": model_name,
-            "precision": precision,
-            "data": Path(data).name,
-            "rows": rows,
-            "max_new_tokens": max_new_tokens,
-            "batch": slots,
+            "model": job.model,
+            "precision": job.precision,
+            "data": job.data,
+            "rows": len(job.pairs),
+            "max_new_tokens": job.max_new_tokens,
+            "batch": job.slots,
         },
         "environment": environment[0],
     }

@@ -24,6 +24,25 @@ Row = tuple[str, list[int], list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingWorkload:
+    """SFT on `steps` batches of the first `rows` rows of a file, the responses supervised.
+
+    Attributes:
+      model: name or folder. data: a file of rows, or "builtin" for the packaged pairs.
+      row_tokens: the longest example, and the longest packed row.
+      lora_rank: of an adapter on all projections; 0 for full tuning.
+    """
+
+    model: str
+    data: str = "builtin"
+    rows: int = 64
+    steps: int = 6
+    batch_examples: int = 8
+    row_tokens: int = 2048
+    lora_rank: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingJob:
     """Full tuning, or that of an adapter, for a number of equal batches.
 
@@ -66,26 +85,23 @@ class TrainingJob:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def training_rows(
-    model: LanguageModel, data: str, count: int, steps: int, batch_examples: int, row_tokens: int
-) -> list[Row]:
-    """The rows of the first `steps` batches of a run on the first `count` pairs, with seed 0.
+def training_rows(model: LanguageModel, workload: TrainingWorkload) -> list[Row]:
+    """The rows of the first batches of a run on the workload's pairs, with seed 0.
 
     Rows that are too long are left out.
-
-    Args:
-      data: a file of rows, or "builtin" for the packaged pairs.
 
     Raises:
       HumpbackError: unreadable rows, or too few of them.
     """
+    data, count, steps = workload.data, workload.rows, workload.steps
+    batch_examples = workload.batch_examples
     if data == "builtin":
         pairs: list[Example] = packaged_pairs("train")[:count]
     else:
         pairs = list(itertools.islice(stream_examples(Path(data), "seed", ReadReport()), count))
     if len(pairs) < count:
         raise HumpbackError(f"--data={data}: {len(pairs)} rows, {count} are wanted by --rows.")
-    limit = min(row_tokens + 1, model.config.max_position_embeddings)
+    limit = min(workload.row_tokens + 1, model.config.max_position_embeddings)
     rendered = render(model.template, pairs, "forward")
     examples = tokenize_batch(model.tokenizer, rendered, limit, "drop").examples
     if len(examples) < steps * batch_examples:

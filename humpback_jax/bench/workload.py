@@ -37,27 +37,20 @@ class Case:
     mesh: str = "auto"
 
 
-def choose_cases(
-    name: str,
-    rows: int,
-    shortest: int,
-    longest: int,
-    slots: int,
-    drafts: str = "auto",
-    mesh: str = "auto",
-) -> list[Case]:
-    """The case of that name, or with "all" every one, the main case first.
+def choose_cases(name: str, mixed: Case) -> list[Case]:
+    """The case of that name, or with "all" every one, the main case, `mixed`, first.
 
-    `single` decodes one row at a time, and has an eighth of the rows.
+    `short` and `long` have other segments; `single` decodes one row at a time, and has an eighth of
+    the rows.
 
     Raises:
       HumpbackError: no such case.
     """
     known = {
-        "mixed": Case("mixed", rows, shortest, longest, slots, drafts, mesh),
-        "single": Case("single", -(-rows // 8), shortest, longest, 1, drafts, mesh),
-        "short": Case("short", rows, *SHORT, slots, drafts, mesh),
-        "long": Case("long", rows, *LONG, slots, drafts, mesh),
+        "mixed": mixed,
+        "single": dataclasses.replace(mixed, name="single", rows=-(-mixed.rows // 8), slots=1),
+        "short": dataclasses.replace(mixed, name="short", shortest=SHORT[0], longest=SHORT[1]),
+        "long": dataclasses.replace(mixed, name="long", shortest=LONG[0], longest=LONG[1]),
     }
     if name == "all":
         return list(known.values())

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from humpback_jax.artifacts import write_json
 from humpback_jax.bench import table
+from humpback_jax.bench.comparison import Comparison
+from humpback_jax.bench.pairs import PairsJob, read_pairs
 from humpback_jax.bench.sample import bench_sample
 from humpback_jax.bench.score import bench_score
 from humpback_jax.bench.train import bench_train
-from humpback_jax.bench.workload import choose_cases
+from humpback_jax.bench.training_job import TrainingWorkload
+from humpback_jax.bench.workload import Case, choose_cases
 from humpback_jax.errors import HumpbackError
 from humpback_jax.progress import timed_lines
 from humpback_jax.verbs.arguments import Result
@@ -35,8 +38,8 @@ def bench(arguments: argparse.Namespace) -> Result:
 
 
 def _bench_sample(arguments: argparse.Namespace) -> Result:
-    cases = choose_cases(
-        arguments.case,
+    mixed = Case(
+        "mixed",
         arguments.rows,
         arguments.shortest,
         arguments.longest,
@@ -47,30 +50,27 @@ def _bench_sample(arguments: argparse.Namespace) -> Result:
     return bench_sample(
         arguments.model,
         arguments.data,
-        cases,
+        choose_cases(arguments.case, mixed),
         arguments.max_tokens,
-        arguments.precision,
-        _peers(arguments),
-        arguments.rounds,
+        _comparison(arguments),
         timed_lines(),
     )
 
 
 def _bench_score(arguments: argparse.Namespace) -> Result:
-    return bench_score(
+    job = PairsJob(
         arguments.model,
-        arguments.data,
-        arguments.rows,
-        arguments.max_tokens,
+        Path(arguments.data).name,
         arguments.precision,
         arguments.batch_size,
-        arguments.rounds,
-        timed_lines(),
+        arguments.max_tokens,
+        read_pairs(arguments.data, arguments.rows),
     )
+    return bench_score(job, arguments.rounds, timed_lines())
 
 
 def _bench_train(arguments: argparse.Namespace) -> Result:
-    return bench_train(
+    workload = TrainingWorkload(
         arguments.model,
         arguments.data,
         arguments.rows,
@@ -78,12 +78,10 @@ def _bench_train(arguments: argparse.Namespace) -> Result:
         arguments.batch_size,
         arguments.row_tokens,
         arguments.lora,
-        arguments.precision,
-        _peers(arguments),
-        arguments.rounds,
-        timed_lines(),
     )
+    return bench_train(workload, _comparison(arguments), timed_lines())
 
 
-def _peers(arguments: argparse.Namespace) -> list[str]:
-    return [peer for given in arguments.vs for peer in given.split(",")]
+def _comparison(arguments: argparse.Namespace) -> Comparison:
+    peers = tuple(peer for given in arguments.vs for peer in given.split(","))
+    return Comparison(arguments.precision, peers, arguments.rounds)
