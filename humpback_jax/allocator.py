@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 
@@ -20,3 +22,13 @@ def use_huge_pages() -> None:
         return
     environment = {**os.environ, TUNABLES: "glibc.malloc.hugetlb=1"}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def return_free_memory() -> None:
+    """Gives the kernel back what glibc keeps of freed memory; does nothing elsewhere.
+
+    The compilation of a training step leaves a gigabyte of free pieces behind, in heaps of threads
+    that ask for no memory again.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from humpback_jax.allocator import return_free_memory
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 # JAX reads these when it is imported, which happens after this file; processes that tests start
@@ -30,6 +32,7 @@ def no_program_outlives_its_module() -> Iterator[None]:
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+        return_free_memory()
 
 
 @pytest.fixture(scope="session")

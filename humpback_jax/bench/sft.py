@@ -35,6 +35,7 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
         lora=lora_spec(rank, 2.0 * rank, 0.0, PROJECTIONS) if rank else None,
         precision=compute.precision,
         layout=compute.train_layout,
+        remat=job.remat,
         kernels=compute.kernels,
     )
     examples = job.examples()
@@ -56,6 +57,7 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
         "steps": len(timed),
         "precision": precision,
         "setting": f"LoRA {rank}" if rank else "full",
+        "remat": job.remat,
         "batch": job.batch_examples,
         "packing_efficiency": trained.plan.efficiency,
         "row_tokens": trained.plan.row_tokens,

@@ -60,6 +60,7 @@ def bench_train(workload: TrainingWorkload, comparison: Comparison, say: Say) ->
             workload.lora_rank,
             LEARNING_RATE,
             chosen,
+            workload.remat,
         )
         found = _measure(job, Path(folder), comparison, say)
     best = {name: max(results, key=_rate) for name, results in found.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.remat import Remat
 from humpback_jax.models import LanguageModel
 from humpback_jax.records import Example
 from humpback_jax.rows import ReadReport, stream_examples
@@ -31,6 +32,7 @@ class TrainingWorkload:
       model: name or folder. data: a file of rows, or "builtin" for the packaged pairs.
       row_tokens: the longest example, and the longest packed row.
       lora_rank: of an adapter on all projections; 0 for full tuning.
+      remat: what our backward pass finds kept (`model/remat.py`).
     """
 
     model: str
@@ -40,6 +42,7 @@ class TrainingWorkload:
     batch_examples: int = 8
     row_tokens: int = 2048
     lora_rank: int = 0
+    remat: Remat = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ class TrainingJob:
       model: name or folder of the model, as we load it. hf: its folder in Hugging Face's format, ""
         where no peer needs it.
       row_tokens: places of a packed row, and the longest example. batch_examples: of each step.
-      lora_rank: of an adapter on all projections; 0 for full tuning.
+      lora_rank, remat: as in `TrainingWorkload`.
       rows: (id, tokens, labels); labels are the tokens, but `UNLABELLED` where a token is not
         supervised. `batch_examples` rows after another are a batch.
     """
@@ -62,6 +65,7 @@ class TrainingJob:
     lora_rank: int
     learning_rate: float
     rows: list[Row]
+    remat: Remat = "none"
 
     @property
     def steps(self) -> int:

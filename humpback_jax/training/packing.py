@@ -22,7 +22,8 @@ from humpback_jax.training.order import BatchOrder
 
 BOUNDS = 128  # static bounds are multiples of it
 PLANNED = 64  # batches that are looked at to find the best width of rows
-FRACTIONS = (1, 2, 4)  # of a row that may be computed
+FRACTIONS = ((1, 2, 4), (1, 4 / 3, 2), (1, 3 / 2, 3))  # sets of parts of a row that are computed
+MICRO_BATCH = 128  # places: what one costs beside its own, for weights cast and gradients summed
 SPARE_ROWS = 4  # of which rows are a multiple where empty ones cost nothing
 
 
@@ -90,7 +91,7 @@ def lay_out(
 
 
 def pack(lengths: Sequence[int], widths: Sequence[int], micro_rows: int = 1) -> list[list[int]]:
-    """Rows of indices into `lengths`, fullest first, with which the fewest places are computed.
+    """Rows of indices into `lengths`, fullest first, with which a step takes the least time.
 
     Rows are packed for each of the widths that hold the longest example, and the best are kept.
 
@@ -108,7 +109,7 @@ def pack(lengths: Sequence[int], widths: Sequence[int], micro_rows: int = 1) -> 
         rows = best_fit(lengths, width)
         rows.sort(key=lambda row: -sum(lengths[index] for index in row))
         packings.append(rows)
-    return min(packings, key=lambda rows: _places(rows, lengths, widths, micro_rows))
+    return min(packings, key=lambda rows: _cost(rows, lengths, widths, micro_rows))
 
 
 def _places(
@@ -117,6 +118,15 @@ def _places(
     """Places that are computed, by all devices together."""
     fullest = [sum(lengths[index] for index in row) for row in rows[::micro_rows]]
     return micro_rows * sum(widths[bisect.bisect_left(widths, used)] for used in fullest)
+
+
+def _cost(
+    rows: Sequence[Sequence[int]], lengths: Sequence[int], widths: Sequence[int], micro_rows: int
+) -> int:
+    """Time of a step, in places."""
+    return _places(rows, lengths, widths, micro_rows) + MICRO_BATCH * _multiple(
+        len(rows), micro_rows
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +174,7 @@ def plan_packing(
     Args:
       row_tokens: places of a row, at most. Rows are as long as computes the least.
       accumulation: micro-batches of a batch; None: each has a single row for each device, of which
-        a half or a quarter may be computed.
+        a part may be computed.
       parts: devices with rows of their own.
       multiple_of: of all bounds, so that similar runs share a compiled program.
 
@@ -174,9 +184,7 @@ def plan_packing(
     longest = static_bound(int(index.lengths.max()), row_tokens, multiple_of)
     batches = [index.lengths[order.indices(step)].tolist() for step in range(steps)]
     if accumulation is None:
-        widths = tuple(
-            sorted({static_bound(longest / part, longest, multiple_of) for part in FRACTIONS})
-        )
+        widths = _best_widths(batches, longest, row_tokens, parts, multiple_of)
         packed = [pack(batch, widths, parts) for batch in batches]
         num_rows, micro_rows = _multiple(max(map(len, packed)), parts * SPARE_ROWS), parts
     else:
@@ -193,13 +201,37 @@ def _best_width(
     batches: Sequence[Sequence[int]], longest: int, row_tokens: int, unit: int, multiple_of: int
 ) -> int:
     """The width of rows with which the largest of some batches has the fewest places."""
-    looked_at = [batches[len(batches) * place // PLANNED] for place in range(PLANNED)]
+    looked_at = _sample(batches)
 
     def cost(width: int) -> tuple[int, int]:
         rows = max(len(best_fit(batch, width)) for batch in looked_at)
         return _multiple(rows, unit) * width, -width
 
     return min({*range(longest, row_tokens, multiple_of), row_tokens}, key=cost)
+
+
+def _best_widths(
+    batches: Sequence[Sequence[int]], longest: int, row_tokens: int, parts: int, multiple_of: int
+) -> tuple[int, ...]:
+    """The widths of single rows with which some batches take the least time."""
+    looked_at = _sample(batches)
+    rows = {*range(longest, row_tokens, multiple_of), row_tokens}
+    choices = {
+        tuple(sorted({static_bound(width / part, width, multiple_of) for part in parts_of_rows}))
+        for width in rows
+        for parts_of_rows in FRACTIONS
+    }
+
+    def cost(widths: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        packed = [pack(batch, widths, parts) for batch in looked_at]
+        pairs = zip(packed, looked_at, strict=True)
+        return sum(_cost(rows, batch, widths, parts) for rows, batch in pairs), widths
+
+    return min(choices, key=cost)
+
+
+def _sample(batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    return [batches[len(batches) * place // PLANNED] for place in range(PLANNED)]
 
 
 def _multiple(count: int, unit: int) -> int:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from humpback_jax.allocator import return_free_memory
 from humpback_jax.errors import HumpbackError, Preempted
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import XLA, Kernels
@@ -210,6 +211,7 @@ def train(
             if step_fn is None:
                 with goodput.phase("compile"):
                     step_fn = jitted.lower(state, micro_batches, dropout_key).compile()
+                    return_free_memory()
             trace.before(step, state)
             state, metrics = step_fn(state, micro_batches, dropout_key)
             trace.after(step, metrics)

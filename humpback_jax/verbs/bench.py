@@ -78,6 +78,7 @@ def _bench_train(arguments: argparse.Namespace) -> Result:
         arguments.batch_size,
         arguments.row_tokens,
         arguments.lora,
+        arguments.remat,
     )
     return bench_train(workload, _comparison(arguments), timed_lines())
 
