@@ -56,6 +56,19 @@ def train(data: Path, out: Path, *extra: str) -> list[str]:
     return ["train", "--model=tiny-random", f"--data={data}", f"--out={out}", *sizes, *extra]
 
 
+def test_a_conversation_that_the_chat_template_refuses_is_named(
+    capsys: pytest.CaptureFixture[str], hf_folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(hf_folder, tmp_path / "model")
+    fields = json.loads((model / "tokenizer_config.json").read_text())
+    fields["chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    (model / "tokenizer_config.json").write_text(json.dumps(fields))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    data = write(tmp_path / "rows.jsonl", {"id": "the-odd-one", **GOOD})
+    message = refused(capsys, *train(data, tmp_path / "out", f"--model={model}"))
+    assert "row the-odd-one" in message and "roles must alternate" in message
+
+
 def test_missing_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     message = refused(capsys, *train(tmp_path / "absent.jsonl", tmp_path / "out"))
     assert "absent.jsonl" in message
