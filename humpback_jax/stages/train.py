@@ -80,6 +80,7 @@ def train_stage(
             direction,
             context.compute,
             config.seed,
+            tags=tags,
             validation=context.heldout,
             resume=resume,
             on_metrics=lambda row: _report(context, name, row),
@@ -157,6 +158,7 @@ def tune(
     compute: Compute,
     seed: int,
     *,
+    tags: Tags = "none",
     validation: Sequence[Example] = (),
     resume: Any = None,
     on_metrics: Any = lambda row: None,
@@ -169,6 +171,7 @@ def tune(
     """Trains the base under a section's settings.
 
     Args:
+      tags: of the models that `on_epoch` receives.
       on_plan: see `trainer.train`, as for errors.
     """
     sources = source_counts(index_of(examples), parse_mixture(section.mixture))
@@ -184,7 +187,7 @@ def tune(
         resume=resume,
         on_metrics=on_metrics,
         on_epoch=lambda epoch, params: on_epoch(
-            epoch, LanguageModel("epoch", base.config, params, base.tokenizer, base.template)
+            epoch, LanguageModel("epoch", base.config, params, base.tokenizer, base.template, tags)
         ),
         on_plan=on_plan,
         stops=stops,

@@ -93,6 +93,9 @@ def train(arguments: argparse.Namespace) -> Result:
                 f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s{mfu}"
             )
 
+    learnt = [TAGS_BY_SOURCE[name] for name in sources if name in TAGS_BY_SOURCE]
+    tags: Tags = "both" if len(learnt) == 2 else learnt[0] if learnt else "none"
+    tags = "none" if arguments.reverse else tags
     with StopSignal() as stop:
         trained = tune(
             base,
@@ -101,6 +104,7 @@ def train(arguments: argparse.Namespace) -> Result:
             direction,
             compute,
             config.seed,
+            tags=tags,
             validation=heldout,
             resume=resume,
             on_metrics=report_row,
@@ -111,9 +115,6 @@ def train(arguments: argparse.Namespace) -> Result:
             profile=Path(arguments.profile) if arguments.profile else None,
         )
         say(f"train: {goodput_line(trained.goodput)}")
-        learnt = [TAGS_BY_SOURCE[name] for name in sources if name in TAGS_BY_SOURCE]
-        tags: Tags = "both" if len(learnt) == 2 else learnt[0] if learnt else "none"
-        tags = "none" if arguments.reverse else tags
         model = tuned_model(base, out.name, trained, tags)
         losses = [row["loss"] for row in trained.history if "loss" in row]
         details = {
