@@ -83,10 +83,12 @@ def load_model(
 
     found = resolve(name)
     if found.kind == "checkpoint":
-        return load_checkpoint(found.path, template)
+        return dataclasses.replace(load_checkpoint(found.path, template), name=name)
     if found.kind == "peft":
         base = load_model(base_name(found.path), template, seed)
-        return with_adapter(base, from_peft(found.path, base))
+        base = dataclasses.replace(base, adapter=None)  # its own is part of what the config names
+        adapted = with_adapter(base, from_peft(found.path, base))
+        return dataclasses.replace(adapted, name=name)
     if found.kind == "gguf":
         config, params = load_gguf(found.path)
         tokenizer = Tokenizer.from_gguf(found.path)

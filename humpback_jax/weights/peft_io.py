@@ -54,6 +54,11 @@ def base_name(folder: Path) -> str:
     return f"hf:{name}" + (f"@{config['revision']}" if config.get("revision") else "")
 
 
+def names_base(folder: Path, name: str) -> bool:
+    """Whether a PEFT folder says that its base is the model of this name."""
+    return bool(_read_config(folder).get("base_model_name_or_path")) and base_name(folder) == name
+
+
 def read_peft(folder: Path, config: LlamaConfig) -> tuple[LoraSpec, Params]:
     """The adapter in a PEFT folder, float32 and stacked by layer.
 
