@@ -188,7 +188,7 @@ def export_peft(
             "or train with --config.train.lora.rank."
         )
     adapter = model.adapter
-    named = (base or adapter.base).removeprefix("hf:")
+    named = base or adapter.base
     write_peft(folder, model.config, adapter.spec, adapter.params, named, dtype)
     _export_tokenizer(folder, model)
 

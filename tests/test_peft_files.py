@@ -88,6 +88,10 @@ def test_imported_adapters_give_peft_s_logits_through_the_verb(saved: Path, tmp_
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     assert base_name(back) == "hf:org/name"
+    assert main([*export[:-1], "--base=hf:org/name@v2"]) == 0
+    config = json.loads((back / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "v2")
+    assert base_name(back) == "hf:org/name@v2"
     assert (back / "tokenizer.json").exists(), "whoever loads the adapter finds its chat template"
 
 
