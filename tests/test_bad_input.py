@@ -69,6 +69,14 @@ def test_a_conversation_that_the_chat_template_refuses_is_named(
     assert "row the-odd-one" in message and "roles must alternate" in message
 
 
+def test_settings_of_the_other_direction_are_refused_instead_of_ignored(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    message = refused(capsys, *train(data, tmp_path / "out", "--config.backward.epochs=2"))
+    assert "config.backward.epochs" in message and "--reverse" in message
+
+
 def test_missing_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     message = refused(capsys, *train(tmp_path / "absent.jsonl", tmp_path / "out"))
     assert "absent.jsonl" in message
