@@ -200,6 +200,8 @@ class ResumeFolder:
         Raises:
           HumpbackError: the state before this one could not be written, or this one cannot.
         """
+        # A run that goes on from this state relies on what was the best until then.
+        self._best.wait()
         step = int(state.step)
         changing = stacked_state(state._replace(frozen={}))
         self._states.write(step, _flat(changing), {"step": step, **self.belongs_to})

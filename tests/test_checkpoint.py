@@ -12,11 +12,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from test_trainer import LORA, SPEC, Stop, base, run, step_spec, stop_after
 from tiny_llama import random_examples, trees_equal
@@ -198,6 +202,34 @@ def test_the_best_parameters_are_not_those_with_the_lowest_loss(variant, killed,
         last = run(dataclasses.replace(spec, select="last"), validation=VALIDATION)
         assert last.step == 7
         assert not trees_equal(last.params, chosen.params)
+
+
+class SlowDisk:
+    """Writes when it is waited for."""
+
+    def __init__(self, write: Callable[[], Any]) -> None:
+        self.result = write
+
+
+def test_a_kill_between_a_state_and_its_best_parameters_loses_the_best(
+    tmp_path, monkeypatch
+) -> None:
+    """A run that goes on from the state does not measure its step again."""
+    save = ocp.save_async
+
+    def best_is_slow(path: Path, tree: Any, **arguments: Any) -> Any:
+        if path.parent.name != "best":
+            return save(path, tree, **arguments)
+        tree = jax.tree.map(np.array, tree)
+        return SlowDisk(lambda: save(path, tree, **arguments).result())
+
+    monkeypatch.setattr(ocp, "save_async", best_is_slow)
+    resume, state = ResumeFolder(tmp_path), fresh()
+    resume.save_best(state, 1.5)
+    resume.save(state)
+    while not (tmp_path / "00000000").exists():
+        time.sleep(0.01)
+    assert ResumeFolder(tmp_path).best_nll() == 1.5
 
 
 @pytest.mark.parametrize("lacking", ["validation", "eval_every", "resume"])
