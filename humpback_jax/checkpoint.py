@@ -278,8 +278,14 @@ class ResumeFolder:
         """Removes the state; called once the trained model is safe."""
         import jax
 
-        if jax.process_index() == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if jax.process_index() > 0 or not self.folder.exists():
+            return
+        # First renamed: half of a folder could hold a state without its best parameters.
+        deleted = self.folder.with_name(f".{self.folder.name}.deleted")
+        shutil.rmtree(deleted, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.rename(deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
 
     def _check_owner(self, about: Mapping[str, Any]) -> None:
         other = [name for name, value in self.belongs_to.items() if about.get(name) != value]

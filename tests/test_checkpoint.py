@@ -232,6 +232,30 @@ def test_a_kill_between_a_state_and_its_best_parameters_loses_the_best(
     assert ResumeFolder(tmp_path).best_nll() == 1.5
 
 
+def test_a_kill_while_states_are_deleted_leaves_one_without_its_best_parameters(
+    tmp_path, monkeypatch
+) -> None:
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        for path in folder.glob("best"):  # folders are emptied in any order
+            remove(path)
+            raise Stop
+
+    resume, state, remove = ResumeFolder(tmp_path / "resume"), fresh(), shutil.rmtree
+    resume.save_best(state, 1.5)
+    resume.save(state)
+    resume.wait()
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Stop):
+        resume.delete()
+    left = ResumeFolder(tmp_path / "resume")
+    assert left.restore(fresh()) is None or left.best_nll() == 1.5
+    monkeypatch.undo()
+    resume.save(state)
+    resume.wait()
+    resume.delete()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("lacking", ["validation", "eval_every", "resume"])
 def test_the_best_of_nothing_is_an_error_before_anything_is_computed(lacking, tmp_path) -> None:
     spec = dataclasses.replace(SPEC, select="best", eval_every=int(lacking != "eval_every"))
