@@ -25,10 +25,35 @@ SEPARATOR = "."
 
 
 def save_params(folder: Path, params: Params) -> None:
-    """Writes parameters as one Orbax checkpoint; an unfinished earlier attempt is replaced."""
+    """Writes parameters as one Orbax checkpoint; an unfinished earlier attempt is replaced.
+
+    Raises:
+      HumpbackError: they cannot be written.
+    """
     import orbax.checkpoint.experimental.v1 as ocp
 
-    ocp.save(folder.absolute(), _named(params), overwrite=True)
+    with _writable(f"{folder}: the weights", "Mend that, and run the same command again."):
+        ocp.save(folder.absolute(), _named(params), overwrite=True)
+
+
+@contextlib.contextmanager
+def _writable(what: str, advice: str) -> Iterator[None]:
+    """Turns whatever goes wrong while Orbax writes into a message that says what was written."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    # Created in the background, a folder that cannot be would keep Orbax's threads waiting for it,
+    # and the program from ending.
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    try:
+        with context:
+            yield
+    except Exception as error:  # Orbax and TensorStore raise many unrelated types
+        cause = str(error).strip().splitlines()
+        raise HumpbackError(
+            f"{what} could not be written ({type(error).__name__}: {cause[0] if cause else ''}). "
+            f"Is the disk full, or the folder read-only? {advice}"
+        ) from error
 
 
 def load_params(folder: Path, shapes: Mapping[tuple[str, ...], Any] | None = None) -> Params:
@@ -120,11 +145,7 @@ class Numbered:
 
         self.wait()
         path = self.folder / f"{step:08d}"
-        # Created in the background, a folder that cannot be would keep Orbax's threads waiting for
-        # it, and the program from ending.
-        context = ocp.Context()
-        context.asynchronous.create_directories_asynchronously = False
-        with self._writable(step), context:
+        with self._writable(step):
             written = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=about)
         self._writing = step, written
 
@@ -147,17 +168,9 @@ class Numbered:
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _writable(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax and TensorStore raise many unrelated types
-            cause = str(error).strip().splitlines()
-            raise HumpbackError(
-                f"{self.folder}: the state after step {step} could not be written "
-                f"({type(error).__name__}: {cause[0] if cause else ''}). Is the disk full, or the "
-                "folder read-only? The state before it is kept: the same command goes on from it."
-            ) from error
+    def _writable(self, step: int) -> contextlib.AbstractContextManager[None]:
+        what = f"{self.folder}: the state after step {step}"
+        return _writable(what, "The state before it is kept: the same command goes on from it.")
 
     def steps(self) -> list[int]:
         """Of the checkpoints there are, the oldest first."""

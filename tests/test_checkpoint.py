@@ -25,7 +25,7 @@ import pytest
 from test_trainer import LORA, SPEC, Stop, base, run, step_spec, stop_after
 from tiny_llama import random_examples, trees_equal
 
-from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.checkpoint import ResumeFolder, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import init_params
 from humpback_jax.models import load_model, save_checkpoint
@@ -164,6 +164,12 @@ def test_a_full_disk_is_a_traceback_or_costs_the_state_before(tmp_path) -> None:
     assert "after step 1 could not be written" in message
     assert "Is the disk full" in message and "\n" not in message
     assert step == 0
+
+
+def test_a_trained_model_for_which_there_is_no_room_is_called_a_defect(tmp_path) -> None:
+    (tmp_path / "model").write_text("a file where a folder should be")
+    with pytest.raises(HumpbackError, match=r"could not be written.*Is the disk full.*again"):
+        save_params(tmp_path / "model" / "weights", base()[1])
 
 
 def test_the_end_of_a_run_hides_that_a_state_was_not_written(tmp_path) -> None:
