@@ -28,7 +28,7 @@ from tiny_llama import random_examples, trees_equal
 from humpback_jax.checkpoint import ResumeFolder, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import init_params
-from humpback_jax.models import load_model, save_checkpoint
+from humpback_jax.models import load_checkpoint, load_model, save_checkpoint
 from humpback_jax.sampling.likelihood import sequence_nll
 from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
 from humpback_jax.training.state import (
@@ -164,6 +164,19 @@ def test_a_full_disk_is_a_traceback_or_costs_the_state_before(tmp_path) -> None:
     assert "after step 1 could not be written" in message
     assert "Is the disk full" in message and "\n" not in message
     assert step == 0
+
+
+def test_weights_written_before_a_kill_are_taken_for_the_model_that_was_there(
+    tmp_path, monkeypatch
+) -> None:
+    """A folder that is written again has new weights before it has their description."""
+    model = load_model("tiny-random")
+    save_checkpoint(tmp_path, dataclasses.replace(model, tags="S_a"), {})
+    monkeypatch.setattr("humpback_jax.models._describe", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        save_checkpoint(tmp_path, load_model("tiny-random", seed=1), {})
+    with pytest.raises(HumpbackError, match=r"humpback\.json"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_trained_model_for_which_there_is_no_room_is_called_a_defect(tmp_path) -> None:
