@@ -10,6 +10,7 @@ import pytest
 
 from humpback_jax.cli import main
 from humpback_jax.models import load_model, save_checkpoint
+from humpback_jax.verbs.arguments import writable_folder
 from humpback_jax.weights.safetensors_io import save_hf
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +76,20 @@ def test_settings_of_the_other_direction_are_refused_instead_of_ignored(
     data = write(tmp_path / "rows.jsonl", GOOD)
     message = refused(capsys, *train(data, tmp_path / "out", "--config.backward.epochs=2"))
     assert "config.backward.epochs" in message and "--reverse" in message
+
+
+def test_hosts_that_try_one_folder_at_a_time_find_it_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch = Path.touch
+
+    def another_host_is_done(path: Path) -> None:
+        touch(path)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "touch", another_host_is_done)
+    writable_folder(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_missing_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
