@@ -124,7 +124,7 @@ def _readable(folder: Path) -> Iterator[None]:
 class Numbered:
     """Checkpoints of one folder, named by the number of steps done, written in the background.
 
-    One is written at a time, and older ones are removed once a newer one is complete. Several
+    One is written at a time, and all but the newest `keep` are removed once it is complete. Several
     processes that hold the arrays together call everything together.
     """
 
@@ -163,8 +163,10 @@ class Numbered:
         with self._writable(step):
             written.result()
         if jax.process_index() == 0:
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
+            # Later ones are what a run could not go on from.
+            kept = [other for other in self.steps() if other <= step][-self.keep :]
+            for other in set(self.steps()) - set(kept):
+                shutil.rmtree(self.folder / f"{other:08d}", ignore_errors=True)
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -179,6 +179,27 @@ def test_weights_written_before_a_kill_are_taken_for_the_model_that_was_there(
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_after_damage_each_new_state_is_deleted_for_the_sake_of_damaged_ones(
+    keep, tmp_path
+) -> None:
+    """A run whose states are all damaged starts over, below their numbers."""
+    resume, state = ResumeFolder(tmp_path, keep=keep), fresh()
+
+    def save(step: int) -> None:
+        resume.save(state._replace(step=state.step + step))
+        resume.wait()
+
+    for step in (20, 30):
+        save(step)
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    save(10)
+    assert int(resume.restore(state).step) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["00000010"]
+
+
 def test_a_trained_model_for_which_there_is_no_room_is_called_a_defect(tmp_path) -> None:
     (tmp_path / "model").write_text("a file where a folder should be")
     with pytest.raises(HumpbackError, match=r"could not be written.*Is the disk full.*again"):
