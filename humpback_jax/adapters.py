@@ -47,14 +47,16 @@ class Adapter:
 def with_adapter(model: LanguageModel, adapter: Adapter | None) -> LanguageModel:
     """The model's base with this adapter merged into it, or with none.
 
-    An adapter that the model has is taken off first: arms of an experiment replace each other.
+    An adapter that the model has is taken off first: arms of an experiment replace each other. It
+    stays under one that says it was trained on the model by its own name, not on that one's base.
 
     Raises:
       HumpbackError: the adapter's arrays do not fit the model.
     """
     params, tags = model.params, model.tags
-    if model.adapter is not None:
-        params = unmerge_adapter(params, model.adapter.params, model.adapter.spec)
+    own = model.adapter
+    if own is not None and not (adapter and own.base != model.name == adapter.base):
+        params = unmerge_adapter(params, own.params, own.spec)
     if adapter is not None:
         _check_fit(model, adapter)
         held = with_norms(params, adapter.params, adapter.spec)
@@ -96,10 +98,12 @@ def from_peft(folder: Path, model: LanguageModel) -> Adapter:
     Raises:
       HumpbackError: see `weights.peft_io.read_peft`.
     """
-    from humpback_jax.weights.peft_io import read_peft
+    from humpback_jax.weights.peft_io import names_base, read_peft
 
     spec, params = read_peft(folder, model.config)
-    return Adapter(spec, params, model.adapter.base if model.adapter else model.name)
+    if model.adapter is None or names_base(folder, model.name):
+        return Adapter(spec, params, model.name)
+    return Adapter(spec, params, model.adapter.base)
 
 
 def stored_adapter(folder: Path, description: dict[str, Any]) -> Adapter | None:

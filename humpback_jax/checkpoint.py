@@ -25,10 +25,35 @@ SEPARATOR = "."
 
 
 def save_params(folder: Path, params: Params) -> None:
-    """Writes parameters as one Orbax checkpoint; an unfinished earlier attempt is replaced."""
+    """Writes parameters as one Orbax checkpoint; an unfinished earlier attempt is replaced.
+
+    Raises:
+      HumpbackError: they cannot be written.
+    """
     import orbax.checkpoint.experimental.v1 as ocp
 
-    ocp.save(folder.absolute(), _named(params), overwrite=True)
+    with _writable(f"{folder}: the weights", "Mend that, and run the same command again."):
+        ocp.save(folder.absolute(), _named(params), overwrite=True)
+
+
+@contextlib.contextmanager
+def _writable(what: str, advice: str) -> Iterator[None]:
+    """Turns whatever goes wrong while Orbax writes into a message that says what was written."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    # Created in the background, a folder that cannot be would keep Orbax's threads waiting for it,
+    # and the program from ending.
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    try:
+        with context:
+            yield
+    except Exception as error:  # Orbax and TensorStore raise many unrelated types
+        cause = str(error).strip().splitlines()
+        raise HumpbackError(
+            f"{what} could not be written ({type(error).__name__}: {cause[0] if cause else ''}). "
+            f"Is the disk full, or the folder read-only? {advice}"
+        ) from error
 
 
 def load_params(folder: Path, shapes: Mapping[tuple[str, ...], Any] | None = None) -> Params:
@@ -99,7 +124,7 @@ def _readable(folder: Path) -> Iterator[None]:
 class Numbered:
     """Checkpoints of one folder, named by the number of steps done, written in the background.
 
-    One is written at a time, and older ones are removed once a newer one is complete. Several
+    One is written at a time, and all but the newest `keep` are removed once it is complete. Several
     processes that hold the arrays together call everything together.
     """
 
@@ -120,11 +145,7 @@ class Numbered:
 
         self.wait()
         path = self.folder / f"{step:08d}"
-        # Created in the background, a folder that cannot be would keep Orbax's threads waiting for
-        # it, and the program from ending.
-        context = ocp.Context()
-        context.asynchronous.create_directories_asynchronously = False
-        with self._writable(step), context:
+        with self._writable(step):
             written = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=about)
         self._writing = step, written
 
@@ -142,22 +163,16 @@ class Numbered:
         with self._writable(step):
             written.result()
         if jax.process_index() == 0:
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
+            # Later ones are what a run could not go on from.
+            kept = [other for other in self.steps() if other <= step][-self.keep :]
+            for other in set(self.steps()) - set(kept):
+                shutil.rmtree(self.folder / f"{other:08d}", ignore_errors=True)
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _writable(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax and TensorStore raise many unrelated types
-            cause = str(error).strip().splitlines()
-            raise HumpbackError(
-                f"{self.folder}: the state after step {step} could not be written "
-                f"({type(error).__name__}: {cause[0] if cause else ''}). Is the disk full, or the "
-                "folder read-only? The state before it is kept: the same command goes on from it."
-            ) from error
+    def _writable(self, step: int) -> contextlib.AbstractContextManager[None]:
+        what = f"{self.folder}: the state after step {step}"
+        return _writable(what, "The state before it is kept: the same command goes on from it.")
 
     def steps(self) -> list[int]:
         """Of the checkpoints there are, the oldest first."""
@@ -200,6 +215,8 @@ class ResumeFolder:
         Raises:
           HumpbackError: the state before this one could not be written, or this one cannot.
         """
+        # A run that goes on from this state relies on what was the best until then.
+        self._best.wait()
         step = int(state.step)
         changing = stacked_state(state._replace(frozen={}))
         self._states.write(step, _flat(changing), {"step": step, **self.belongs_to})
@@ -276,8 +293,14 @@ class ResumeFolder:
         """Removes the state; called once the trained model is safe."""
         import jax
 
-        if jax.process_index() == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if jax.process_index() > 0 or not self.folder.exists():
+            return
+        # First renamed: half of a folder could hold a state without its best parameters.
+        deleted = self.folder.with_name(f".{self.folder.name}.deleted")
+        shutil.rmtree(deleted, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.rename(deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
 
     def _check_owner(self, about: Mapping[str, Any]) -> None:
         other = [name for name, value in self.belongs_to.items() if about.get(name) != value]

@@ -128,7 +128,7 @@ def train_section() -> dict[str, Any]:
         "beta2": 0.95,
         "epsilon": 1e-8,
         "weight_decay": 0.1,
-        "clip_norm": 1.0,
+        "clip_norm": 1.0,  # 0: none
         "dropout": 0.1,
         "dropout_ramp": False,  # from 0 in the first layer to `dropout` in the last (LIMA)
         "neftune_alpha": 0.0,  # noise on the embeddings (NEFTune); 0: none

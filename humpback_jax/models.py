@@ -17,6 +17,7 @@ from humpback_jax.adapters import (
     stored_adapter,
     with_adapter,
 )
+from humpback_jax.artifacts import write_json
 from humpback_jax.checkpoint import load_params, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
@@ -83,10 +84,12 @@ def load_model(
 
     found = resolve(name)
     if found.kind == "checkpoint":
-        return load_checkpoint(found.path, template)
+        return dataclasses.replace(load_checkpoint(found.path, template), name=name)
     if found.kind == "peft":
         base = load_model(base_name(found.path), template, seed)
-        return with_adapter(base, from_peft(found.path, base))
+        base = dataclasses.replace(base, adapter=None)  # its own is part of what the config names
+        adapted = with_adapter(base, from_peft(found.path, base))
+        return dataclasses.replace(adapted, name=name)
     if found.kind == "gguf":
         config, params = load_gguf(found.path)
         tokenizer = Tokenizer.from_gguf(found.path)
@@ -125,6 +128,8 @@ def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any])
 
     folder.mkdir(parents=True, exist_ok=True)
     save_params(folder / "weights", model.params)
+    if jax.process_index() == 0:  # it describes what these weights have replaced
+        (folder / DESCRIPTION).unlink(missing_ok=True)
     if model.adapter is not None:
         save_params(folder / ADAPTER, model.adapter.params)
     _ = model.hash  # which takes all processes
@@ -144,8 +149,7 @@ def _describe(folder: Path, model: LanguageModel, details: dict[str, Any]) -> No
         "adapter": model.adapter and model.adapter.record(),
         "details": details,
     }
-    text = json.dumps(description, indent=1, ensure_ascii=False)
-    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    write_json(folder / DESCRIPTION, description)
 
 
 def export_hf(folder: Path, model: LanguageModel, dtype: str | None = None) -> None:
@@ -186,7 +190,7 @@ def export_peft(
             "or train with --config.train.lora.rank."
         )
     adapter = model.adapter
-    named = (base or adapter.base).removeprefix("hf:")
+    named = base or adapter.base
     write_peft(folder, model.config, adapter.spec, adapter.params, named, dtype)
     _export_tokenizer(folder, model)
 

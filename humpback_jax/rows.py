@@ -298,7 +298,7 @@ def _turns(row: Row, field: str) -> list[Message]:
         if not isinstance(content, str):
             raise _BadRow(f"wrong type: {where} has no text in {text_key!r}")
         turns.append(_turn(_ROLES[role], content, where))
-    return turns
+    return turns if turns[0].role == "system" else [*_system(row), *turns]
 
 
 def _turn(role: str, content: str, where: str) -> Message:
@@ -308,7 +308,7 @@ def _turn(role: str, content: str, where: str) -> Message:
 
 
 def _system(row: Row) -> list[Message]:
-    """The `system` column that some sets have beside instruction and output."""
+    """The `system` column that some sets have beside an instruction or a conversation."""
     text = row.get("system", "")
     if not isinstance(text, str):
         raise _BadRow(f"wrong type: field 'system' must be text, found {type(text).__name__}")

@@ -139,7 +139,7 @@ class _Shard:
             self.rows = np.load(folder / ROWS, mmap_mode="r" if self.counts["examples"] else None)
             expected = [self.rows["end"][-1] * 4, self.rows["id_end"][-1]] if len(self) else [0, 0]
             found = [(folder / name).stat().st_size for name in (TOKENS, IDS)]
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError, KeyError) as error:
             raise _damaged(folder, str(error)) from error
         if found != expected or len(self) != self.counts["examples"]:
             raise _damaged(folder, f"{found} bytes instead of {expected}")

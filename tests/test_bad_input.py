@@ -10,6 +10,7 @@ import pytest
 
 from humpback_jax.cli import main
 from humpback_jax.models import load_model, save_checkpoint
+from humpback_jax.verbs.arguments import writable_folder
 from humpback_jax.weights.safetensors_io import save_hf
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +55,41 @@ def write(path: Path, *rows: object) -> Path:
 def train(data: Path, out: Path, *extra: str) -> list[str]:
     sizes = ("--config.train.steps=1", "--config.train.batch_examples=1")
     return ["train", "--model=tiny-random", f"--data={data}", f"--out={out}", *sizes, *extra]
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_named(
+    capsys: pytest.CaptureFixture[str], hf_folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(hf_folder, tmp_path / "model")
+    fields = json.loads((model / "tokenizer_config.json").read_text())
+    fields["chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    (model / "tokenizer_config.json").write_text(json.dumps(fields))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    data = write(tmp_path / "rows.jsonl", {"id": "the-odd-one", **GOOD})
+    message = refused(capsys, *train(data, tmp_path / "out", f"--model={model}"))
+    assert "row the-odd-one" in message and "roles must alternate" in message
+
+
+def test_settings_of_the_other_direction_are_refused_instead_of_ignored(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    message = refused(capsys, *train(data, tmp_path / "out", "--config.backward.epochs=2"))
+    assert "config.backward.epochs" in message and "--reverse" in message
+
+
+def test_hosts_that_try_one_folder_at_a_time_find_it_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch = Path.touch
+
+    def another_host_is_done(path: Path) -> None:
+        touch(path)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "touch", another_host_is_done)
+    writable_folder(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_missing_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

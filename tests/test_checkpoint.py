@@ -12,19 +12,23 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from test_trainer import LORA, SPEC, Stop, base, run, step_spec, stop_after
 from tiny_llama import random_examples, trees_equal
 
-from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.checkpoint import ResumeFolder, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import init_params
-from humpback_jax.models import load_model, save_checkpoint
+from humpback_jax.models import load_checkpoint, load_model, save_checkpoint
 from humpback_jax.sampling.likelihood import sequence_nll
 from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
 from humpback_jax.training.state import (
@@ -162,6 +166,46 @@ def test_a_full_disk_is_a_traceback_or_costs_the_state_before(tmp_path) -> None:
     assert step == 0
 
 
+def test_weights_written_before_a_kill_are_taken_for_the_model_that_was_there(
+    tmp_path, monkeypatch
+) -> None:
+    """A folder that is written again has new weights before it has their description."""
+    model = load_model("tiny-random")
+    save_checkpoint(tmp_path, dataclasses.replace(model, tags="S_a"), {})
+    monkeypatch.setattr("humpback_jax.models._describe", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        save_checkpoint(tmp_path, load_model("tiny-random", seed=1), {})
+    with pytest.raises(HumpbackError, match=r"humpback\.json"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_after_damage_each_new_state_is_deleted_for_the_sake_of_damaged_ones(
+    keep, tmp_path
+) -> None:
+    """A run whose states are all damaged starts over, below their numbers."""
+    resume, state = ResumeFolder(tmp_path, keep=keep), fresh()
+
+    def save(step: int) -> None:
+        resume.save(state._replace(step=state.step + step))
+        resume.wait()
+
+    for step in (20, 30):
+        save(step)
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    save(10)
+    assert int(resume.restore(state).step) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["00000010"]
+
+
+def test_a_trained_model_for_which_there_is_no_room_is_called_a_defect(tmp_path) -> None:
+    (tmp_path / "model").write_text("a file where a folder should be")
+    with pytest.raises(HumpbackError, match=r"could not be written.*Is the disk full.*again"):
+        save_params(tmp_path / "model" / "weights", base()[1])
+
+
 def test_the_end_of_a_run_hides_that_a_state_was_not_written(tmp_path) -> None:
     (tmp_path / "resume").write_text("a file where a folder should be")
     with pytest.raises(HumpbackError, match="could not be written"):
@@ -198,6 +242,58 @@ def test_the_best_parameters_are_not_those_with_the_lowest_loss(variant, killed,
         last = run(dataclasses.replace(spec, select="last"), validation=VALIDATION)
         assert last.step == 7
         assert not trees_equal(last.params, chosen.params)
+
+
+class SlowDisk:
+    """Writes when it is waited for."""
+
+    def __init__(self, write: Callable[[], Any]) -> None:
+        self.result = write
+
+
+def test_a_kill_between_a_state_and_its_best_parameters_loses_the_best(
+    tmp_path, monkeypatch
+) -> None:
+    """A run that goes on from the state does not measure its step again."""
+    save = ocp.save_async
+
+    def best_is_slow(path: Path, tree: Any, **arguments: Any) -> Any:
+        if path.parent.name != "best":
+            return save(path, tree, **arguments)
+        tree = jax.tree.map(np.array, tree)
+        return SlowDisk(lambda: save(path, tree, **arguments).result())
+
+    monkeypatch.setattr(ocp, "save_async", best_is_slow)
+    resume, state = ResumeFolder(tmp_path), fresh()
+    resume.save_best(state, 1.5)
+    resume.save(state)
+    while not (tmp_path / "00000000").exists():
+        time.sleep(0.01)
+    assert ResumeFolder(tmp_path).best_nll() == 1.5
+
+
+def test_a_kill_while_states_are_deleted_leaves_one_without_its_best_parameters(
+    tmp_path, monkeypatch
+) -> None:
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        for path in folder.glob("best"):  # folders are emptied in any order
+            remove(path)
+            raise Stop
+
+    resume, state, remove = ResumeFolder(tmp_path / "resume"), fresh(), shutil.rmtree
+    resume.save_best(state, 1.5)
+    resume.save(state)
+    resume.wait()
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Stop):
+        resume.delete()
+    left = ResumeFolder(tmp_path / "resume")
+    assert left.restore(fresh()) is None or left.best_nll() == 1.5
+    monkeypatch.undo()
+    resume.save(state)
+    resume.wait()
+    resume.delete()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("lacking", ["validation", "eval_every", "resume"])

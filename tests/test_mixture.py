@@ -195,6 +195,7 @@ def test_train_mixes_files_and_says_what_it_took(
     out = tmp_path / "model"
     mix = ["--mix=plain:weight=0.1:cap=4:repeat=2", "--config.train.batch_examples=4"]
     mix += [part.replace("--data", "--heldout") for part in data] + ["--config.train.eval_every=4"]
+    mix += ["--config.train.checkpoint_epochs=true"]
     found = trained(out, capsys, *data, *mix)
     assert found["sources"]["seed"]["draws"] == found["sources"]["seed"]["examples"] == 8
     assert found["sources"]["plain"]["examples"] == 4
@@ -210,6 +211,8 @@ def test_train_mixes_files_and_says_what_it_took(
     seen = sum(row.get("supervised_tokens/plain", 0) for row in log)
     assert seen == 2 * found["sources"]["plain"]["supervised_tokens"]
     assert load_checkpoint(out).tags == "S_a"
+    epoch = load_checkpoint(out / "epoch_1")
+    assert epoch.tags == "S_a", "an epoch's model is prompted in another way than it was trained"
     assert not list((out / "resume").rglob("*.u32")), "tokens are not kept unasked"
 
 

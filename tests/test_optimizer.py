@@ -180,6 +180,18 @@ def test_a_bfloat16_moment_leads_elsewhere_than_a_float32_one() -> None:
     assert 0 < float(apart / way) < 0.01
 
 
+def test_a_clip_norm_of_0_learns_nothing_instead_of_clipping_nothing() -> None:
+    """0 switches off, as other settings, and as `max_grad_norm` of transformers."""
+    updates = []
+    for clip_norm in (0.0, 1e9):
+        optimizer = make_optimizer(OptimizerSpec(clip_norm=clip_norm, weight_decay=0.0), 10)
+        params = weights(0)
+        updates.append(optimizer.update(weights(1), optimizer.init(params), params)[0])
+    for found, expected in zip(*map(jax.tree.leaves, updates), strict=True):
+        assert np.abs(expected).max() > 0
+        assert np.array_equal(found, expected)
+
+
 def test_an_unknown_optimizer_is_refused_without_naming_the_known() -> None:
     with pytest.raises(HumpbackError, match=r"'sgd' is unknown.*adamw, adamw_bf16, adafactor"):
         make_optimizer(OptimizerSpec(name="sgd"), 10)

@@ -5,12 +5,14 @@ If these fail, adapters cannot leave or enter, or arrive as another model.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -28,12 +30,12 @@ from tiny_llama import (
     whole_rows,
 )
 
-from humpback_jax.adapters import Adapter, with_adapter
+from humpback_jax.adapters import Adapter, load_adapter, with_adapter
 from humpback_jax.cli import main
 from humpback_jax.errors import HumpbackError
-from humpback_jax.model.llama import flatten, unflatten
+from humpback_jax.model.llama import flatten, init_params, unflatten
 from humpback_jax.model.lora import merge_adapter
-from humpback_jax.models import LanguageModel, load_checkpoint, load_model
+from humpback_jax.models import LanguageModel, load_checkpoint, load_model, save_checkpoint
 from humpback_jax.weights.peft_io import base_name, read_peft, write_peft
 
 SHAPE = {"attention_bias": True}
@@ -86,6 +88,10 @@ def test_imported_adapters_give_peft_s_logits_through_the_verb(saved: Path, tmp_
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     assert base_name(back) == "hf:org/name"
+    assert main([*export[:-1], "--base=hf:org/name@v2"]) == 0
+    config = json.loads((back / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "v2")
+    assert base_name(back) == "hf:org/name@v2"
     assert (back / "tokenizer.json").exists(), "whoever loads the adapter finds its chat template"
 
 
@@ -191,6 +197,34 @@ def test_one_base_takes_any_number_of_adapters_in_turn() -> None:
     assert off.adapter is None
     for path, leaf in flatten(off.params).items():
         assert np.abs(np.asarray(leaf) - flatten(params)[path]).max() < 1e-5
+
+
+def test_an_adapter_that_continued_another_one_loses_what_it_was_trained_on(tmp_path: Path) -> None:
+    """The second of two trainings with adapters began from the first one's merged weights."""
+    *_, params, spec = adapted("dora")
+    plain = load_model("tiny-random")
+    config, _ = from_torch(torch_llama(num_hidden_layers=2, **SHAPE))
+    config = dataclasses.replace(config, vocab_size=plain.config.vocab_size)
+    weights = init_params(config, jax.random.key(0))
+    base = LanguageModel("base", config, weights, plain.tokenizer, plain.template)
+    save_checkpoint(tmp_path / "first", with_adapter(base, Adapter(spec, params, "base")), {})
+    first = load_model(str(tmp_path / "first"))
+    second = dataclasses.replace(first, adapter=None)
+    second = with_adapter(second, Adapter(spec, params, first.name))
+    save_checkpoint(tmp_path / "second", second, {})
+    model = f"--model={tmp_path / 'second'}"
+    assert main(["export", model, "--format=peft", f"--out={tmp_path / 'peft'}"]) == 0
+    source = [f"--from={tmp_path / 'peft'}", f"--base={first.name}"]
+    assert main(["import", *source, f"--out={tmp_path / 'imported'}"]) == 0
+    found = [
+        with_adapter(first, load_adapter(str(tmp_path / "second"), first)),
+        with_adapter(first, load_adapter(str(tmp_path / "peft"), first)),
+        load_model(str(tmp_path / "peft")),
+        load_model(str(tmp_path / "imported")),
+    ]
+    for model in found:
+        for path, leaf in flatten(model.params).items():
+            assert np.abs(np.asarray(leaf) - flatten(second.params)[path]).max() < 1e-5, path
 
 
 def test_an_adapter_of_another_model_is_refused() -> None:

@@ -55,6 +55,9 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
         ({"inputs": "Add.", "targets": "3"}, "Add. 3"),
         ({**GOOD, "history": [["a", "b"]]}, "a b Name a colour. Blue."),
         ({"messages": [*CHAT, {"role": "user", "content": "More?"}]}, "Hi Hello"),
+        ({"system": "Be brief.", **GOOD}, "Be brief. Name a colour. Blue."),
+        ({"system": "Be brief.", "messages": CHAT}, "Be brief. Hi Hello"),
+        ({"system": "x", "messages": [{"role": "system", "content": "y"}, *CHAT]}, "y Hi Hello"),
     ],
 )
 def test_every_common_form_is_understood(row, turns, tmp_path):

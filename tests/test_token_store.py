@@ -188,9 +188,10 @@ def test_a_damaged_shard_is_trained_on(name: str, tmp_path: Path) -> None:
     file = written(tmp_path, "rows.jsonl")
     stored(file, tmp_path / "tokens")
     (path,) = (tmp_path / "tokens").rglob(name)
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(HumpbackError, match=r"00000 is damaged.*Delete that folder"):
-        stored(file, tmp_path / "tokens")
+    for damaged in (path.read_bytes()[:-5], b"{}", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(HumpbackError, match=r"00000 is damaged.*Delete that folder"):
+            stored(file, tmp_path / "tokens")
     path.unlink()
     with pytest.raises(HumpbackError, match="damaged"):
         stored(file, tmp_path / "tokens")

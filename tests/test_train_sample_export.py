@@ -139,7 +139,9 @@ def test_parquet_comes_out_with_the_columns_that_went_in(tuned: Path, tmp_path: 
 
 def test_backward_model_is_trained_and_asked_in_one_wording(tmp_path: Path) -> None:
     data = write(tmp_path / "pairs.jsonl", seed_rows(8))
-    model = train(tmp_path / "m_yx", data, "tiny-random", "--reverse", "--config.backward.steps=2")
+    model = train(tmp_path / "m_yx", data, "tiny-random", "--reverse", "--config.train.steps=2")
+    steps = [row["step"] for row in read(model / "metrics.jsonl")]
+    assert steps == [1, 2], "a run has the settings that it was given, whichever its direction"
     prompts = write(tmp_path / "texts.jsonl", [{"text": "Ice floats because it is lighter."}])
     rows = sample(model, prompts, tmp_path / "out.jsonl", "--reverse", "--max-tokens=8")
     assert len(rows) == 1

@@ -330,6 +330,20 @@ def test_epochs_are_handed_out_when_their_last_example_is_seen(variant, tmp_path
     assert not trees_equal(epochs[1][1], epochs[2][1])
 
 
+def test_an_epoch_whose_saving_was_killed_is_missing_after_the_restart(tmp_path) -> None:
+    spec = dataclasses.replace(SPEC, resume_every=1, checkpoint_epochs=True)
+
+    def killed(epoch: int, params: dict) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        run(spec, resume=ResumeFolder(tmp_path / "resume"), on_epoch=killed)
+    epochs: list[int] = []
+    resume = ResumeFolder(tmp_path / "resume")
+    run(spec, resume=resume, on_epoch=lambda epoch, _: epochs.append(epoch))
+    assert epochs == [1, 2]
+
+
 def test_without_the_setting_no_epoch_is_handed_out() -> None:
     seen: list[int] = []
     run(on_epoch=lambda epoch, _: seen.append(epoch))

@@ -80,6 +80,7 @@ def train_stage(
             direction,
             context.compute,
             config.seed,
+            tags=tags,
             validation=context.heldout,
             resume=resume,
             on_metrics=lambda row: _report(context, name, row),
@@ -157,6 +158,7 @@ def tune(
     compute: Compute,
     seed: int,
     *,
+    tags: Tags = "none",
     validation: Sequence[Example] = (),
     resume: Any = None,
     on_metrics: Any = lambda row: None,
@@ -169,6 +171,7 @@ def tune(
     """Trains the base under a section's settings.
 
     Args:
+      tags: of the models that `on_epoch` receives.
       on_plan: see `trainer.train`, as for errors.
     """
     sources = source_counts(index_of(examples), parse_mixture(section.mixture))
@@ -184,7 +187,7 @@ def tune(
         resume=resume,
         on_metrics=on_metrics,
         on_epoch=lambda epoch, params: on_epoch(
-            epoch, LanguageModel("epoch", base.config, params, base.tokenizer, base.template)
+            epoch, LanguageModel("epoch", base.config, params, base.tokenizer, base.template, tags)
         ),
         on_plan=on_plan,
         stops=stops,
@@ -254,13 +257,23 @@ def tuned_model(base: LanguageModel, name: str, trained: Trained, tags: Tags) ->
 def render(
     template: Template, examples: Sequence[Example], direction: Direction
 ) -> list[tuple[str, Rendered]]:
-    """Examples as training texts: tagged by source forwards, pairs turned round backwards."""
-    texts = [e.id for e in examples if e.text is not None]
-    if texts and direction == "backward":
-        raise HumpbackError(f"row {texts[0]}: plain text has no instruction to learn; remove it.")
-    if direction == "backward":
-        return [(e.id, template.backward(e.response, e.instruction)) for e in examples]
-    return [(e.id, _forward(template, e)) for e in examples]
+    """Examples as training texts: tagged by source forwards, pairs turned round backwards.
+
+    Raises:
+      HumpbackError: a row that has no such text; names it.
+    """
+    return [(example.id, _rendered(template, example, direction)) for example in examples]
+
+
+def _rendered(template: Template, example: Example, direction: Direction) -> Rendered:
+    try:
+        if direction == "forward":
+            return _forward(template, example)
+        if example.text is None:
+            return template.backward(example.response, example.instruction)
+        raise HumpbackError("plain text has no instruction to learn; remove it.")
+    except HumpbackError as error:
+        raise HumpbackError(f"row {example.id}: {error}") from error
 
 
 def _forward(template: Template, example: Example) -> Rendered:

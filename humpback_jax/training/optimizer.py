@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -89,13 +90,13 @@ def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then the optimizer of that name.
+    """Clip by global norm (0: do not), then the optimizer of that name.
 
     Weight decay is apart from the gradient, times the rate; norm scales, biases and DoRA's
     magnitudes have none.
     """
     return optax.chain(
-        optax.clip_by_global_norm(spec.clip_norm),
+        optax.clip_by_global_norm(spec.clip_norm or math.inf),
         _direction(spec),
         optax.add_decayed_weights(spec.weight_decay, _decayed),
         optax.scale_by_learning_rate(learning_rate(spec, steps)),

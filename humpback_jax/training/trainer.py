@@ -229,17 +229,18 @@ def train(
                     with goodput.phase("checkpoint"):
                         resume.save_best(state, nll)
                     best = nll
+            # Before the state: a run that goes on from it does not hand out this epoch again.
+            if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, order):
+                watch.look()
+                epoch = done * spec.batch_examples // order.epoch_examples
+                with goodput.phase("checkpoint"):
+                    on_epoch(epoch, finished_params(state, step_spec, base)[0])
             stopping = stops(done) and done < spec.steps
             regular = spec.resume_every and done % spec.resume_every == 0 and done < spec.steps
             if resume is not None and (regular or stopping):
                 watch.look()
                 with goodput.phase("checkpoint"):
                     resume.save(state)
-            if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, order):
-                watch.look()
-                epoch = done * spec.batch_examples // order.epoch_examples
-                with goodput.phase("checkpoint"):
-                    on_epoch(epoch, finished_params(state, step_spec, base)[0])
             if stopping:
                 fate = "saved; run it again to continue" if resume else "lost: nothing saves them"
                 raise Preempted(f"{done} of {spec.steps} steps are {fate}.")

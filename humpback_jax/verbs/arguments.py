@@ -53,6 +53,6 @@ def writable_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".probe").touch()
-        (folder / ".probe").unlink()
+        (folder / ".probe").unlink(missing_ok=True)  # several processes try at once
     except OSError as error:
         raise HumpbackError(f"{folder} cannot be written ({error.strerror}).") from error

@@ -13,7 +13,8 @@ from humpback_jax.verbs.arguments import Result, adapted, writable_folder
 def import_model(arguments: argparse.Namespace) -> Result:
     """Any model that we can name, or a PEFT adapter on its base, as one of our checkpoints."""
     if arguments.base:
-        model = adapted(load_model(arguments.base), arguments.source)
+        base = dataclasses.replace(load_model(arguments.base), adapter=None)  # which it keeps
+        model = adapted(base, arguments.source)
     else:
         model = load_model(arguments.source)
     out = Path(arguments.out)

@@ -13,6 +13,7 @@ import jax
 
 from humpback_jax.checkpoint import ResumeFolder
 from humpback_jax.compute import choose_compute
+from humpback_jax.errors import HumpbackError
 from humpback_jax.metrics import MetricsLog
 from humpback_jax.models import load_model, save_checkpoint
 from humpback_jax.parallel.mesh import training_mesh
@@ -37,6 +38,7 @@ from humpback_jax.verbs.arguments import Result, chosen_config, writable_folder
 
 def train(arguments: argparse.Namespace) -> Result:
     """SFT on files of rows; writes one of our checkpoints."""
+    arguments.overrides = _of_direction(arguments.overrides, arguments.reverse)
     config = chosen_config(arguments)
     out = Path(arguments.out)
     writable_folder(out)
@@ -93,6 +95,9 @@ def train(arguments: argparse.Namespace) -> Result:
                 f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s{mfu}"
             )
 
+    learnt = [TAGS_BY_SOURCE[name] for name in sources if name in TAGS_BY_SOURCE]
+    tags: Tags = "both" if len(learnt) == 2 else learnt[0] if learnt else "none"
+    tags = "none" if arguments.reverse else tags
     with StopSignal() as stop:
         trained = tune(
             base,
@@ -101,6 +106,7 @@ def train(arguments: argparse.Namespace) -> Result:
             direction,
             compute,
             config.seed,
+            tags=tags,
             validation=heldout,
             resume=resume,
             on_metrics=report_row,
@@ -111,9 +117,6 @@ def train(arguments: argparse.Namespace) -> Result:
             profile=Path(arguments.profile) if arguments.profile else None,
         )
         say(f"train: {goodput_line(trained.goodput)}")
-        learnt = [TAGS_BY_SOURCE[name] for name in sources if name in TAGS_BY_SOURCE]
-        tags: Tags = "both" if len(learnt) == 2 else learnt[0] if learnt else "none"
-        tags = "none" if arguments.reverse else tags
         model = tuned_model(base, out.name, trained, tags)
         losses = [row["loss"] for row in trained.history if "loss" in row]
         details = {
@@ -134,6 +137,21 @@ def train(arguments: argparse.Namespace) -> Result:
         shutil.rmtree(tokens, ignore_errors=True)
     say(f"saved {out}: {details}")
     return {"out": str(out), "seconds": round(time.monotonic() - started, 1), **details}
+
+
+def _of_direction(overrides: dict[str, list[str]], reverse: bool) -> dict[str, list[str]]:
+    """`--config.train.X` is this run's X in either direction, where X may stand under `backward`.
+
+    Raises:
+      HumpbackError: a setting of the backward direction, and no --reverse.
+    """
+    if reverse:
+        own = {key.replace("train.", "backward.", 1): v for key, v in overrides.items()}
+        return {**own, **{key: v for key, v in overrides.items() if key.startswith("backward.")}}
+    for key in overrides:
+        if key.startswith("backward."):
+            raise HumpbackError(f"--config.{key} has no effect without --reverse.")
+    return overrides
 
 
 def _fit_to_file(section: Any, count: int, overrides: dict[str, list[str]]) -> None:

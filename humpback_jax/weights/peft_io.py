@@ -54,6 +54,11 @@ def base_name(folder: Path) -> str:
     return f"hf:{name}" + (f"@{config['revision']}" if config.get("revision") else "")
 
 
+def names_base(folder: Path, name: str) -> bool:
+    """Whether a PEFT folder says that its base is the model of this name."""
+    return bool(_read_config(folder).get("base_model_name_or_path")) and base_name(folder) == name
+
+
 def read_peft(folder: Path, config: LlamaConfig) -> tuple[LoraSpec, Params]:
     """The adapter in a PEFT folder, float32 and stacked by layer.
 
@@ -106,12 +111,14 @@ def write_peft(
 
     Args:
       adapter: stacked leaves.
-      base: name or path of the base model, for those who load the adapter by itself.
+      base: name (as `weights.named.resolve` understands it) or path of the base model, for those
+        who load the adapter by itself.
       dtype: of the tensors; None keeps float32.
     """
     from safetensors.numpy import save_file
 
     leaves = flatten(adapter)
+    name, _, revision = base.partition("@") if base.startswith("hf:") else (base, "", "")
     tensors = {}
     for path in adapter_shapes(config, spec):
         stacked = np.asarray(leaves[path]).astype(dtype or "float32")
@@ -120,7 +127,8 @@ def write_peft(
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name.removeprefix("hf:"),
+        "revision": revision or None,
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         "lora_dropout": spec.dropout,
