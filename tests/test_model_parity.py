@@ -159,6 +159,9 @@ def test_an_unknown_rope_type_is_refused_not_ignored(kind, spelling) -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "alpha": 3}}, "alpha"),
         ({"model_type": "mistral"}, "mistral"),
+        # transformers goes by model_type: a sliding window, and a factor on the embeddings
+        ({"model_type": "mistral", "architectures": ["LlamaForCausalLM"]}, "mistral"),
+        ({"model_type": "granite", "architectures": ["LlamaForCausalLM"]}, "granite"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size"),

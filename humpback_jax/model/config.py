@@ -8,7 +8,7 @@ from typing import Any
 
 from humpback_jax.errors import HumpbackError
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURE = "LlamaForCausalLM"
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {  # type -> (required, optional)
     "default": (set(), set()),
@@ -87,7 +87,10 @@ class LlamaConfig:
         """
         model_type = raw.get("model_type")
         architectures = raw.get("architectures") or []
-        if model_type != "llama" and not set(architectures) & set(ARCHITECTURES):
+        # The type decides, as in transformers: under another one the same architecture's name may
+        # stand beside a sliding window, or factors on embeddings and residuals.
+        by_architecture = not model_type and ARCHITECTURE in architectures
+        if model_type != "llama" and not by_architecture:
             raise HumpbackError(
                 f"{where}: model_type={model_type!r}, architectures={architectures!r}; "
                 "only the LLaMA family (model_type 'llama') is supported."
@@ -134,7 +137,7 @@ class LlamaConfig:
         """The `config.json` that `transformers` reads back to the same model."""
         eos = list(self.eos_token_ids)
         raw: dict[str, Any] = {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [ARCHITECTURE],
             "model_type": "llama",
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
