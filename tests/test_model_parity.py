@@ -174,6 +174,17 @@ def test_a_config_that_we_would_run_wrongly_is_refused(changes, message) -> None
         LlamaConfig.from_hf({"model_type": "llama", **SIZES, **changes})
 
 
+def test_position_scaling_written_beside_the_newer_field_is_not_ignored() -> None:
+    """As model cards advise for long texts; where the two agree, nothing is in doubt."""
+    plain = {"rope_type": "default", "rope_theta": 500000.0}
+    raw = {"model_type": "llama", **SIZES, "rope_parameters": plain, "rope_scaling": YARN}
+    with pytest.raises(HumpbackError, match="rope_parameters and rope_scaling"):
+        LlamaConfig.from_hf(raw)
+    raw["rope_parameters"] = {**YARN, "rope_theta": 500000.0}
+    agreed = LlamaConfig.from_hf({**raw, "rope_theta": 500000.0})
+    assert (agreed.rope_type, agreed.rope_theta) == ("yarn", 500000.0)
+
+
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
 def test_the_trained_length_beside_the_rope_fields_is_not_dropped(kind) -> None:
     """transformers lets a top-level original_max_position_embeddings override the inner one."""
