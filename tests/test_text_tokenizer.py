@@ -283,6 +283,20 @@ def test_saving_keeps_sampling_defaults_that_stand_in_generation_config(tmp_path
     assert saved["temperature"] == 0.7 and saved["eos_token_id"] == [258]
 
 
+def test_files_of_another_tokenizer_do_not_shadow_the_one_exported_over_it(tmp_path: Path) -> None:
+    """Clients prefer some files to those that we write: an old template, or old tokens."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "chat_template.jinja").write_text("old")
+    (tmp_path / "added_tokens.json").write_text('{"ab": 300}')
+    (tmp_path / "tokenizer.model").write_bytes(b"old")
+    tokenizer = byte_tokenizer().with_chat_template("new")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.chat_template == Tokenizer.load(tmp_path).chat_template == "new"
+    assert theirs.encode("xaby", add_special_tokens=False) == tokenizer.encode("xaby")
+    assert not (tmp_path / "tokenizer.model").exists()
+
+
 def test_content_hash_changes_with_template_vocabulary_and_stopping(tmp_path: Path) -> None:
     base = hf_folder(tmp_path / "a", {"eos_token": "<|im_end|>"})
     eos = hf_folder(tmp_path / "b", {"eos_token": "<|endoftext|>"})

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, processors
 from humpback_jax.errors import HumpbackError
 
 Offsets = NDArray[np.int32]  # [n, 2], character positions (start, end) in the encoded text
+_PREFERRED_ELSEWHERE = ("chat_template.jinja", "added_tokens.json", "tokenizer.model")
 
 
 class Tokenizer:
@@ -179,9 +180,14 @@ class Tokenizer:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files; other keys of a `generation_config.json` there are kept."""
+        """Writes the tokenizer's files; other keys of a `generation_config.json` there are kept.
+
+        Those of another tokenizer that programs would prefer to them are removed.
+        """
         target = Path(folder) if isinstance(folder, str) else folder  # keeps paths into buckets
         target.mkdir(parents=True, exist_ok=True)
+        for name in _PREFERRED_ELSEWHERE:
+            (target / name).unlink(missing_ok=True)
         files = self.to_files()
         generation = target / "generation_config.json"
         if generation.exists():
