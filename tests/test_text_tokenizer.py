@@ -23,6 +23,7 @@ from tokenizers import AddedToken, processors
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.text.byte_tokenizer import byte_tokenizer
+from humpback_jax.text.template import Template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 
 
@@ -95,6 +96,30 @@ def test_every_eos_id_of_generation_config_stops_generation(tmp_path: Path) -> N
     assert tokenizer.eos_ids == (2, 0)
     assert tokenizer.eos_texts == ("<|im_end|>", "<|endoftext|>")
     assert tokenizer.pad_id == 2
+
+
+def test_a_template_that_writes_sep_or_cls_tokens_prompts_without_them(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    chat = "{{ cls_token }}{% for m in messages %}{{ m['content'] + sep_token }}{% endfor %}"
+    sep = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    named = {"cls_token": "<|im_start|>", "sep_token": sep}
+    config = {"eos_token": "<|endoftext|>", "chat_template": chat, **named}
+    folder = hf_folder(tmp_path / "m", config)
+    messages = [{"role": "user", "content": "fox"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert Template.for_tokenizer(Tokenizer.load(folder)).forward_prompt(messages) == prompt
+    assert prompt == "<|im_start|>fox<|im_end|>"
+
+
+def test_eos_ids_that_are_no_ids_give_no_traceback(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "m", {"eos_token": "<|im_end|>"})
+    (folder / "config.json").write_text('{"eos_token_id": -1}')
+    with pytest.raises(HumpbackError, match=r"-1.*eos_token_id"):
+        Tokenizer.load(folder)
+    (folder / "config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(HumpbackError, match=r"config\.json: eos_token_id"):
+        Tokenizer.load(folder)
 
 
 def test_chat_template_file_wins_over_the_config_and_named_lists_are_read(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Tokenizer:
         self.add_bos = add_bos and self.bos_id is not None
         eos_id = _require_id(backend, eos_token)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([eos_id, *extra_eos_ids]))
-        unknown = [i for i in self.eos_ids if backend.id_to_token(i) is None]
+        unknown = [i for i in self.eos_ids if i < 0 or backend.id_to_token(i) is None]
         if unknown:
             raise HumpbackError(
                 f"{where}: the end-of-sequence ids {unknown} are not in the vocabulary of "
