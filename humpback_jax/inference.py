@@ -116,8 +116,13 @@ class Inference:
     def text_log_probs(self, texts: Sequence[tuple[str, str]]) -> list[np.ndarray]:
         """log p of each token but the first, given those before it, for each (record id, text)."""
         tokens = [(name, self.model.tokenizer.encode(text)) for name, text in texts]
-        queries = [every_token(f"record {name}", np.array(ids, np.int32)) for name, ids in tokens]
-        return self.log_probs(queries)
+        queries = [
+            every_token(f"record {name}", np.array(ids, np.int32))
+            for name, ids in tokens
+            if len(ids) > 1
+        ]
+        found = iter(self.log_probs(queries))
+        return [next(found) if len(ids) > 1 else np.zeros(0, np.float32) for _, ids in tokens]
 
     def log_probs(
         self, queries: Sequence[Query], opening: Opening | None = None
