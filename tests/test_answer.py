@@ -182,6 +182,17 @@ def test_a_stop_text_ends_the_answer_and_is_left_out(tmp_path):
         assert after["logprob"] == pytest.approx(sum(after["logprobs"]), abs=0.01)
 
 
+def test_a_control_token_named_as_stop_text_ends_the_answer(tmp_path):
+    """It never shows in the text, where stop texts are looked for."""
+    path, token = write(tmp_path / "in.jsonl", prompts(12)), "<|im_start|>"
+    free = Decoding(1.5, 1.0, max_new_tokens=120)
+    by_id = dataclasses.replace(free, stop_ids=(reader().model.tokenizer.id_of(token),))
+    expected = run(path, tmp_path / "by_id.jsonl", Job(by_id))
+    assert expected != run(path, tmp_path / "free.jsonl", Job(free))
+    by_text = dataclasses.replace(free, stop_strings=(token,))
+    assert run(path, tmp_path / "by_text.jsonl", Job(by_text)) == expected
+
+
 def test_a_prompt_of_one_token_has_no_log_probabilities_and_is_no_error():
     """Nothing precedes its only token."""
     model = load_model("tiny-random")
