@@ -249,6 +249,33 @@ def test_tokens_added_beside_tokenizer_model_get_their_ids(tmp_path: Path) -> No
         Tokenizer.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.json", "named alone", "tokenizer.model"])
+def test_special_tokens_marked_as_normalized_are_not_cut_into_letters(
+    tmp_path: Path, kind: str
+) -> None:
+    """Early LLaMA folders mark them so. Behind a text, EOS would not be what ends the answer."""
+    folder = tmp_path / "sp"
+    train_sentencepiece(folder, **LLAMA_STYLE)
+    if kind != "tokenizer.model":
+        folder = tmp_path / "hf"
+        Tokenizer.load(tmp_path / "sp").save(folder)
+        raw = json.loads((folder / "tokenizer.json").read_text())
+        for token in raw["added_tokens"]:
+            token["normalized"] = True
+            token["special"] = kind == "tokenizer.json"  # else tokenizer_config.json names them
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+    else:
+        added = {
+            str(i): {"content": text, "normalized": True, "special": True}
+            for i, text in enumerate(["<unk>", "<s>", "</s>"])
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.encode("<s>fox</s><s>fox</s>")
+    assert ids[: len(ids) // 2] == ids[len(ids) // 2 :]
+    assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_ids[0])
+
+
 def test_unreadable_tokenizer_model_is_named(tmp_path: Path) -> None:
     pytest.importorskip("sentencepiece")
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # the tiktoken form

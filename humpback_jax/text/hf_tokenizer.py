@@ -120,7 +120,7 @@ def _add_tokens(
         tokens[int(i)] = AddedToken(
             raw["content"],
             special=raw.get("special", False),
-            normalized=raw.get("normalized", False),
+            normalized=False,  # whatever the file says: sentencepiece never sees added tokens
             lstrip=raw.get("lstrip", False),
             rstrip=raw.get("rstrip", False),
             single_word=raw.get("single_word", False),

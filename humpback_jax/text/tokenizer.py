@@ -227,9 +227,28 @@ def check_vocab(tokenizer: Tokenizer, config_vocab_size: int) -> None:
 
 
 def _declare_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
-    declared = {token.content for token in backend.get_added_tokens_decoder().values()}
-    missing = sorted(set(tokens) - declared)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
+    """Makes `tokens`, and those that the backend calls special, known as they are written.
+
+    A file may want them normalised first: that puts sentencepiece's prefix space before them, and
+    without one in the text, as after an answer, EOS is cut into letters.
+    """
+    declared = backend.get_added_tokens_decoder().values()
+    special = {*tokens, *(token.content for token in declared if token.special)}
+    missing = sorted(special - {token.content for token in declared})
+    altered = [token for token in declared if token.normalized and token.content in special]
+    altered += [AddedToken(text) for text in missing]
+    backend.add_special_tokens([_as_written(token) for token in altered])
+
+
+def _as_written(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        special=True,
+        normalized=False,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+    )
 
 
 def _require_id(backend: tokenizers.Tokenizer, declared: str) -> int:
