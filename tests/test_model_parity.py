@@ -177,10 +177,11 @@ def test_a_config_that_we_would_run_wrongly_is_refused(changes, message) -> None
 def test_position_scaling_written_beside_the_newer_field_is_not_ignored() -> None:
     """As model cards advise for long texts; where the two agree, nothing is in doubt."""
     plain = {"rope_type": "default", "rope_theta": 500000.0}
-    raw = {"model_type": "llama", **SIZES, "rope_parameters": plain, "rope_scaling": YARN}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    raw = {"model_type": "llama", **SIZES, "rope_parameters": plain, "rope_scaling": yarn}
     with pytest.raises(HumpbackError, match="rope_parameters and rope_scaling"):
         LlamaConfig.from_hf(raw)
-    raw["rope_parameters"] = {**YARN, "rope_theta": 500000.0}
+    raw["rope_parameters"] = {**yarn, "rope_theta": 500000.0}
     agreed = LlamaConfig.from_hf({**raw, "rope_theta": 500000.0})
     assert (agreed.rope_type, agreed.rope_theta) == ("yarn", 500000.0)
 
