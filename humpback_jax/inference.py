@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,8 +116,13 @@ class Inference:
     def text_log_probs(self, texts: Sequence[tuple[str, str]]) -> list[np.ndarray]:
         """log p of each token but the first, given those before it, for each (record id, text)."""
         tokens = [(name, self.model.tokenizer.encode(text)) for name, text in texts]
-        queries = [every_token(f"record {name}", np.array(ids, np.int32)) for name, ids in tokens]
-        return self.log_probs(queries)
+        queries = [
+            every_token(f"record {name}", np.array(ids, np.int32))
+            for name, ids in tokens
+            if len(ids) > 1
+        ]
+        found = iter(self.log_probs(queries))
+        return [next(found) if len(ids) > 1 else np.zeros(0, np.float32) for _, ids in tokens]
 
     def log_probs(
         self, queries: Sequence[Query], opening: Opening | None = None
@@ -154,10 +159,13 @@ class Inference:
           prompts: (record id, prompt, key by `record_key`, how to draw) each.
         """
         tokenizer = self.model.tokenizer
+        ids = ((text, tokenizer.id_of(text)) for text in tokenizer.control_tokens)
+        hidden = {text: i for text, i in ids if i is not None}
         stops: dict[int, tuple[str, ...]] = {}
 
         def requests() -> Iterator[Request]:
             for index, (name, text, key, decoding) in enumerate(prompts):
+                decoding = _by_id(decoding, hidden)
                 cut = None
                 if decoding.stop_strings:
                     stops[index] = decoding.stop_strings
@@ -216,6 +224,13 @@ def _in_format(config: LlamaConfig, params: Params, weights: str) -> Params:
 
 def _cast(x: Any, weights: str) -> Any:
     return x.astype(weights) if x.ndim > 1 and weights != "int8" else x
+
+
+def _by_id(decoding: Decoding, hidden: Mapping[str, int]) -> Decoding:
+    """Where stop texts name tokens that no text shows, they stop it by their ids."""
+    ids = tuple(hidden[text] for text in decoding.stop_strings if text in hidden)
+    rest = tuple(text for text in decoding.stop_strings if text not in hidden)
+    return dataclasses.replace(decoding, stop_ids=decoding.stop_ids + ids, stop_strings=rest)
 
 
 def _first_stop(tokenizer: Tokenizer, stops: Sequence[str], tokens: list[int]) -> int | None:

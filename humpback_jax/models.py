@@ -48,8 +48,9 @@ class LanguageModel:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Identity by content: weights, tokenizer and template, whatever the path."""
-        parts = [params_hash(self.params), self.tokenizer.content_hash()]
+        """Identity by content: weights, config, tokenizer and template, whatever the path."""
+        config = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+        parts = [params_hash(self.params), config, self.tokenizer.content_hash()]
         parts.append(self.template.content_hash())
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 

@@ -29,9 +29,9 @@ def verify_run(workdir: Path, say: Callable[[str], None]) -> Row:
     """Recomputes every artifact's hash, then makes a slice of the run's work again.
 
     Checked for each artifact: its sealed `artifact.json` agrees with the manifest; its key follows
-    from its stage, fields and parents; its parents exist; its rows, or weights, tokenizer and
-    template, have the hash. The slice: the first candidates are drawn again by M_yx, and the first
-    ratings of the last round's likelihood curators made again.
+    from its stage, fields and parents; its parents exist; its rows, or weights, config, tokenizer
+    and template, have the hash. The slice: the first candidates are drawn again by M_yx, and the
+    first ratings of the last round's likelihood curators made again.
 
     Args:
       say: progress lines.
@@ -131,14 +131,14 @@ class _Verifier:
         return problems
 
     def _content_problems(self, name: str) -> list[str]:
-        """Rows, or weights with tokenizer and template, against the hash."""
+        """Rows, or weights with config, tokenizer and template, against the hash."""
         entry = self.run.entries[name]
         if entry["kind"] == "model":
             found = load_checkpoint(self.run.folder(name)).hash
             used = len(self.run.training_data(name))
             if used != entry["details"]["examples"]:
                 return [f"data.parquet lists {used} examples, not {entry['details']['examples']}"]
-            kind = "weights, tokenizer and template have"
+            kind = "weights, config, tokenizer and template have"
         else:
             rows = self.run.rows(name)
             if len(rows) != entry["rows"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import random
@@ -21,11 +22,12 @@ from humpback_jax.compute import choose_compute
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
 from humpback_jax.models import load_model
-from humpback_jax.rows import ReadReport, stream_prompts
+from humpback_jax.rows import ReadReport, single_prompt, stream_prompts
 from humpback_jax.sampling.engine import Request
 from humpback_jax.sampling.likelihood import every_token
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.shards import Collector
+from humpback_jax.text.template import Template
 
 JOB = Job(Decoding(0.9, 0.95, max_new_tokens=5), seed=3)
 
@@ -178,6 +180,29 @@ def test_a_stop_text_ends_the_answer_and_is_left_out(tmp_path):
         else:
             assert after["output"] == before["output"]
         assert after["logprob"] == pytest.approx(sum(after["logprobs"]), abs=0.01)
+
+
+def test_a_control_token_named_as_stop_text_ends_the_answer(tmp_path):
+    """It never shows in the text, where stop texts are looked for."""
+    path, token = write(tmp_path / "in.jsonl", prompts(12)), "<|im_start|>"
+    free = Decoding(1.5, 1.0, max_new_tokens=120)
+    by_id = dataclasses.replace(free, stop_ids=(reader().model.tokenizer.id_of(token),))
+    expected = run(path, tmp_path / "by_id.jsonl", Job(by_id))
+    assert expected != run(path, tmp_path / "free.jsonl", Job(free))
+    by_text = dataclasses.replace(free, stop_strings=(token,))
+    assert run(path, tmp_path / "by_text.jsonl", Job(by_text)) == expected
+
+
+def test_a_prompt_of_one_token_has_no_log_probabilities_and_is_no_error():
+    """Nothing precedes its only token."""
+    model = load_model("tiny-random")
+    tokenizer = model.tokenizer.with_chat_template("{{ messages[-1]['content'] }}")
+    template = Template.for_tokenizer(tokenizer)
+    bare = dataclasses.replace(model, tokenizer=tokenizer, template=template)
+    job = dataclasses.replace(JOB, prompt_logprobs=True)
+    pair = [single_prompt("a"), single_prompt("ab")]
+    rows = answer_prompts(Inference(bare, choose_compute("float32", 8)), pair, job)
+    assert [len(row["prompt_logprobs"]) for row in rows] == [0, 1]
 
 
 @settings(max_examples=50, deadline=None)

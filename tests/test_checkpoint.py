@@ -307,6 +307,18 @@ def test_the_best_of_nothing_is_an_error_before_anything_is_computed(lacking, tm
         )
 
 
+@pytest.mark.parametrize(
+    "change", [{"rope_theta": 5e5}, {"rms_norm_eps": 1e-3}, {"max_position_embeddings": 64}]
+)
+def test_results_of_a_mistaken_config_json_are_kept_once_it_is_mended(change, tmp_path) -> None:
+    """Stages and half-done jobs know a model by its hash; weights alone are not a model."""
+    model = load_model("tiny-random")
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, **change))
+    assert other.hash != model.hash
+    save_checkpoint(tmp_path, other, {})
+    assert load_model(str(tmp_path)).hash == other.hash
+
+
 def test_weights_of_another_architecture_are_taken_for_the_model_described(tmp_path) -> None:
     model = load_model("tiny-random")
     save_checkpoint(tmp_path / "a", model, {})

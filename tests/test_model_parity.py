@@ -159,6 +159,9 @@ def test_an_unknown_rope_type_is_refused_not_ignored(kind, spelling) -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "alpha": 3}}, "alpha"),
         ({"model_type": "mistral"}, "mistral"),
+        # transformers goes by model_type: a sliding window, and a factor on the embeddings
+        ({"model_type": "mistral", "architectures": ["LlamaForCausalLM"]}, "mistral"),
+        ({"model_type": "granite", "architectures": ["LlamaForCausalLM"]}, "granite"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size"),
@@ -169,6 +172,18 @@ def test_an_unknown_rope_type_is_refused_not_ignored(kind, spelling) -> None:
 def test_a_config_that_we_would_run_wrongly_is_refused(changes, message) -> None:
     with pytest.raises(HumpbackError, match=message):
         LlamaConfig.from_hf({"model_type": "llama", **SIZES, **changes})
+
+
+def test_position_scaling_written_beside_the_newer_field_is_not_ignored() -> None:
+    """As model cards advise for long texts; where the two agree, nothing is in doubt."""
+    plain = {"rope_type": "default", "rope_theta": 500000.0}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    raw = {"model_type": "llama", **SIZES, "rope_parameters": plain, "rope_scaling": yarn}
+    with pytest.raises(HumpbackError, match="rope_parameters and rope_scaling"):
+        LlamaConfig.from_hf(raw)
+    raw["rope_parameters"] = {**yarn, "rope_theta": 500000.0}
+    agreed = LlamaConfig.from_hf({**raw, "rope_theta": 500000.0})
+    assert (agreed.rope_type, agreed.rope_theta) == ("yarn", 500000.0)
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])

@@ -260,12 +260,20 @@ def test_the_draw_does_not_depend_on_the_process_s_default_random_generator() ->
         {"min_p": 1.5},
         {"repetition_penalty": 0.0},
         {"stop_strings": ("",)},
+        {"stop_strings": (3,)},
+        {"stop_ids": (2**31,)},
+        {"max_new_tokens": 10**10},
+        {"top_k": 10**10},
     ],
     ids=str,
 )
 def test_a_decoding_setting_out_of_range_is_refused(wrong) -> None:
     with pytest.raises(HumpbackError, match=next(iter(wrong))):
         Decoding(**wrong)
+
+
+def test_one_stop_text_not_in_a_list_does_not_stop_at_each_of_its_letters() -> None:
+    assert Decoding(stop_strings="END") == Decoding(stop_strings=("END",))
 
 
 MIXTURE = [

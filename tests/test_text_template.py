@@ -265,6 +265,27 @@ def test_prompt_does_not_change_at_midnight(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
+    "date",
+    [
+        "strftime_now('%d %b %Y')",
+        'strftime_now( "%A, %-d.%m." ) | upper',
+        "strftime_now(format='%Y-%m-%d')",
+        "strftime_now(shape) ~ strftime_now('%H:%M')",
+    ],
+)
+def test_exported_template_writes_the_date_of_training_however_it_asks_for_it(
+    tmp_path: Path, date: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = "{% set shape = '%j' %}{{ " + date + " }}{{ messages[-1]['content'] }}"
+    tokenizer = styled("chatml").with_chat_template(source)
+    template = Template.for_tokenizer(tokenizer)
+    tokenizer.with_chat_template(baked_chat_template(template, "none")).save(tmp_path)
+    client = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert reference_text(client, SINGLE[:-1], True) == template.forward_prompt(SINGLE[:-1])
+
+
+@pytest.mark.parametrize(
     "source",
     [
         "{{ messages | tojson }}",

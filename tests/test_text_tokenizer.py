@@ -23,6 +23,7 @@ from tokenizers import AddedToken, processors
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.text.byte_tokenizer import byte_tokenizer
+from humpback_jax.text.template import Template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 
 
@@ -95,6 +96,30 @@ def test_every_eos_id_of_generation_config_stops_generation(tmp_path: Path) -> N
     assert tokenizer.eos_ids == (2, 0)
     assert tokenizer.eos_texts == ("<|im_end|>", "<|endoftext|>")
     assert tokenizer.pad_id == 2
+
+
+def test_a_template_that_writes_sep_or_cls_tokens_prompts_without_them(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    chat = "{{ cls_token }}{% for m in messages %}{{ m['content'] + sep_token }}{% endfor %}"
+    sep = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    named = {"cls_token": "<|im_start|>", "sep_token": sep}
+    config = {"eos_token": "<|endoftext|>", "chat_template": chat, **named}
+    folder = hf_folder(tmp_path / "m", config)
+    messages = [{"role": "user", "content": "fox"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert Template.for_tokenizer(Tokenizer.load(folder)).forward_prompt(messages) == prompt
+    assert prompt == "<|im_start|>fox<|im_end|>"
+
+
+def test_eos_ids_that_are_no_ids_give_no_traceback(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "m", {"eos_token": "<|im_end|>"})
+    (folder / "config.json").write_text('{"eos_token_id": -1}')
+    with pytest.raises(HumpbackError, match=r"-1.*eos_token_id"):
+        Tokenizer.load(folder)
+    (folder / "config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(HumpbackError, match=r"config\.json: eos_token_id"):
+        Tokenizer.load(folder)
 
 
 def test_chat_template_file_wins_over_the_config_and_named_lists_are_read(tmp_path: Path) -> None:
@@ -224,6 +249,33 @@ def test_tokens_added_beside_tokenizer_model_get_their_ids(tmp_path: Path) -> No
         Tokenizer.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.json", "named alone", "tokenizer.model"])
+def test_special_tokens_marked_as_normalized_are_not_cut_into_letters(
+    tmp_path: Path, kind: str
+) -> None:
+    """Early LLaMA folders mark them so. Behind a text, EOS would not be what ends the answer."""
+    folder = tmp_path / "sp"
+    train_sentencepiece(folder, **LLAMA_STYLE)
+    if kind != "tokenizer.model":
+        folder = tmp_path / "hf"
+        Tokenizer.load(tmp_path / "sp").save(folder)
+        raw = json.loads((folder / "tokenizer.json").read_text())
+        for token in raw["added_tokens"]:
+            token["normalized"] = True
+            token["special"] = kind == "tokenizer.json"  # else tokenizer_config.json names them
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+    else:
+        added = {
+            str(i): {"content": text, "normalized": True, "special": True}
+            for i, text in enumerate(["<unk>", "<s>", "</s>"])
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.encode("<s>fox</s><s>fox</s>")
+    assert ids[: len(ids) // 2] == ids[len(ids) // 2 :]
+    assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_ids[0])
+
+
 def test_unreadable_tokenizer_model_is_named(tmp_path: Path) -> None:
     pytest.importorskip("sentencepiece")
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # the tiktoken form
@@ -281,6 +333,20 @@ def test_saving_keeps_sampling_defaults_that_stand_in_generation_config(tmp_path
     byte_tokenizer().save(tmp_path)
     saved = json.loads((tmp_path / "generation_config.json").read_text())
     assert saved["temperature"] == 0.7 and saved["eos_token_id"] == [258]
+
+
+def test_files_of_another_tokenizer_do_not_shadow_the_one_exported_over_it(tmp_path: Path) -> None:
+    """Clients prefer some files to those that we write: an old template, or old tokens."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "chat_template.jinja").write_text("old")
+    (tmp_path / "added_tokens.json").write_text('{"ab": 300}')
+    (tmp_path / "tokenizer.model").write_bytes(b"old")
+    tokenizer = byte_tokenizer().with_chat_template("new")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.chat_template == Tokenizer.load(tmp_path).chat_template == "new"
+    assert theirs.encode("xaby", add_special_tokens=False) == tokenizer.encode("xaby")
+    assert not (tmp_path / "tokenizer.model").exists()
 
 
 def test_content_hash_changes_with_template_vocabulary_and_stopping(tmp_path: Path) -> None:

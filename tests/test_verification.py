@@ -101,7 +101,7 @@ def damaged(copied: Callable[[], Path]) -> str:
         "evaluation/base: ",
         r"answers/base: the manifest's fields is not that of artifact\.json",
         "round_1/pairs: its parent ffffffffffff is not in the manifest",
-        "round_0/M_0: its weights, tokenizer and template have the hash",
+        "round_0/M_0: its weights, config, tokenizer and template have the hash",
         "round_1/M_1: ",
         "round_2/M_2: ",
         "round_0/backward_meter: ",

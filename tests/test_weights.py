@@ -289,6 +289,7 @@ def test_a_config_that_is_absent_or_broken_gives_a_traceback(hf_folder):
         ("num_hidden_layers", 0),
         ("rms_norm_eps", None),
         ("vocab_size", True),
+        ("rope_scaling", "linear"),
     ],
 )
 def test_a_config_field_of_the_wrong_type_gives_a_traceback(hf_folder, field, value):

@@ -8,7 +8,8 @@ from typing import Any
 
 from humpback_jax.errors import HumpbackError
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURE = "LlamaForCausalLM"
+Rope = tuple[str, float, tuple[tuple[str, float], ...]]  # rope_type, rope_theta, rope_scaling
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {  # type -> (required, optional)
     "default": (set(), set()),
@@ -87,7 +88,10 @@ class LlamaConfig:
         """
         model_type = raw.get("model_type")
         architectures = raw.get("architectures") or []
-        if model_type != "llama" and not set(architectures) & set(ARCHITECTURES):
+        # The type decides, as in transformers: under another one the same architecture's name may
+        # stand beside a sliding window, or factors on embeddings and residuals.
+        by_architecture = not model_type and ARCHITECTURE in architectures
+        if model_type != "llama" and not by_architecture:
             raise HumpbackError(
                 f"{where}: model_type={model_type!r}, architectures={architectures!r}; "
                 "only the LLaMA family (model_type 'llama') is supported."
@@ -134,7 +138,7 @@ class LlamaConfig:
         """The `config.json` that `transformers` reads back to the same model."""
         eos = list(self.eos_token_ids)
         raw: dict[str, Any] = {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [ARCHITECTURE],
             "model_type": "llama",
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
@@ -173,10 +177,23 @@ def _id_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
-def _rope_from_hf(
-    raw: Mapping[str, Any], where: str
-) -> tuple[str, float, tuple[tuple[str, float], ...]]:
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+def _rope_from_hf(raw: Mapping[str, Any], where: str) -> Rope:
+    """Type, theta and parameters; the two fields that may hold them must agree."""
+    given = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key)]
+    for key in given:
+        if not isinstance(raw[key], Mapping):
+            raise HumpbackError(f"{where}: the field {key!r} is {raw[key]!r}, not an object.")
+    readings = {_read_rope(raw[key], raw, where) for key in given} or {_read_rope({}, raw, where)}
+    if len(readings) > 1:
+        raise HumpbackError(
+            f"{where}: the fields {' and '.join(given)} say different things of the positions; "
+            "remove one of them, and keep rope_theta."
+        )
+    return readings.pop()
+
+
+def _read_rope(fields: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> Rope:
+    rope = dict(fields)
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     theta = float(_number("rope_theta", theta, where))
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"

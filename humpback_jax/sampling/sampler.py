@@ -16,6 +16,7 @@ from humpback_jax.errors import HumpbackError
 Bounds = tuple[jax.Array, jax.Array]
 BLOCK = 256  # width of the second level of the cumulative sum
 STOP_IDS = 16  # ids that may end a row
+_LARGEST = 2**31 - 1  # numbers lie on the device as int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +42,18 @@ class Decoding:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("stop_ids", "stop_strings"):  # as read from JSON
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("stop_ids", "stop_strings"):  # as read from JSON, where one may stand alone
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         checks = {
             "temperature": self.temperature >= 0,
             "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
-            "max_new_tokens": self.max_new_tokens >= 1,
+            "top_k": 0 <= self.top_k <= _LARGEST,
+            "max_new_tokens": 1 <= self.max_new_tokens <= _LARGEST,
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
-            "stop_strings": all(self.stop_strings),
+            "stop_ids": all(number <= _LARGEST for number in self.stop_ids),
+            "stop_strings": all(text and isinstance(text, str) for text in self.stop_strings),
         }
         for name, fine in checks.items():
             if not fine:

@@ -57,12 +57,14 @@ def frozen_date_prefix(source: str) -> str:
 
     Empty for the many templates without a date.
     """
-    formats = dict.fromkeys(re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", source))
-    cases = "".join(
-        f"{{%- if format == {json.dumps(form)} -%}}{FIXED_DATE.strftime(form)}{{%- endif -%}}"
-        for _, form in formats
+    if "strftime_now" not in source:
+        return ""
+    # A sandboxed template can format no date, but replace the directives that the source contains.
+    parts = dict.fromkeys(re.findall(r"%-?[aAbBcdHIjmMpSUwWxXyY]", source))
+    steps = "".join(
+        f"|replace({json.dumps(part)}, {json.dumps(FIXED_DATE.strftime(part))})" for part in parts
     )
-    return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro -%}}" if cases else ""
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{steps} }}}}{{%- endmacro -%}}"
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,7 +13,10 @@ from tokenizers import AddedToken
 from humpback_jax.errors import HumpbackError
 from humpback_jax.text.tokenizer import Tokenizer
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+SPECIAL_NAMES = (  # those that transformers, too, lets a chat template write by name
+    *("bos_token", "eos_token", "pad_token", "unk_token"),
+    *("sep_token", "cls_token", "mask_token"),
+)
 
 
 def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
@@ -117,7 +120,7 @@ def _add_tokens(
         tokens[int(i)] = AddedToken(
             raw["content"],
             special=raw.get("special", False),
-            normalized=raw.get("normalized", False),
+            normalized=False,  # whatever the file says: sentencepiece never sees added tokens
             lstrip=raw.get("lstrip", False),
             rstrip=raw.get("rstrip", False),
             single_word=raw.get("single_word", False),
@@ -136,8 +139,14 @@ def _eos_ids(root: Path) -> tuple[int, ...]:
     """The ids that stop generation: `generation_config.json`, else `config.json`."""
     for name in ("generation_config.json", "config.json"):
         value = _read_json(root / name).get("eos_token_id")
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (int(value),)
+        if value is None:
+            continue
+        ids = tuple(value) if isinstance(value, list) else (value,)
+        if not all(isinstance(i, int) for i in ids):
+            raise HumpbackError(
+                f"{root / name}: eos_token_id is {value!r}; expected an id or a list of ids."
+            )
+        return ids
     return ()
 
 

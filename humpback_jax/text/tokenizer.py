@@ -16,6 +16,7 @@ from tokenizers import AddedToken, processors
 from humpback_jax.errors import HumpbackError
 
 Offsets = NDArray[np.int32]  # [n, 2], character positions (start, end) in the encoded text
+_PREFERRED_ELSEWHERE = ("chat_template.jinja", "added_tokens.json", "tokenizer.model")
 
 
 class Tokenizer:
@@ -63,7 +64,7 @@ class Tokenizer:
         self.add_bos = add_bos and self.bos_id is not None
         eos_id = _require_id(backend, eos_token)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([eos_id, *extra_eos_ids]))
-        unknown = [i for i in self.eos_ids if backend.id_to_token(i) is None]
+        unknown = [i for i in self.eos_ids if i < 0 or backend.id_to_token(i) is None]
         if unknown:
             raise HumpbackError(
                 f"{where}: the end-of-sequence ids {unknown} are not in the vocabulary of "
@@ -179,9 +180,14 @@ class Tokenizer:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files; other keys of a `generation_config.json` there are kept."""
+        """Writes the tokenizer's files; other keys of a `generation_config.json` there are kept.
+
+        Those of another tokenizer that programs would prefer to them are removed.
+        """
         target = Path(folder) if isinstance(folder, str) else folder  # keeps paths into buckets
         target.mkdir(parents=True, exist_ok=True)
+        for name in _PREFERRED_ELSEWHERE:
+            (target / name).unlink(missing_ok=True)
         files = self.to_files()
         generation = target / "generation_config.json"
         if generation.exists():
@@ -221,9 +227,28 @@ def check_vocab(tokenizer: Tokenizer, config_vocab_size: int) -> None:
 
 
 def _declare_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
-    declared = {token.content for token in backend.get_added_tokens_decoder().values()}
-    missing = sorted(set(tokens) - declared)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
+    """Makes `tokens`, and those that the backend calls special, known as they are written.
+
+    A file may want them normalised first: that puts sentencepiece's prefix space before them, and
+    without one in the text, as after an answer, EOS is cut into letters.
+    """
+    declared = backend.get_added_tokens_decoder().values()
+    special = {*tokens, *(token.content for token in declared if token.special)}
+    missing = sorted(special - {token.content for token in declared})
+    altered = [token for token in declared if token.normalized and token.content in special]
+    altered += [AddedToken(text) for text in missing]
+    backend.add_special_tokens([_as_written(token) for token in altered])
+
+
+def _as_written(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        special=True,
+        normalized=False,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+    )
 
 
 def _require_id(backend: tokenizers.Tokenizer, declared: str) -> int:
