@@ -57,6 +57,19 @@ def train(data: Path, out: Path, *extra: str) -> list[str]:
     return ["train", "--model=tiny-random", f"--data={data}", f"--out={out}", *sizes, *extra]
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--limit=-1", "--limit=-1 has to be 0 or more"),
+        ("--preview=-2", "--preview=-2 has to be 0 or more"),
+        ("--config.train.eval_every=5", "eval_every=5 measures the rows of --heldout=FILE"),
+    ],
+)
+def test_an_option_of_training_that_can_do_nothing_is_refused(option, said, tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    assert said in refused(capsys, *train(data, tmp_path / "out", option))
+
+
 def test_a_conversation_that_the_chat_template_refuses_is_named(
     capsys: pytest.CaptureFixture[str], hf_folder: Path, tmp_path: Path
 ) -> None:

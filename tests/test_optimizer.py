@@ -29,6 +29,7 @@ from humpback_jax.model.llama import Params, flatten, init_params, stack_layers,
 from humpback_jax.model.shapes import SHAPES
 from humpback_jax.training.optimizer import (
     OPTIMIZERS,
+    SCHEDULES,
     OptimizerSpec,
     learning_rate,
     make_optimizer,
@@ -254,3 +255,10 @@ def test_what_adafactor_keeps_of_a_matrix_lies_elsewhere_than_the_matrix(layout)
     assert kept["v"][(*layer, "mlp_norm", "scale")] == P(*before, "fsdp")
     assert kept["v_row"]["embed", "embedding"] == P("fsdp")
     assert kept["v_col"]["embed", "embedding"] == P("tensor")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_rate_of_zero_is_a_division_by_zero(schedule) -> None:
+    """Rate 0 is how one measures a base model with the training loop."""
+    rate = learning_rate(OptimizerSpec(0.0, 0.0, schedule), 5)
+    assert [float(rate(step)) for step in range(5)] == [0.0] * 5

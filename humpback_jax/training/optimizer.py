@@ -68,7 +68,9 @@ def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
         case "linear":
             main = optax.linear_schedule(first, last, remaining)
         case "cosine":
-            main = optax.cosine_decay_schedule(first, remaining, alpha=last / first)
+            main = optax.cosine_decay_schedule(
+                first, remaining, alpha=last / first if first else 0.0
+            )
         case "constant":
             main = optax.constant_schedule(first)
         case "wsd":

@@ -40,6 +40,9 @@ def train(arguments: argparse.Namespace) -> Result:
     """SFT on files of rows; writes one of our checkpoints."""
     arguments.overrides = _of_direction(arguments.overrides, arguments.reverse)
     config = chosen_config(arguments)
+    for name in ("limit", "preview"):
+        if getattr(arguments, name) < 0:
+            raise HumpbackError(f"--{name}={getattr(arguments, name)} has to be 0 or more.")
     out = Path(arguments.out)
     writable_folder(out)
     files = parse_files(arguments.data, arguments.source)
@@ -47,6 +50,8 @@ def train(arguments: argparse.Namespace) -> Result:
     for file in parse_files(arguments.heldout, arguments.source):
         heldout += read_examples(file.path, file.source, arguments.skip_bad)[0]
     section = config.backward if arguments.reverse else config.train
+    if section.eval_every and not heldout:
+        raise HumpbackError(f"eval_every={section.eval_every} measures the rows of --heldout=FILE.")
     if arguments.mix:
         section.mixture = tuple(part for text in arguments.mix for part in text.split(","))
     mixture = parse_mixture(section.mixture)
