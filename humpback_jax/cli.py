@@ -53,6 +53,9 @@ def _fail(message: str, arguments: argparse.Namespace, code: int = 1) -> int:
     # Compilation threads may still run after an error; they must not delay or break the exit.
     sys.stderr.flush()
     if os.environ.get("HUMPBACK_IN_PROCESS") != "1" and "jax" in sys.modules:
+        from humpback_jax.parallel.processes import leave_processes
+
+        leave_processes()
         os._exit(code)
     return code
 

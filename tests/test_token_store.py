@@ -305,9 +305,36 @@ def test_a_host_waits_for_one_that_has_refused_a_row(tmp_path: Path) -> None:
     start = time.monotonic()
     processes = start_several(2, [*command, f"--config.train.row_tokens={WIDTH}"], 1)
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
+    assert [process.returncode for process in processes] == [1, 1], errors
     assert "Row r7" in errors[0] and "failed in process 0; its message says why" in errors[1]
     assert time.monotonic() - start < 60
+
+
+SLOW_TO_END = """
+import argparse, time
+from humpback_jax.cli import _fail
+from humpback_jax.errors import HumpbackError
+from humpback_jax.parallel.processes import all_or_none, join_processes
+join_processes()
+import jax
+def make():
+    if jax.process_index() == 0:
+        raise HumpbackError("row 7 is bad")
+try:
+    all_or_none("tokenising", make)
+except HumpbackError as error:
+    time.sleep(2 * jax.process_index())
+    _fail(str(error), argparse.Namespace(debug=False))
+"""
+
+
+def test_the_first_host_leaves_before_another_has_said_why_it_ends() -> None:
+    """jax aborts the others when the first one is gone: a trace of C++ instead of a message."""
+    processes = start_several(2, [], 1, ["-c", SLOW_TO_END])
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert errors[0] == "row 7 is bad\n"
+    assert errors[1] == "tokenising failed in process 0; its message says why.\n"
 
 
 def test_every_host_reads_the_tokens_of_all_hosts() -> None:

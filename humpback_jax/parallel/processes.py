@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +15,7 @@ from humpback_jax.errors import HumpbackError
 
 Made = TypeVar("Made")
 START_SECONDS = 300
+LEAVE_SECONDS = 10
 
 
 def join_processes() -> int:
@@ -44,6 +47,24 @@ def join_processes() -> int:
             f"process missing, and {address or 'the first host'} reachable? ({error})"
         ) from error
     return jax.process_count()
+
+
+def leave_processes() -> None:
+    """Lets the others of the job, if any, say why they end before this process does.
+
+    The first process holds what connects them all: where it is gone, jax aborts the others at once.
+    Returns when all have called this, or after `LEAVE_SECONDS`.
+    """
+    if not jax.distributed.is_initialized():
+        return
+
+    def leave() -> None:
+        with contextlib.suppress(Exception):  # the others may be gone, or still at work
+            jax.distributed.shutdown()
+
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_SECONDS)
 
 
 def _variable(name: str) -> int | None:
