@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from humpback_jax.errors import HumpbackError
 from humpback_jax.training.examples import TrainingExample, index_of, keys_of
 from humpback_jax.training.order import BatchOrder
-from humpback_jax.training.packing import best_fit, lay_out, packed_rows, place_batch, plan_packing
+from humpback_jax.training.packing import (
+    best_fit,
+    lay_out,
+    pack,
+    packed_rows,
+    place_batch,
+    plan_packing,
+)
 
 WIDTH = 32
 SOURCES = ("seed", "web")
@@ -163,6 +170,12 @@ def test_a_long_example_makes_every_batch_as_wide_as_itself() -> None:
     plan = plan_packing(index, order, 32, 2048, None)
     assert plan.widths == (256, 512, 1024)
     assert plan.efficiency > 0.75 > 2 * plan_packing(index, order, 32, 2048, 1).efficiency
+
+
+def test_a_row_of_its_own_is_free_or_dearer_than_all_places() -> None:
+    """Weights are cast and gradients added up once a micro-batch: with small models that counts."""
+    assert len(pack([256] * 4, (256, 1024))) == 1, "as many places, in one micro-batch"
+    assert len(pack([256] * 2, (256, 1024))) == 2, "half of the places"
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 3))

@@ -22,8 +22,10 @@ from humpback_jax.training.order import BatchOrder
 
 BOUNDS = 128  # static bounds are multiples of it
 PLANNED = 64  # batches that are looked at to find the best width of rows
-FRACTIONS = ((1, 2, 4), (1, 4 / 3, 2), (1, 3 / 2, 3))  # sets of parts of a row that are computed
-MICRO_BATCH = 128  # places: what one costs beside its own, for weights cast and gradients summed
+# Parts of a row that may be computed, where a batch has single rows: one of these sets.
+PARTS = ((1 / 4, 1 / 2, 1), (1 / 3, 2 / 3, 1), (1 / 2, 3 / 4, 1))
+# Places: what a micro-batch costs beside its own, for weights that are cast and gradients summed.
+MICRO_BATCH = 128
 SPARE_ROWS = 4  # of which rows are a multiple where empty ones cost nothing
 
 
@@ -215,11 +217,10 @@ def _best_widths(
 ) -> tuple[int, ...]:
     """The widths of single rows with which some batches take the least time."""
     looked_at = _sample(batches)
-    rows = {*range(longest, row_tokens, multiple_of), row_tokens}
     choices = {
-        tuple(sorted({static_bound(width / part, width, multiple_of) for part in parts_of_rows}))
-        for width in rows
-        for parts_of_rows in FRACTIONS
+        tuple(sorted({static_bound(width * part, width, multiple_of) for part in computed}))
+        for width in {*range(longest, row_tokens, multiple_of), row_tokens}
+        for computed in PARTS
     }
 
     def cost(widths: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
