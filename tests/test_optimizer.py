@@ -35,8 +35,8 @@ from humpback_jax.training.optimizer import (
     make_optimizer,
 )
 from humpback_jax.training.packing import best_fit, lay_out
-from humpback_jax.training.state import StepSpec, state_shardings
-from humpback_jax.training.step import batch_nll
+from humpback_jax.training.state import StepSpec, initial_state, state_shardings
+from humpback_jax.training.step import batch_nll, make_train_step
 
 STEPS = 6
 # Two layers, a matrix of each orientation; norm scales are not decayed. Adafactor wants 128.
@@ -262,3 +262,23 @@ def test_a_rate_of_zero_is_a_division_by_zero(schedule) -> None:
     """Rate 0 is how one measures a base model with the training loop."""
     rate = learning_rate(OptimizerSpec(0.0, 0.0, schedule), 5)
     assert [float(rate(step)) for step in range(5)] == [0.0] * 5
+
+
+def test_every_rate_of_a_sweep_compiles_its_own_step() -> None:
+    config, params = from_torch(torch_llama(num_hidden_layers=1), "scan")
+    examples = random_examples(4)
+    batch = lay_out(examples, best_fit([e.length for e in examples], 64), 4, 64, ("seed", "web"))
+    batch = jax.tree.map(lambda x: x[None], batch)
+    spec = StepSpec(config, "scan", Precision(), 2)
+    texts = set()
+    for settings in (
+        OptimizerSpec(1e-5),
+        OptimizerSpec(3e-4, 0.0, "cosine", warmup_steps=3),
+        OptimizerSpec(1e-3, schedule="wsd"),
+    ):
+        for steps in (9, 16):
+            optimizer = make_optimizer(settings, steps)
+            state = initial_state(spec, params, optimizer, 0)
+            step = make_train_step(spec, optimizer)
+            texts.add(step.lower(state, batch, jax.random.key(0)).as_text())
+    assert len(texts) == 1
