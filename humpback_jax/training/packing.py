@@ -22,9 +22,10 @@ from humpback_jax.training.order import BatchOrder
 
 BOUNDS = 128  # static bounds are multiples of it
 PLANNED = 64  # batches that are looked at to find the best width of rows
-# Parts of a row that may be computed, where a batch has single rows: one of these sets.
-PARTS = ((1 / 4, 1 / 2, 1), (1 / 3, 2 / 3, 1), (1 / 2, 3 / 4, 1))
-# Places: what a micro-batch costs beside its own, for weights that are cast and gradients summed.
+# Of a row, that may be computed where a micro-batch has one for each device: one of these sets.
+FRACTIONS = ((1 / 4, 1 / 2, 1), (1 / 3, 2 / 3, 1), (1 / 2, 3 / 4, 1))
+# Places: what a micro-batch costs beside its own, for weights that are cast and gradients summed;
+# measured with the default model on a CPU (150 in bfloat16).
 MICRO_BATCH = 128
 SPARE_ROWS = 4  # of which rows are a multiple where empty ones cost nothing
 
@@ -218,9 +219,9 @@ def _best_widths(
     """The widths of single rows with which some batches take the least time."""
     looked_at = _sample(batches)
     choices = {
-        tuple(sorted({static_bound(width * part, width, multiple_of) for part in computed}))
+        tuple(sorted({static_bound(width * share, width, multiple_of) for share in fractions}))
         for width in {*range(longest, row_tokens, multiple_of), row_tokens}
-        for computed in PARTS
+        for fractions in FRACTIONS
     }
 
     def cost(widths: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
