@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_llama import FLOAT32, from_torch, random_tokens, torch_llama
 
+from humpback_jax.allocator import TUNABLES
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import cache_bytes
 from humpback_jax.model.config import LlamaConfig
@@ -104,6 +110,20 @@ def test_a_small_budget_changes_the_text_or_is_not_kept() -> None:
     assert 1 <= narrow.slots_of(128) < 8
     for a, b in zip(wide.generate(requests), narrow.generate(requests), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_each_job_leaves_its_slots_in_memory() -> None:
+    """32 slots of the default model are 1.5 GB a copy."""
+    script = Path(__file__).with_name("memory_of_jobs.py")
+    environment = {**os.environ, TUNABLES: "glibc.malloc.hugetlb=1"}  # as the program starts itself
+    done = subprocess.run(
+        [sys.executable, script, "4"], env=environment, capture_output=True, text=True, check=True
+    )
+    first, *_, last = json.loads(done.stdout)
+    assert last < first + 0.5 * GIB
 
 
 def from_engine():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -75,6 +77,19 @@ def test_a_stream_without_end_is_read_to_its_end_first() -> None:
     found = list(itertools.islice(replicas(2).stream(endless()), 30))
     assert len({place for place, _ in found}) == 30
     assert read <= 6 * LOOKAHEAD
+
+
+def test_a_stream_that_is_given_up_leaves_copies_at_work() -> None:
+    """Python aborts where a thread is still computing when it ends."""
+    before = threading.active_count()
+    asked = [
+        dataclasses.replace(request(n), decoding=Decoding(0.9, max_new_tokens=90))
+        for n in range(40)
+    ]
+    stream = replicas(2).stream(asked)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
 
 
 def test_a_bad_row_stops_the_job_without_its_name() -> None:

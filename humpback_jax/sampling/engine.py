@@ -158,13 +158,17 @@ class Engine:
         return [results[index] for index in range(len(requests))]
 
     def stream(
-        self, requests: Iterable[Request], prefix: Prefix | None = None
+        self,
+        requests: Iterable[Request],
+        prefix: Prefix | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Completion]]:
         """(place in `requests`, what was drawn), as rows end.
 
         Args:
           requests: read as slots become free, a window of `LOOKAHEAD` ahead.
           prefix: prompts that begin with its tokens do not compute them again.
+          stopped: asked before each call of the device whether nobody wants the rest.
 
         Raises:
           HumpbackError: a prompt is empty or leaves no room in the model's window, or the model's
@@ -172,7 +176,7 @@ class Engine:
         """
         prefix = prefix or self.prefix(())
         checked = (self._row(index, each, prefix) for index, each in enumerate(requests))
-        yield from _Run(self, prefix).all(_by_length(checked))
+        yield from _Run(self, prefix).all(_by_length(checked), stopped)
 
     def prefix(self, tokens: Sequence[int]) -> Prefix:
         """Tokens that prompts may begin with, computed when first asked for."""
@@ -287,10 +291,12 @@ class _Run:
         self.live = 0
         self.ended = np.zeros(0, bool)  # by the host; the device does not know yet
 
-    def all(self, rows: Iterator[_Row]) -> Iterator[tuple[int, Completion]]:
+    def all(
+        self, rows: Iterator[_Row], stopped: Callable[[], bool]
+    ) -> Iterator[tuple[int, Completion]]:
         waiting = next(rows, None)
         finished: list[tuple[int, Completion]] = []
-        while waiting is not None or any(self.rows):
+        while (waiting is not None or any(self.rows)) and not stopped():
             while waiting is not None and self._fits(waiting):
                 self._enter(waiting)
                 waiting = next(rows, None)

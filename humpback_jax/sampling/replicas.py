@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from humpback_jax.allocator import return_free_memory
 from humpback_jax.sampling.engine import LOOKAHEAD, Completion, Engine, Request, Work
 from humpback_jax.sampling.likelihood import Query, log_probs
 
@@ -56,16 +57,30 @@ class Replicas:
         Args:
           tokens: prompts that begin with them do not compute them again.
         """
-        if len(self.engines) == 1:
-            engine = self.engines[0]
-            yield from engine.stream(requests, engine.prefix(tokens))
-            return
+        try:
+            if len(self.engines) == 1:
+                engine = self.engines[0]
+                yield from engine.stream(requests, engine.prefix(tokens))
+            else:
+                yield from self._dealt(requests, tokens)
+        finally:
+            # glibc does not find the pieces that the slots leave behind when the next job asks for
+            # slots: each job would add theirs.
+            return_free_memory()
+
+    def _dealt(
+        self, requests: Iterable[Request], tokens: Sequence[int]
+    ) -> Iterator[tuple[int, Completion]]:
+        """Each copy generates in a thread of its own."""
         dealer = _Dealer(requests, len(self.engines))
         ended: queue.Queue[_Ended] = queue.Queue()
-        for number, engine in enumerate(self.engines):
-            arguments = engine, dealer, number, tokens, ended
-            threading.Thread(target=_drive, args=arguments, daemon=True).start()
-        running = len(self.engines)
+        threads = [
+            threading.Thread(target=_drive, args=(engine, dealer, number, tokens, ended))
+            for number, engine in enumerate(self.engines)
+        ]
+        for thread in threads:
+            thread.start()
+        running = len(threads)
         try:
             while running:
                 match ended.get():
@@ -77,6 +92,8 @@ class Replicas:
                         yield result
         finally:
             dealer.stopped = True
+            for thread in threads:  # Python aborts at its end where one is still at work
+                thread.join()
 
     def log_probs(self, queries: Sequence[Query], tokens: Sequence[int] = ()) -> list[np.ndarray]:
         """See `likelihood.log_probs`; `tokens` as in `stream`."""
@@ -124,9 +141,8 @@ def _drive(
             yield request
 
     try:
-        for index, completion in engine.stream(dealt(), engine.prefix(tokens)):
-            if dealer.stopped:
-                break
+        prefix = engine.prefix(tokens)
+        for index, completion in engine.stream(dealt(), prefix, lambda: dealer.stopped):
             ended.put((places[index], completion))
         ended.put(None)
     except BaseException as error:
