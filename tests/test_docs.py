@@ -58,6 +58,7 @@ def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
     for name, lines in (
         ("cpu_cases_float32", sample_lines),
         ("cpu_best", sample_lines),
+        ("cpu_avx512", sample_lines),
         ("cpu_score", score_lines),
         ("cpu_train", train_lines),
         ("cpu_train_lora", train_lines),
@@ -81,13 +82,17 @@ def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
         text = " ".join(page.split())
         assert f"{ours:.1f} and {theirs:.1f} in {precision}" in text
         assert re.search(rf"{tuned:.1f} (supervised tokens a second )?in {precision}", text)
-    rates = [
-        json.loads((ROOT / "benchmarks" / f"cpu_single_{name}.json").read_text())["ours"]
+    with_drafts, without = (
+        json.loads((ROOT / "benchmarks" / f"cpu_single_{name}.json").read_text())
         for name in ("drafts", "no_drafts")
-    ]
-    assert [rate["drafts"] for rate in rates] == [3, 0]
-    with_drafts, without = (f"{rate['rows_per_s']:.2f}" for rate in rates)
-    assert f"{with_drafts} rows/s, and\n{without} with `--drafts=0`" in page
+    )
+    assert [result["ours"]["drafts"] for result in (with_drafts, without)] == [7, 0]
+    quoted = (
+        f"{with_drafts['ours']['rows_per_s']:.2f} rows/s, and "
+        f"{without['ours']['rows_per_s']:.2f} with `--drafts=0` (`benchmarks/cpu_single_*.json`), "
+        f"`transformers` {with_drafts['peers']['hf']['rows_per_s']:.2f}."
+    )
+    assert quoted in " ".join(page.split())
 
 
 @pytest.mark.slow

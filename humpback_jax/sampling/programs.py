@@ -257,10 +257,9 @@ def decode_program(
     has `ended` draw no more.
 
     Args:
-      drafts: tokens guessed in each step, which draws one more than it guesses right.
+      drafts: tokens guessed in each step, which draws one more than it guesses right. Where no
+        row finds anything to guess, a step has one place a row.
     """
-    width = 1 + drafts
-    ahead = jnp.arange(width)
     attention = dataclasses.replace(kernels, mesh=mesh)
 
     def decode(
@@ -271,21 +270,29 @@ def decode_program(
         rows = slots.live.shape[0]
         capacity = sum(values.shape[2] for values in slots.caches[0].values)
         started = slots.live.sum()
-        Loop = tuple[jax.Array, Slots, Drawn]
+        every = jnp.arange(rows)[:, None]
+        Loop = tuple[jax.Array, Slots, jax.Array, Drawn]
 
-        def unfinished(loop: Loop) -> jax.Array:
-            step, slots, _ = loop
-            left = slots.live.sum()
-            return (step < steps) & (left > 0) & (started - left < patience)
-
-        def body(loop: Loop) -> Loop:
-            step, slots, new = loop
+        def known_text(slots: Slots) -> tuple[jax.Array, jax.Array]:
+            """(each row's next place in the cache, its text with the token drawn last)."""
             # Slots without a live row draw too, and nobody looks; at a place beyond the last one
             # they write nothing, since a prompt may be under way there.
             places = jnp.where(slots.live, slots.lengths, capacity)
-            every = jnp.arange(rows)[:, None]
-            text = slots.text.at[every[:, 0], places].set(slots.last, mode="drop")
-            guessed = look_up(text, slots.lengths, drafts)
+            return places, slots.text.at[every[:, 0], places].set(slots.last, mode="drop")
+
+        def guess(slots: Slots) -> jax.Array:
+            found = look_up(known_text(slots)[1], slots.lengths, drafts)
+            return jnp.where(slots.live[:, None], found, -1)
+
+        def unfinished(loop: Loop) -> jax.Array:
+            step, slots, *_ = loop
+            left = slots.live.sum()
+            return (step < steps) & (left > 0) & (started - left < patience)
+
+        def body(width: int, loop: Loop) -> Loop:
+            step, slots, guessed, new = loop
+            guessed, ahead = guessed[:, : width - 1], jnp.arange(width)
+            places, text = known_text(slots)
             tokens = jnp.concatenate([slots.last[:, None], jnp.maximum(guessed, 0)], axis=1)
             hidden, caches = _run(
                 model,
@@ -328,17 +335,28 @@ def decode_program(
                 slots.seen.at[jnp.where(taken, every, rows), token].set(True, mode="drop"),
                 slots.controls,
             )
-            return step + 1, slots, new
+            return step + 1, slots, guess(slots), new
 
         zeros = jnp.zeros(rows, jnp.int32)
         nothing = Drawn(
-            jnp.zeros((rows, steps * width), jnp.int32),
-            jnp.zeros((rows, steps * width), jnp.float32),
+            jnp.zeros((rows, steps * (1 + drafts)), jnp.int32),
+            jnp.zeros((rows, steps * (1 + drafts)), jnp.float32),
             zeros,
             zeros,
             slots.live,
         )
-        _, slots, new = jax.lax.while_loop(unfinished, body, (jnp.int32(0), slots, nothing))
+        narrow, wide = functools.partial(body, 1), functools.partial(body, 1 + drafts)
+
+        def guessing(loop: Loop) -> jax.Array:
+            return (loop[2] >= 0).any()
+
+        def both(loop: Loop) -> Loop:
+            """One token a row while nothing is guessed, which costs less, then more at a time."""
+            loop = jax.lax.while_loop(lambda loop: unfinished(loop) & ~guessing(loop), narrow, loop)
+            return jax.lax.while_loop(lambda loop: unfinished(loop) & guessing(loop), wide, loop)
+
+        begin = jnp.int32(0), slots, guess(slots), nothing
+        _, slots, _, new = jax.lax.while_loop(unfinished, both if drafts else narrow, begin)
         return slots, new
 
     return _compiled(config, precision, decode, attention)
