@@ -231,7 +231,7 @@ class _Planner:
         tags: Sequence[Tags] = self.config.evaluate.tags
         tokens = sum(
             self._tokens(
-                [(e.id, self.template.forward(_messages(e), tag)) for e in self.context.heldout]
+                [(e.id, self.template.forward(e.chat(), tag)) for e in self.context.heldout]
             )
             for tag in tags
         )
@@ -274,10 +274,6 @@ def _pair(segment: Segment, instruction: str) -> Example:
     """A segment with a stand-in for the instruction that is still to be written."""
     turns = (Message("user", instruction), Message("assistant", segment.text))
     return Example(segment.id, turns, "web")
-
-
-def _messages(example: Example) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in example.messages]
 
 
 def _table(stages: Sequence[StagePlan], rate: float, total: float, context: Context) -> list[str]:

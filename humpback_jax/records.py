@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn; `role` is "system", "user" or "assistant"."""
+    """One turn.
+
+    Attributes:
+      role: "system", "user" or "assistant".
+      supervised: False for an assistant's turn that is context only, and not to be learnt.
+    """
 
     role: str
     content: str
+    supervised: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +34,10 @@ class Example:
     messages: tuple[Message, ...]
     source: str
     text: str | None = None
+
+    def chat(self) -> list[dict[str, Any]]:
+        """The turns as templates take them."""
+        return [dataclasses.asdict(message) for message in self.messages]
 
     @property
     def instruction(self) -> str:

@@ -17,8 +17,8 @@ from humpback_jax.row_files import is_unicode, malformed, raw_rows
 
 Row = dict[str, Any]
 FORMS = (
-    "messages; instruction (+ input) + output or response; prompt + completion; "
-    "conversations (from / value); inputs + targets; text"
+    "messages or conversations (role / content, from / value); instruction (+ input) + output or "
+    "response; prompt + completion (texts, or turns); inputs + targets; text"
 )
 _ROLES = {
     "system": "system",
@@ -29,7 +29,7 @@ _ROLES = {
     "gpt": "assistant",
     "bot": "assistant",
 }
-_CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_CONVERSATIONS = ("messages", "conversations")
 _PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
@@ -241,7 +241,9 @@ def _parse(row: Row) -> tuple[str, tuple[Message, ...], str | None]:
     """(form, messages, plain text or None) of a row."""
     for field in _CONVERSATIONS:
         if field in row:
-            return field, _training_turns(row, field), None
+            return field, _training_turns(_turns(row, field), field), None
+    if isinstance(row.get("prompt"), list) and "completion" in row:
+        return "prompt+completion", _completed_turns(row), None
     for x, y in _PAIRS:
         if x in row and y in row:
             turns = [*_system(row), *_history(row), Message("user", _request(row, x))]
@@ -252,16 +254,21 @@ def _parse(row: Row) -> tuple[str, tuple[Message, ...], str | None]:
     raise _BadRow(f"unknown form: the fields are {sorted(row)}; accepted: {FORMS}")
 
 
-def _training_turns(row: Row, field: str) -> tuple[Message, ...]:
-    turns = _turns(row, field)
-    while turns and turns[-1].role != "assistant":
-        turns.pop()  # a conversation that ends with a request has no answer to learn
+def _training_turns(turns: list[Message], field: str) -> tuple[Message, ...]:
+    while turns and not (turns[-1].role == "assistant" and turns[-1].supervised):
+        turns.pop()  # nothing is learnt from what follows the last answer
     roles = [turn.role for turn in turns if turn.role != "system"]
     if not roles:
-        raise _BadRow(f"no answer: field {field!r} has no assistant turn")
+        raise _BadRow(f"no answer: field {field!r} has no assistant turn to learn")
     if roles[0] != "user":
         raise _BadRow(f"no request: field {field!r} has no user turn before the first answer")
     return tuple(turns)
+
+
+def _completed_turns(row: Row) -> tuple[Message, ...]:
+    """TRL's conversational prompt and completion: of these, the completion alone is learnt."""
+    prompt = [dataclasses.replace(turn, supervised=False) for turn in _turns(row, "prompt")]
+    return _training_turns([*prompt, *_plain_turns(row, "completion")], "completion")
 
 
 def _prompt_turns(row: Row) -> list[Message]:
@@ -270,9 +277,9 @@ def _prompt_turns(row: Row) -> list[Message]:
             turns = _turns(row, field)
             if turns[-1].role == "assistant":
                 turns.pop()  # the row's own answer
-            if not turns or turns[-1].role != "user":
-                raise _BadRow(f"no request: field {field!r} must end with a user turn")
-            return turns
+            return _asking(turns, field)
+    if isinstance(row.get("prompt"), list):
+        return _asking(_turns(row, "prompt"), "prompt")
     for field in ("prompt", "instruction", "inputs", "text"):
         if field in row:
             return [*_system(row), *_history(row), Message("user", _request(row, field))]
@@ -282,29 +289,44 @@ def _prompt_turns(row: Row) -> list[Message]:
     )
 
 
+def _asking(turns: list[Message], field: str) -> list[Message]:
+    if not turns or turns[-1].role != "user":
+        raise _BadRow(f"no request: field {field!r} must end with a user turn")
+    return turns
+
+
 def _turns(row: Row, field: str) -> list[Message]:
-    """The turns of a conversation, checked; answers have text, requests too."""
-    role_key, text_key = _CONVERSATIONS[field]
+    """The turns of a conversation, checked, behind the system text of its row."""
+    turns = _plain_turns(row, field)
+    return turns if turns[0].role == "system" else [*_system(row), *turns]
+
+
+def _plain_turns(row: Row, field: str) -> list[Message]:
     given = row[field]
     if not isinstance(given, list) or not given:
         raise _BadRow(f"wrong type: field {field!r} must be a list of turns")
     turns = []
     for number, turn in enumerate(given, start=1):
         where = f"field {field!r}, turn {number}"
-        role = turn.get(role_key) if isinstance(turn, Mapping) else None
+        if not isinstance(turn, Mapping):
+            raise _BadRow(f"wrong type: {where} must be an object")
+        role = turn.get("role", turn.get("from"))
         if not isinstance(role, str) or role not in _ROLES:
-            raise _BadRow(f"wrong type: {where} needs {role_key!r}, one of {sorted(_ROLES)}")
-        content = turn.get(text_key)
+            raise _BadRow(f"wrong type: {where} needs 'role', one of {sorted(_ROLES)}")
+        content = turn.get("content", turn.get("value"))
         if not isinstance(content, str):
-            raise _BadRow(f"wrong type: {where} has no text in {text_key!r}")
-        turns.append(_turn(_ROLES[role], content, where))
-    return turns if turns[0].role == "system" else [*_system(row), *turns]
+            raise _BadRow(f"wrong type: {where} has no text in 'content'")
+        weight = turn.get("weight")
+        if weight not in (None, 0, 1):
+            raise _BadRow(f"wrong type: {where} has a 'weight' that is not 0 or 1")
+        turns.append(_turn(_ROLES[role], content, where, supervised=weight != 0))
+    return turns
 
 
-def _turn(role: str, content: str, where: str) -> Message:
+def _turn(role: str, content: str, where: str, supervised: bool = True) -> Message:
     if role != "system" and not content.strip():
         raise _BadRow(f"empty {'response' if role == 'assistant' else 'request'}: {where}")
-    return Message(role, content.strip() if role == "assistant" else content.rstrip())
+    return Message(role, content.strip() if role == "assistant" else content.rstrip(), supervised)
 
 
 def _system(row: Row) -> list[Message]:

@@ -70,17 +70,32 @@ def test_an_option_of_training_that_can_do_nothing_is_refused(option, said, tmp_
     assert said in refused(capsys, *train(data, tmp_path / "out", option))
 
 
-def test_a_conversation_that_the_chat_template_refuses_is_named(
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_named_or_counted_with_skip_bad(
     capsys: pytest.CaptureFixture[str], hf_folder: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(hf_folder, tmp_path / "model")
     fields = json.loads((model / "tokenizer_config.json").read_text())
-    fields["chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    fields["chat_template"] = ALTERNATING
     (model / "tokenizer_config.json").write_text(json.dumps(fields))
     (model / "chat_template.jinja").unlink(missing_ok=True)
-    data = write(tmp_path / "rows.jsonl", {"id": "the-odd-one", **GOOD})
-    message = refused(capsys, *train(data, tmp_path / "out", f"--model={model}"))
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+    data = write(
+        tmp_path / "rows.jsonl", {"id": "the-odd-one", "messages": [user, user, answer]}, GOOD
+    )
+    command = train(data, tmp_path / "out", f"--model={model}")
+    message = refused(capsys, *command)
     assert "row the-odd-one" in message and "roles must alternate" in message
+    assert main([*command, "--skip-bad", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["examples"] == 1 and result["dropped"] == {"refused_by_template": 1}
 
 
 def test_settings_of_the_other_direction_are_refused_instead_of_ignored(

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.models import load_model
 from humpback_jax.rows import ReadReport, read_examples, stream_prompts, unique_name, write_rows
+from humpback_jax.text.template import Template
 
 GOOD = {"instruction": "Name a colour.", "output": "Blue."}
 
@@ -48,6 +50,9 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
             "Hi Yes",
         ),
+        ({"conversations": CHAT}, "Hi Hello"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "Hi Hello"),
+        ({"system": "Be brief.", "prompt": CHAT[:1], "completion": CHAT[1:]}, "Be brief. Hi Hello"),
         ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "Add.\n\n1, 2 3"),
         ({"instruction": "Add.", "input": " ", "response": "3"}, "Add. 3"),
         ({"instruction": "Add.", "input": None, "response": "3"}, "Add. 3"),
@@ -62,6 +67,25 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 )
 def test_every_common_form_is_understood(row, turns, tmp_path):
     assert " ".join(text for _, text in turns_of(row, tmp_path)) == turns
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": 1}]},
+        {"prompt": [*CHAT, CHAT[0]], "completion": CHAT[1:]},
+    ],
+)
+def test_answers_that_are_context_only_are_not_learnt(row, tmp_path):
+    (example,), _ = read_examples(jsonl(tmp_path, row), "seed")
+    assert [m.supervised for m in example.messages if m.role == "assistant"] == [False, True]
+    template = Template.for_tokenizer(load_model("tiny-random").tokenizer)
+    rendered = template.forward(example.chat())
+    ((start, end),) = rendered.spans
+    assert rendered.text.count("Hello") == 2
+    assert rendered.text[start:end].startswith("Hello") and end == len(rendered.text)
+    everything = template.forward([{**turn, "supervised": True} for turn in example.chat()])
+    assert everything.text == rendered.text and everything.spans[1:] == rendered.spans
 
 
 def test_white_space_that_would_merge_with_the_prompt_is_removed(tmp_path):
@@ -100,6 +124,11 @@ def test_a_first_line_of_a_request_keeps_its_indentation(tmp_path):
         ({"messages": [{"role": ["user"], "content": "a"}]}, "turn 1"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "turn 1"),
         ({"messages": [CHAT[0], {"role": "assistant"}]}, "turn 2"),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.5}]}, "turn 2 has a 'weight'"),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, "no answer"),
+        ({"messages": ["Hi", "Hello"]}, "turn 1 must be an object"),
+        ({"prompt": CHAT[:1], "completion": "Hello"}, "wrong type: field 'completion'"),
+        ({"prompt": CHAT, "completion": CHAT[:1]}, "no answer: field 'completion'"),
         ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, "empty response"),
         ({"messages": [CHAT[0]]}, "no answer"),
         ({"messages": [CHAT[1], *CHAT]}, "no request"),
@@ -205,7 +234,7 @@ def test_prompts_keep_their_row_and_end_with_the_user(tmp_path):
         tmp_path,
         {"messages": CHAT, "meta": [1]},
         {"conversations": [{"from": "human", "value": "Hi"}]},
-        {"prompt": "Hi"},
+        {"prompt": CHAT[:1]},
         {**GOOD, "history": [["a", "b"]]},
         {"inputs": "Hi"},
         {"text": "Hi"},

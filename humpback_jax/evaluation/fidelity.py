@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,9 +36,7 @@ def fidelity(
     template, tokenizer = reader.model.template, reader.model.tokenizer
     prompts = {
         e.id: np.array(
-            tokenizer.encode(
-                template.forward_prompt([dataclasses.asdict(m) for m in e.messages[:-1]], tags)
-            ),
+            tokenizer.encode(template.forward_prompt(e.chat()[:-1], tags)),
             np.int32,
         )
         for e in examples

@@ -16,7 +16,7 @@ def response_nll(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(nll [n] in nats, tokens [n]) of each conversation's assistant turns, EOS included."""
     template = reader.model.template
-    rows = [(e.id, template.forward(_messages(e), tags)) for e in examples]
+    rows = [(e.id, template.forward(e.chat(), tags)) for e in examples]
     return reader.nll(rows, template.question)
 
 
@@ -27,7 +27,3 @@ def instruction_nll(
     template = reader.model.template
     rows = [(e.id, template.backward(e.response, e.instruction)) for e in examples]
     return reader.nll(rows, template.backward_prompt)
-
-
-def _messages(example: Example) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in example.messages]

@@ -52,10 +52,7 @@ def answers_stage(context: Context, name: str, model: Artifact, tags: Any) -> Ar
     def make(_: int) -> list[Row]:
         reader = context.inference(model)
         template = reader.model.template
-        prompts = [
-            (e.id, template.forward_prompt([dataclasses.asdict(m) for m in e.messages[:-1]], tags))
-            for e in chosen
-        ]
+        prompts = [(e.id, template.forward_prompt(e.chat()[:-1], tags)) for e in chosen]
         drawn = reader.generate(prompts, decoding, seed=config.seed, stage="answers")
         return [
             {

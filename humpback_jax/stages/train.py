@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -279,8 +280,7 @@ def _rendered(template: Template, example: Example, direction: Direction) -> Ren
 def _forward(template: Template, example: Example) -> Rendered:
     if example.text is not None:
         return template.plain_text(example.text)
-    messages = [{"role": m.role, "content": m.content} for m in example.messages]
-    return template.forward(messages, TAGS_BY_SOURCE.get(example.source, "none"))
+    return template.forward(example.chat(), TAGS_BY_SOURCE.get(example.source, "none"))
 
 
 def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSpec:
@@ -289,7 +289,8 @@ def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSp
     """
     steps, batch = section.steps, section.batch_examples
     if not steps and section.epochs:
-        steps = max(round(section.epochs * count / batch), 1)
+        # Enough for every draw to be seen; less a bit, for 0.1 * 30 is more than 3.
+        steps = max(math.ceil(section.epochs * count / batch - 1e-9), 1)
     if not steps:
         rows = [row for row in section.step_table if row[0] >= count] or [section.step_table[-1]]
         _, batch, steps = rows[0]
@@ -347,16 +348,19 @@ def _lora(section: Any) -> LoraSpec | None:
 
 
 def _identity(example: Example) -> dict[str, Any]:
-    turns = [[m.role, m.content] for m in example.messages]
-    return {"id": example.id, "source": example.source, "messages": turns, "text": example.text}
+    own = {"id": example.id, "source": example.source, "text": example.text}
+    return {**own, "messages": example.chat()}
 
 
 def _report(context: Context, name: str, row: dict[str, Any]) -> None:
     context.metrics.write(name, row)
+    context.say(progress_line(name, row))
+
+
+def progress_line(name: str, row: dict[str, Any]) -> str:
+    """A row of training's metrics for people."""
     if "validation_nll" in row:
-        context.say(f"{name}: step {row['step']}, validation NLL {row['validation_nll']:.4f}")
-    else:
-        context.say(
-            f"{name}: step {row['step']}, loss {row['loss']:.4f}, "
-            f"{row['tokens_per_s']:.0f} tokens/s"
-        )
+        return f"{name}: step {row['step']}, validation NLL {row['validation_nll']:.4f}"
+    mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
+    speed = f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s{mfu}"
+    return f"{name}: step {row['step']}, loss {row['loss']:.4f}, {speed}"

@@ -21,7 +21,9 @@ S_W = "Answer with knowledge from web search."
 Tags = Literal["none", "S_a", "S_w", "both"]
 TAG_TEXT: dict[Tags, str] = {"none": "", "S_a": S_A, "S_w": S_W, "both": f"{S_A} {S_W}"}
 
-Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": ...}
+# {"role": "system" | "user" | "assistant", "content": text}, and for an assistant's turn
+# "supervised": False where it is only context.
+Messages = Sequence[Mapping[str, Any]]
 JOINER = "\u200d"  # zero-width joiner
 _FORMAT = 1
 
@@ -32,8 +34,8 @@ class Rendered:
 
     Attributes:
       text: the whole row. It ends with its last supervised character.
-      spans: character ranges [start, end) that the model has to write: each assistant turn from
-        where the prompt ends, through its EOS.
+      spans: character ranges [start, end) that the model has to write: each supervised turn of
+        the assistant from where the prompt ends, through its EOS.
     """
 
     text: str
@@ -105,7 +107,7 @@ class Template:
         )
 
     def forward(self, messages: Messages, tags: Tags = "none", complete: bool = True) -> Rendered:
-        """A conversation that ends with the assistant, all assistant turns supervised.
+        """A conversation that ends with a supervised turn of the assistant.
 
         Args:
           tags: the sentence(s) appended to the last user turn.
@@ -115,16 +117,16 @@ class Template:
           HumpbackError: malformed messages, or a chat template in which the assistant's turns do
             not stand where the model would write them.
         """
-        if not messages or messages[-1].get("role") != "assistant":
+        if not messages or not _is_supervised(messages[-1]):
             raise HumpbackError("A training conversation must end with an assistant message.")
         prepared = self._prepare(messages, tags)
         full = self._render(prepared)
         spans = []
-        for k, message in enumerate(prepared):
-            if message["role"] != "assistant":
-                continue
+        first = len(prepared) - len(messages)  # 1 behind a system message put first
+        supervised = [k for k, given in enumerate(messages, first) if _is_supervised(given)]
+        for k in supervised:
             start = self._prompt_end(full, prepared[:k])
-            end = content_end = _find_content(full, start, message["content"])
+            end = content_end = _find_content(full, start, prepared[k]["content"])
             if k < len(prepared) - 1:
                 so_far = self._render(prepared[: k + 1])
                 eos_end = self._eos_end(so_far, content_end)
@@ -371,6 +373,10 @@ def _find_content(full: str, start: int, content: str) -> int:
 
 def _user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
+
+
+def _is_supervised(message: Mapping[str, Any]) -> bool:
+    return message.get("role") == "assistant" and bool(message.get("supervised", True))
 
 
 def _assistant(content: str) -> dict[str, str]:
