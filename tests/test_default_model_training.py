@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from test_loss_parity import mean_and_gradient
 from tiny_llama import FLOAT32, gradients_of, torch_nll
 
 from humpback_jax.bench.process import measure_apart
-from humpback_jax.bench.training_job import Row, TrainingJob, TrainingWorkload, training_rows
+from humpback_jax.bench.training_job import TrainingJob, TrainingWorkload, training_rows
 from humpback_jax.model.llama import flatten, unstack_layers
 from humpback_jax.models import LanguageModel, export_hf, load_model
 from humpback_jax.training.examples import TrainingExample
@@ -34,17 +35,12 @@ def default_model() -> LanguageModel:
     return load_model("smollm2-135m-instruct")
 
 
-def real_rows(batches: int, batch_examples: int) -> list[Row]:
+def real_job(batches: int, batch_examples: int) -> TrainingJob:
     model = default_model()
     asked = TrainingWorkload(
         model.name, rows=160, steps=batches, batch_examples=batch_examples, row_tokens=WIDTH
     )
-    return training_rows(model, asked)
-
-
-def real_examples(batches: int, batch_examples: int) -> list[TrainingExample]:
-    rows = real_rows(batches, batch_examples)
-    return TrainingJob("", "", WIDTH, batch_examples, 0, 0.0, rows).examples()
+    return TrainingJob(asked, training_rows(model, asked))
 
 
 def laid_out(examples: list[TrainingExample], plan: list[list[int]], rows: int) -> Batch:
@@ -53,7 +49,7 @@ def laid_out(examples: list[TrainingExample], plan: list[list[int]], rows: int) 
 
 def test_the_default_model_s_loss_and_gradients_are_not_torch_s(tmp_path: Path) -> None:
     """Against torch in float64: its float32 gradients are ten times as far from those as ours."""
-    model, examples = default_model(), real_examples(1, 4)
+    model, examples = default_model(), real_job(1, 4).examples()
     export_hf(tmp_path, model)
     theirs = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float64, attn_implementation="eager"
@@ -79,7 +75,7 @@ def test_the_default_model_s_loss_and_gradients_are_not_torch_s(tmp_path: Path) 
 def test_the_default_model_s_loss_depends_on_how_a_batch_is_cut() -> None:
     """The same examples packed or apart, in 1, 2, 4 or 8 micro-batches."""
     model = default_model()
-    examples = sorted(real_examples(2, ROWS), key=lambda example: example.length)[:ROWS]
+    examples = sorted(real_job(2, ROWS).examples(), key=lambda example: example.length)[:ROWS]
     spec = StepSpec(model.config, "unrolled", FLOAT32, num_sources=1)
     descent = optax.sgd(0.0)
     step = make_train_step(spec, descent)
@@ -106,9 +102,8 @@ def test_mixed_precision_strays_further_from_float32_than_torch_s(tmp_path: Path
     """Over 50 steps, by the mean distance of the losses; both stray as training goes on."""
     model = default_model()
     export_hf(tmp_path / "hf", model)
-    rows = real_rows(50, 2)
     job = tmp_path / "job.json"
-    TrainingJob("smollm2-135m-instruct", str(tmp_path / "hf"), WIDTH, 2, 0, 1e-5, rows).save(job)
+    dataclasses.replace(real_job(50, 2), hf=str(tmp_path / "hf")).save(job)
     exact, ours, theirs = (
         np.array(measure_apart(*program)["losses"])
         for program in (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from humpback_jax.bench.process import measure_apart
-from humpback_jax.bench.training_job import TrainingJob
+from humpback_jax.bench.training_job import TrainingJob, TrainingWorkload
 from humpback_jax.corpus.documents import PYDOC_TOPICS, read_documents
 from humpback_jax.models import export_hf, load_model
 from humpback_jax.training.examples import keys_of
@@ -38,7 +38,8 @@ def test_tuning_the_default_model_takes_more_memory_than_torch(tmp_path: Path) -
     order = BatchOrder(keys_of([("seed", name) for name in names]), ROWS, 0)
     places = [place for step in range(2) for place in order.indices(step)]
     named = [(names[place], rows[place], rows[place]) for place in places]
-    TrainingJob(model.name, str(tmp_path / "hf"), PLACES, ROWS, 0, 1e-5, named, "full").save(job)
+    workload = TrainingWorkload(model.name, batch_examples=ROWS, row_tokens=PLACES, remat="full")
+    TrainingJob(workload, named, str(tmp_path / "hf")).save(job)
     ours = measure_apart("sft", job, "float32")
     theirs = measure_apart("torch_sft", job, "float32", "checkpointed")
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)

@@ -24,9 +24,16 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trl")
     model = load_model("tiny-random")
     export_hf(folder / "hf", model)
-    rows = training_rows(model, TrainingWorkload("tiny-random", "builtin", 160, STEPS, 4, 1024))
-    hf = str(folder / "hf")
-    TrainingJob("tiny-random", hf, 1024, 4, 0, 3e-3, rows).save(folder / "job.json")
+    asked = TrainingWorkload(
+        "tiny-random",
+        rows=160,
+        steps=STEPS,
+        batch_examples=4,
+        row_tokens=1024,
+        learning_rate=3e-3,
+    )
+    rows = training_rows(model, asked)
+    TrainingJob(asked, rows, str(folder / "hf")).save(folder / "job.json")
     return folder / "job.json"
 
 

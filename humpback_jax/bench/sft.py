@@ -23,19 +23,20 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
     """Rates of the job's steps, its first left out; nothing is compiled while the clock runs."""
     use_compilation_cache()
     before = peak_bytes()
-    model = load_model(job.model)
-    compute = choose_compute(precision, job.batch_examples)
-    rank = job.lora_rank
+    workload = job.workload
+    model = load_model(workload.model)
+    compute = choose_compute(precision, workload.batch_examples)
+    rank = workload.lora_rank
     spec = TrainSpec(
         steps=job.steps,
-        batch_examples=job.batch_examples,
-        row_tokens=job.row_tokens,
+        batch_examples=workload.batch_examples,
+        row_tokens=workload.row_tokens,
         accumulation=compute.accumulation,
-        optimizer=OptimizerSpec(job.learning_rate, schedule="constant"),
+        optimizer=OptimizerSpec(workload.learning_rate, schedule="constant"),
         lora=lora_spec(rank, 2.0 * rank, 0.0, PROJECTIONS) if rank else None,
         precision=compute.precision,
         layout=compute.train_layout,
-        remat=job.remat,
+        remat=workload.remat,
         kernels=compute.kernels,
     )
     examples = job.examples()
@@ -45,20 +46,20 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
     timed = steps[1:]
     seconds = sum(row["seconds"] for row in timed)
     tokens, supervised = (sum(row[key] for row in timed) for key in ("tokens", "supervised_tokens"))
-    pairs = sum(e.length * (e.length + 1) / 2 for e in examples[job.batch_examples :])
+    pairs = sum(e.length * (e.length + 1) / 2 for e in examples[workload.batch_examples :])
     flops = training_flops(model.config, tokens, supervised, pairs, frozen=rank > 0)
     dtype = compute.precision.compute
     rows = trained.plan.micro_rows * trained.plan.row_tokens
     return {
         "supervised_tokens_per_s": supervised / seconds,
         "tokens_per_s": tokens / seconds,
-        "rows_per_s": len(timed) * job.batch_examples / seconds,
+        "rows_per_s": len(timed) * workload.batch_examples / seconds,
         "seconds": seconds,
         "steps": len(timed),
         "precision": precision,
         "setting": f"LoRA {rank}" if rank else "full",
-        "remat": job.remat,
-        "batch": job.batch_examples,
+        "remat": workload.remat,
+        "batch": workload.batch_examples,
         "packing_efficiency": trained.plan.efficiency,
         "row_tokens": trained.plan.row_tokens,
         "losses": [row["loss"] for row in steps],

@@ -27,7 +27,11 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
     if setting == "checkpointed":
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
-        model.parameters(), job.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        model.parameters(),
+        job.workload.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=True,
     )
     lower: Any = contextlib.nullcontext()
     if precision == "bfloat16":
@@ -62,12 +66,12 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
     return {
         "supervised_tokens_per_s": supervised / seconds,
         "tokens_per_s": tokens / seconds,
-        "rows_per_s": (len(ends) - 1) * job.batch_examples / seconds,
+        "rows_per_s": (len(ends) - 1) * job.workload.batch_examples / seconds,
         "seconds": seconds,
         "steps": len(ends) - 1,
         "precision": precision,
         "setting": setting,
-        "batch": job.batch_examples,
+        "batch": job.workload.batch_examples,
         "losses": losses,
         "peak_bytes": peak_bytes() - before,
     }

@@ -26,7 +26,6 @@ PEERS: dict[str, tuple[str, ...]] = {
 PROGRAMS = {"trl": "trl", "trl_default": "trl", "torch": "torch_sft"}
 PACKAGES = {"trl": ("torch", "trl"), "trl_default": ("torch", "trl"), "torch": ("torch",)}
 TRIAL_STEPS = 3  # on which a peer's setting is chosen
-LEARNING_RATE = 1e-5
 
 
 def bench_train(workload: TrainingWorkload, comparison: Comparison, say: Say) -> Result:
@@ -52,17 +51,7 @@ def bench_train(workload: TrainingWorkload, comparison: Comparison, say: Say) ->
             hf = str(Path(folder) / "hf")
             export_hf(Path(hf), model)
         del model
-        job = TrainingJob(
-            workload.model,
-            hf,
-            workload.row_tokens,
-            workload.batch_examples,
-            workload.lora_rank,
-            LEARNING_RATE,
-            chosen,
-            workload.remat,
-        )
-        found = _measure(job, Path(folder), comparison, say)
+        found = _measure(TrainingJob(workload, chosen, hf), Path(folder), comparison, say)
     best = {name: max(results, key=_rate) for name, results in found.items()}
     for name, results in found.items():
         best[name]["all"] = [
@@ -95,7 +84,7 @@ def _measure(
     """All results of each system."""
     whole, trial = folder / "job.json", folder / "trial.json"
     job.save(whole)
-    count = min(TRIAL_STEPS, job.steps) * job.batch_examples
+    count = min(TRIAL_STEPS, job.steps) * job.workload.batch_examples
     dataclasses.replace(job, rows=job.rows[:count]).save(trial)
     precisions = comparison.precisions
     systems: list[tuple[str, str, Setting]] = [("ours", "sft", (each,)) for each in precisions]

@@ -33,6 +33,7 @@ class TrainingWorkload:
       row_tokens: the longest example, and the longest packed row.
       lora_rank: of an adapter on all projections; 0 for full tuning.
       remat: what our backward pass finds kept (`model/remat.py`).
+      learning_rate: the same one in every step.
     """
 
     model: str
@@ -43,36 +44,29 @@ class TrainingWorkload:
     row_tokens: int = 2048
     lora_rank: int = 0
     remat: Remat = "none"
+    learning_rate: float = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingJob:
-    """Full tuning, or that of an adapter, for a number of equal batches.
+    """What a measuring program is given: a workload with its batches made.
 
     Attributes:
-      model: name or folder of the model, as we load it. hf: its folder in Hugging Face's format, ""
-        where no peer needs it.
-      row_tokens: places of a packed row, and the longest example. batch_examples: of each step.
-      lora_rank, remat: as in `TrainingWorkload`.
       rows: (id, tokens, labels); labels are the tokens, but `UNLABELLED` where a token is not
-        supervised. `batch_examples` rows after another are a batch.
+        supervised. `workload.batch_examples` rows after another are a batch.
+      hf: folder of the model in Hugging Face's format, "" where no peer needs it.
     """
 
-    model: str
-    hf: str
-    row_tokens: int
-    batch_examples: int
-    lora_rank: int
-    learning_rate: float
+    workload: TrainingWorkload
     rows: list[Row]
-    remat: Remat = "none"
+    hf: str = ""
 
     @property
     def steps(self) -> int:
-        return len(self.rows) // self.batch_examples
+        return len(self.rows) // self.workload.batch_examples
 
     def batches(self) -> list[list[Row]]:
-        size = self.batch_examples
+        size = self.workload.batch_examples
         return [self.rows[start : start + size] for start in range(0, len(self.rows), size)]
 
     def examples(self) -> list[TrainingExample]:
@@ -86,7 +80,8 @@ class TrainingJob:
 
     @classmethod
     def load(cls, path: Path) -> TrainingJob:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return cls(TrainingWorkload(**fields.pop("workload")), **fields)
 
 
 def training_rows(model: LanguageModel, workload: TrainingWorkload) -> list[Row]:

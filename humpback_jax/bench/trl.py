@@ -30,8 +30,8 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     before = peak_bytes()
-    options = dict(SETTINGS[setting])
-    batch, row_tokens = job.batch_examples, job.row_tokens
+    workload, options = job.workload, dict(SETTINGS[setting])
+    batch, row_tokens = workload.batch_examples, workload.row_tokens
     if options.get("packing"):
         lengths = [len(ids) for _, ids, _ in job.rows]
         tokens = sum(lengths) / job.steps
@@ -55,12 +55,10 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(job.hf, dtype=torch.float32)
     adapter = None
-    if job.lora_rank:
+    if rank := workload.lora_rank:
         from peft import LoraConfig
 
-        adapter = LoraConfig(
-            r=job.lora_rank, lora_alpha=2 * job.lora_rank, target_modules="all-linear"
-        )
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     rows = [{"input_ids": ids, "labels": labels} for _, ids, labels in job.rows]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Counting(
@@ -75,7 +73,7 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
                 num_train_epochs=1,
                 max_length=row_tokens,
                 bf16=precision == "bfloat16",
-                learning_rate=job.learning_rate,
+                learning_rate=workload.learning_rate,
                 lr_scheduler_type="constant",
                 weight_decay=0.1,
                 adam_beta2=0.95,
@@ -94,7 +92,7 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
     return {
         "supervised_tokens_per_s": supervised / seconds,
         "tokens_per_s": tokens / seconds,
-        "rows_per_s": job.batch_examples * (job.steps - job.steps / len(ends)) / seconds,
+        "rows_per_s": workload.batch_examples * (job.steps - job.steps / len(ends)) / seconds,
         "seconds": seconds,
         "steps": len(ends) - 1,
         "precision": precision,

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from humpback_jax.parallel.preemption import StopSignal
 from humpback_jax.progress import timed_lines
 from humpback_jax.records import Example
 from humpback_jax.rows import read_examples
-from humpback_jax.stages.tokens import Tokenization, parse_files, token_store
+from humpback_jax.stages.tokens import RowFile, Tokenization, parse_files, token_store
 from humpback_jax.stages.train import (
     TAGS_BY_SOURCE,
     Direction,
+    progress_line,
     run_identity,
     tune,
     tuned_model,
@@ -33,11 +35,13 @@ from humpback_jax.text.preview import preview_lines
 from humpback_jax.text.template import Tags
 from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.mixture import check_sources, parse_mixture, source_counts
+from humpback_jax.training.trainer import Trained
 from humpback_jax.verbs.arguments import Result, chosen_config, writable_folder
 
 
 def train(arguments: argparse.Namespace) -> Result:
     """SFT on files of rows; writes one of our checkpoints."""
+    started = time.monotonic()
     arguments.overrides = _of_direction(arguments.overrides, arguments.reverse)
     config = chosen_config(arguments)
     for name in ("limit", "preview"):
@@ -45,64 +49,37 @@ def train(arguments: argparse.Namespace) -> Result:
             raise HumpbackError(f"--{name}={getattr(arguments, name)} has to be 0 or more.")
     out = Path(arguments.out)
     writable_folder(out)
+    direction: Direction = "backward" if arguments.reverse else "forward"
     files = parse_files(arguments.data, arguments.source)
-    heldout: list[Example] = []
-    for file in parse_files(arguments.heldout, arguments.source):
-        heldout += read_examples(file.path, file.source, arguments.skip_bad)[0]
-    section = config.backward if arguments.reverse else config.train
-    if section.eval_every and not heldout:
-        raise HumpbackError(f"eval_every={section.eval_every} measures the rows of --heldout=FILE.")
-    if arguments.mix:
-        section.mixture = tuple(part for text in arguments.mix for part in text.split(","))
-    mixture = parse_mixture(section.mixture)
-    check_sources(mixture, [file.source for file in files])
-    if not arguments.config and not any(k.endswith(".on_long") for k in arguments.overrides):
-        section.on_long = "error"
+    heldout = _heldout(arguments)
+    section = _section(config, arguments, files, heldout)
     compute = choose_compute(**config.compute)
     on_mesh = training_mesh(compute.mesh) is not None
     base = load_model(arguments.model, config.base.template, config.seed, stored=on_mesh)
-    direction: Direction = "backward" if arguments.reverse else "forward"
-    leads = jax.process_index() == 0
-    started, clocked, metrics = time.monotonic(), timed_lines(), MetricsLog(out)
-
-    def say(text: str) -> None:
-        if leads:
-            clocked(text)
+    say, metrics = timed_lines() if _leads() else _nothing, MetricsLog(out)
 
     way = Tokenization(base, section, direction, arguments.skip_bad, arguments.limit)
-    first = way.first_rows(files[0], arguments.preview)
-    for line in preview_lines(base.tokenizer, first, sys.stdout.isatty()):
+    for line in preview_lines(
+        base.tokenizer, way.first_rows(files[0], arguments.preview), sys.stdout.isatty()
+    ):
         print(line)
     tokens = Path(arguments.tokens) if arguments.tokens else out / "resume" / "tokens"
     examples, bad = token_store(files, way, tokens, say)
-    sources = source_counts(examples.columns, mixture)
+    sources = source_counts(examples.columns, parse_mixture(section.mixture))
     if not arguments.config:
         draws = sum(counts["draws"] for counts in sources.values())
         _fit_to_file(section, draws, arguments.overrides)
-    resume = ResumeFolder(
-        out / "resume",
-        section.keep_resume,
-        run_identity(
-            arguments.model, base, section, direction, config.seed, examples.hash, heldout
-        ),
+    identity = run_identity(
+        arguments.model, base, section, direction, config.seed, examples.hash, heldout
     )
+    resume = ResumeFolder(out / "resume", section.keep_resume, identity)
+    tags = _learnt_tags(sources, direction)
 
-    def report_row(row: Result) -> None:
-        if not leads:
-            return
-        metrics.write("train", row)
-        if "validation_nll" in row:
-            say(f"train: step {row['step']}, validation NLL {row['validation_nll']:.4f}")
-        else:
-            mfu = f", MFU {row['mfu']:.1%}" if "mfu" in row else ""
-            say(
-                f"train: step {row['step']}, loss {row['loss']:.4f}, "
-                f"{row['supervised_tokens_per_s']:.0f} supervised tokens/s{mfu}"
-            )
+    def report(row: Result) -> None:
+        if _leads():
+            metrics.write("train", row)
+        say(progress_line("train", row))
 
-    learnt = [TAGS_BY_SOURCE[name] for name in sources if name in TAGS_BY_SOURCE]
-    tags: Tags = "both" if len(learnt) == 2 else learnt[0] if learnt else "none"
-    tags = "none" if arguments.reverse else tags
     with StopSignal() as stop:
         trained = tune(
             base,
@@ -114,7 +91,7 @@ def train(arguments: argparse.Namespace) -> Result:
             tags=tags,
             validation=heldout,
             resume=resume,
-            on_metrics=report_row,
+            on_metrics=report,
             on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
             on_plan=lambda plan: say(f"train: {plan.summary()}"),
             stops=stop.reached,
@@ -122,26 +99,69 @@ def train(arguments: argparse.Namespace) -> Result:
             profile=Path(arguments.profile) if arguments.profile else None,
         )
         say(f"train: {goodput_line(trained.goodput)}")
-        model = tuned_model(base, out.name, trained, tags)
-        losses = [row["loss"] for row in trained.history if "loss" in row]
-        details = {
-            "examples": sum(counts["examples"] for counts in sources.values()),
-            "dropped": dict(examples.dropped),
-            "bad_rows": bad,
-            "supervised_tokens": sum(counts["supervised_tokens"] for counts in sources.values()),
-            "sources": sources,
-            "packing_efficiency": round(trained.plan.efficiency, 4),
-            "first_loss": losses[0] if losses else None,
-            "last_loss": losses[-1] if losses else None,
-            "selected_step": trained.step,
-            "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
-        }
-        save_checkpoint(out, model, details)
+        details = {"bad_rows": bad, "dropped": dict(examples.dropped), "sources": sources}
+        details |= _outcome(trained, sources)
+        save_checkpoint(out, tuned_model(base, out.name, trained, tags), details)
         resume.delete()
     if not arguments.tokens:
         shutil.rmtree(tokens, ignore_errors=True)
     say(f"saved {out}: {details}")
     return {"out": str(out), "seconds": round(time.monotonic() - started, 1), **details}
+
+
+def _leads() -> bool:
+    return jax.process_index() == 0
+
+
+def _nothing(text: str) -> None:
+    """What processes other than the first say."""
+
+
+def _heldout(arguments: argparse.Namespace) -> list[Example]:
+    found: list[Example] = []
+    for file in parse_files(arguments.heldout, arguments.source):
+        found += read_examples(file.path, file.source, arguments.skip_bad)[0]
+    return found
+
+
+def _section(
+    config: Any, arguments: argparse.Namespace, files: list[RowFile], heldout: list[Example]
+) -> Any:
+    """The config's section of this direction, with the mixture of the command line.
+
+    Raises:
+      HumpbackError: a mixture of unknown sources, or nothing to measure every `eval_every` steps.
+    """
+    section = config.backward if arguments.reverse else config.train
+    if section.eval_every and not heldout:
+        raise HumpbackError(f"eval_every={section.eval_every} measures the rows of --heldout=FILE.")
+    if arguments.mix:
+        section.mixture = tuple(part for text in arguments.mix for part in text.split(","))
+    check_sources(parse_mixture(section.mixture), [file.source for file in files])
+    if not arguments.config and not any(k.endswith(".on_long") for k in arguments.overrides):
+        section.on_long = "error"
+    return section
+
+
+def _learnt_tags(sources: Iterable[str], direction: Direction) -> Tags:
+    """What the model is to be prompted with: the tags of all that it was trained on."""
+    learnt = [TAGS_BY_SOURCE[name] for name in sources if name in TAGS_BY_SOURCE]
+    if direction == "backward" or not learnt:
+        return "none"
+    return "both" if len(learnt) == 2 else learnt[0]
+
+
+def _outcome(trained: Trained, sources: dict[str, dict[str, Any]]) -> Result:
+    losses = [row["loss"] for row in trained.history if "loss" in row]
+    return {
+        "examples": sum(counts["examples"] for counts in sources.values()),
+        "supervised_tokens": sum(counts["supervised_tokens"] for counts in sources.values()),
+        "packing_efficiency": round(trained.plan.efficiency, 4),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "selected_step": trained.step,
+        "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
+    }
 
 
 def _of_direction(overrides: dict[str, list[str]], reverse: bool) -> dict[str, list[str]]:
