@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_llama import from_torch, torch_llama
 
-from humpback_jax.model.llama import flatten
+from humpback_jax.model.llama import flatten, unflatten
+from humpback_jax.weights.hashing import corner_hash
 from humpback_jax.weights.safetensors_io import load_hf, open_hf, save_hf
 
 TESTS = Path(__file__).parent
@@ -41,6 +43,18 @@ def test_a_stored_leaf_has_other_values_than_the_loaded_one(folder: Path) -> Non
         if path[0] == "layers":
             assert np.array_equal(np.asarray(leaf[2]), expected[2])
             assert np.array_equal(leaf[1][part[1:]], expected[1][part[1:]])
+
+
+def test_a_resumed_run_cannot_tell_other_weights_of_one_name_apart(folder: Path) -> None:
+    _, loaded = load_hf(folder)
+    _, stored = open_hf(folder)
+    assert (
+        corner_hash(stored) == corner_hash(loaded) == corner_hash(jax.tree.map(jnp.array, loaded))
+    )
+    for path in flatten(loaded):
+        changed = {**flatten(loaded)}
+        changed[path] = changed[path] * 2 + 1
+        assert corner_hash(unflatten(changed)) != corner_hash(loaded)
 
 
 MESHES = ["fsdp=8 scan", "fsdp=4,tensor=2 scan", "data=2,fsdp=2,tensor=2 unrolled"]

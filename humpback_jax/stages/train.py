@@ -31,6 +31,7 @@ from humpback_jax.training.loss import Objective
 from humpback_jax.training.mixture import parse_mixture, source_counts
 from humpback_jax.training.optimizer import OptimizerSpec
 from humpback_jax.training.trainer import Trained, TrainSpec, train
+from humpback_jax.weights.hashing import corner_hash
 
 VERSION = 2
 Direction = Literal["forward", "backward"]
@@ -233,9 +234,9 @@ def run_identity(
       name: of the model that is trained, or that it is trained from.
       data: hash of the rows, or of their tokens.
     """
-    architecture = dataclasses.asdict(base.config)
+    content = json_hash([dataclasses.asdict(base.config), corner_hash(base.params)])
     found = {
-        "model": f"{name} ({json_hash(architecture)[:8]})",
+        "model": f"{name} ({content[:8]})",
         "config": json_hash([effective_fields(section), direction, seed]),
         "data": data,
         "template": base.template.content_hash(),

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from humpback_jax.model.llama import Params
+from humpback_jax.model.llama import Params, flatten
 from humpback_jax.weights.layout import LayerLeaf, LeafKey, layer_leaves
+
+CORNER = 8
 
 
 def params_hash(params: Params) -> str:
@@ -26,6 +28,20 @@ def params_hash(params: Params) -> str:
         return _joined(_leaf_digest(key, leaf) for key, leaf in leaves)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib releases the interpreter lock
         return _joined(pool.map(lambda item: _leaf_digest(*item), leaves))
+
+
+def corner_hash(params: Params) -> str:
+    """SHA-256 (hex) over some values of every parameter, for telling models of one name apart.
+
+    At most `CORNER` numbers along each dimension: little is read of weights that lie in files
+    (`weights/stored.py`), and any tuning of a model changes some of them.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in flatten(params).items():
+        corner = np.asarray(leaf[tuple(slice(min(size, CORNER)) for size in leaf.shape)])
+        digest.update(f"{'.'.join(path)} {leaf.shape}\n".encode())
+        digest.update(corner.astype(np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def _joined(digests: Iterable[bytes]) -> str:
