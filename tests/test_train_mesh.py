@@ -75,6 +75,17 @@ def test_on_some_mesh_shape_training_learns_something_else() -> None:
     check_alike(dict(on_meshes("tiny", 4, VARIANTS, ONE, *ALL)), 1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_the_default_model_s_loss_depends_on_the_number_of_chips() -> None:
+    """Its 9 heads and 3 key-value heads divide by no mesh here."""
+    meshes = (ONE, "fsdp=4,data=1", "data=2,fsdp=2,tensor=2")
+    found = on_meshes("smollm2-135m-instruct", 1, "default_model", *meshes)["default_model"]
+    for mesh in meshes[1:]:
+        assert found[mesh]["loss"] == pytest.approx(found[ONE]["loss"], rel=1e-5), mesh
+        assert found[mesh]["grad_norm"] == pytest.approx(found[ONE]["grad_norm"], rel=1e-4), mesh
+
+
 def test_a_mesh_for_training_larger_than_the_machine_is_an_error() -> None:
     with pytest.raises(HumpbackError, match="does not fit"):
         training_mesh(parse_mesh("data=64"))

@@ -2,7 +2,8 @@
 
     python train_on_meshes.py MODEL STEPS VARIANT,... MESH ...
 
-The first variant is also stopped on each mesh, and continued on the next.
+The first variant is also stopped on each mesh, and continued on the next, if there are enough
+steps for it.
 
 A program of its own, because a process has as many CPU devices as it started with.
 """
@@ -51,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "neftune_alpha": 5.0,
     },
     "dropout": {"dropout": 0.1},
+    "default_model": {"layout": "scan", "rate": 1e-5},
     "dora_on_int8": {"lora": lora_spec(4, 8, 0.1, ("q", "v", "down"), dora=True, base="int8")},
 }
 STOPPED = 2  # steps after which a run is stopped, to be continued on another mesh
@@ -72,7 +74,7 @@ def spec_of(mesh: str, steps: int, **changes: Any) -> TrainSpec:
         batch_examples=8,
         row_tokens=256,
         layout=changes.pop("layout", "unrolled"),
-        optimizer=OptimizerSpec(1e-3, 1e-4, name=changes.pop("name", "adamw")),
+        optimizer=OptimizerSpec(changes.pop("rate", 1e-3), 1e-4, name=changes.pop("name", "adamw")),
         mesh=make_mesh(shape, devices) if len(devices) > 1 else None,
         eval_every=steps,
         **changes,
@@ -147,7 +149,8 @@ if __name__ == "__main__":
             if name == variants[0]:
                 unbroken[mesh] = params
     found["continued"] = {}
-    for before, after in [*zip(meshes, [*meshes[1:], meshes[0]], strict=True), (meshes[-1],) * 2]:
+    changes_of_mesh = [*zip(meshes, [*meshes[1:], meshes[0]], strict=True), (meshes[-1],) * 2]
+    for before, after in changes_of_mesh if steps > STOPPED else []:
         specs = [spec_of(mesh, steps, **VARIANTS[variants[0]]) for mesh in (before, after)]
         other = continued(chosen, rows, *specs)
         distance = apart(other, unbroken[before], chosen.params)
