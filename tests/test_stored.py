@@ -55,6 +55,10 @@ def test_a_resumed_run_cannot_tell_other_weights_of_one_name_apart(folder: Path)
         changed = {**flatten(loaded)}
         changed[path] = changed[path] * 2 + 1
         assert corner_hash(unflatten(changed)) != corner_hash(loaded)
+        if path[0] == "layers":
+            changed[path] = flatten(loaded)[path].copy()
+            changed[path][-1] += 1
+            assert corner_hash(unflatten(changed)) != corner_hash(loaded), "the last layer alone"
 
 
 MESHES = ["fsdp=8 scan", "fsdp=4,tensor=2 scan", "data=2,fsdp=2,tensor=2 unrolled"]

@@ -33,12 +33,18 @@ def params_hash(params: Params) -> str:
 def corner_hash(params: Params) -> str:
     """SHA-256 (hex) over some values of every parameter, for telling models of one name apart.
 
-    At most `CORNER` numbers along each dimension: little is read of weights that lie in files
-    (`weights/stored.py`), and any tuning of a model changes some of them.
+    Of every layer's leaves, at most `CORNER` numbers along each dimension: little is read of
+    weights that lie in files (`weights/stored.py`). Models that differ elsewhere alone look equal.
+
+    Args:
+      params: stacked by layer.
     """
     digest = hashlib.sha256()
     for path, leaf in flatten(params).items():
-        corner = np.asarray(leaf[tuple(slice(min(size, CORNER)) for size in leaf.shape)])
+        sizes = [min(size, CORNER) for size in leaf.shape]
+        if path[0] == "layers":
+            sizes[0] = leaf.shape[0]
+        corner = np.asarray(leaf[tuple(map(slice, sizes))])
         digest.update(f"{'.'.join(path)} {leaf.shape}\n".encode())
         digest.update(corner.astype(np.float32).tobytes())
     return digest.hexdigest()
