@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +18,15 @@ from humpback_jax.training.order import BatchOrder
 ROWS, PLACES = 4, 2048
 
 
-@pytest.mark.slow
-@pytest.mark.real_model
-def test_tuning_the_default_model_takes_more_memory_than_torch(tmp_path: Path) -> None:
-    """Peak of each process less what it had before the model was loaded: 4 rows of 2,048 tokens.
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
-    Measured: 7.2 GB beside 9.3, 0.77 of them.
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ours and torch's, 4 rows of 2,048 tokens a step; `peak_bytes` of each process are less what
+    it had before the model was loaded.
     """
+    tmp_path = tmp_path_factory.mktemp("memory")
     model = load_model("smollm2-135m-instruct")
     export_hf(tmp_path / "hf", model)
     texts = (document.text for document in read_documents([PYDOC_TOPICS]))
@@ -42,5 +45,16 @@ def test_tuning_the_default_model_takes_more_memory_than_torch(tmp_path: Path) -
     TrainingJob(workload, named, str(tmp_path / "hf")).save(job)
     ours = measure_apart("sft", job, "float32")
     theirs = measure_apart("torch_sft", job, "float32", "checkpointed")
+    return ours, theirs
+
+
+def test_tuning_the_default_model_takes_more_memory_than_torch(measured) -> None:
+    ours, theirs = measured
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
     assert ours["peak_bytes"] < theirs["peak_bytes"]
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the target is missed: 0.77 measured")
+def test_tuning_the_default_model_takes_more_than_0_7_of_torch_s_memory(measured) -> None:
+    ours, theirs = measured
+    assert ours["peak_bytes"] <= 0.7 * theirs["peak_bytes"]
