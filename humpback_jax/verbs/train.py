@@ -56,7 +56,8 @@ def train(arguments: argparse.Namespace) -> Result:
     compute = choose_compute(**config.compute)
     on_mesh = training_mesh(compute.mesh) is not None
     base = load_model(arguments.model, config.base.template, config.seed, stored=on_mesh)
-    say, metrics = timed_lines() if _leads() else _nothing, MetricsLog(out)
+    say = timed_lines() if _leads() else _nothing
+    metrics = MetricsLog(out)
 
     way = Tokenization(base, section, direction, arguments.skip_bad, arguments.limit)
     for line in preview_lines(
