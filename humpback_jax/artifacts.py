@@ -63,7 +63,7 @@ class RunFolder:
     def __init__(self, root: Path, *, fresh: bool = False, say: Callable[[str], None] = print):
         self.root, self._fresh, self._say = root, fresh, say
         self._touched: dict[str, Path] = {}
-        self._names: list[str] = []
+        self._entered: list[Artifact] = []
         try:
             (root / "store").mkdir(parents=True, exist_ok=True)
             probe = root / "store" / f".probe-{os.getpid()}"
@@ -75,8 +75,6 @@ class RunFolder:
                 "--workdir, or mend its permissions."
             ) from error
         self.redone = 0
-        with _undamaged(root / "manifest.json", "it lists what stands in store/"):
-            self._known = {entry["name"]: entry for entry in read_manifest(root)}
 
     def rows(
         self,
@@ -123,14 +121,19 @@ class RunFolder:
         stage: Stage,
         parents: Sequence[Artifact],
         make: Callable[[Path], tuple[str, Row]],
+        complete: Callable[[Path], bool],
     ) -> Artifact:
-        """A model artifact; `make` fills the folder and returns (content hash, details)."""
+        """A model artifact; `make` fills the folder and returns (content hash, details).
+
+        Args:
+          complete: whether a sealed folder still holds all its files; if not, it is made again.
+        """
 
         def build(folder: Path) -> tuple[str, int, Row]:
             digest, details = make(folder)
             return digest, 0, details
 
-        return self._artifact(name, "model", stage, parents, build)
+        return self._artifact(name, "model", stage, parents, build, complete)
 
     def _artifact(
         self,
@@ -139,7 +142,7 @@ class RunFolder:
         stage: Stage,
         parents: Sequence[Artifact],
         build: Callable[[Path], tuple[str, int, Row]],
-        complete: Callable[[Path], bool] = lambda folder: True,
+        complete: Callable[[Path], bool],
     ) -> Artifact:
         key = stage.key(parents)
         folder = self._folder(key)
@@ -187,17 +190,9 @@ class RunFolder:
         return self._touched[key]
 
     def _enter(self, artifact: Artifact) -> None:
-        self._known[artifact.name] = artifact.record()
-        self._names.append(artifact.name)
-        self._write_manifest(self._known)
-
-    def finish(self) -> None:
-        """Drops the names that this run did not produce or reuse from the manifest."""
-        self._known = {name: self._known[name] for name in self._names}
-        self._write_manifest(self._known)
-
-    def _write_manifest(self, entries: dict[str, Row]) -> None:
-        write_json(self.root / "manifest.json", {"artifacts": list(entries.values())})
+        self._entered.append(artifact)
+        entries = [entered.record() for entered in self._entered]
+        write_json(self.root / "manifest.json", {"artifacts": entries})
 
     def read(self, artifact: Artifact) -> list[Row]:
         """All rows of a finished artifact.

@@ -56,6 +56,13 @@ def _writable(what: str, advice: str) -> Iterator[None]:
         ) from error
 
 
+def holds_params(folder: Path) -> bool:
+    """Whether a complete checkpoint stands there."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    return bool(ocp.is_orbax_checkpoint(folder.absolute()))
+
+
 def load_params(folder: Path, shapes: Mapping[tuple[str, ...], Any] | None = None) -> Params:
     """Reads parameters as saved, on the default device.
 
@@ -108,7 +115,7 @@ def _metadata(folder: Path) -> Any:
     import orbax.checkpoint.experimental.v1 as ocp
 
     with _readable(folder):
-        if ocp.is_orbax_checkpoint(folder.absolute()):
+        if holds_params(folder):
             return ocp.metadata(folder.absolute())
     raise HumpbackError(f"{folder}: no complete Orbax checkpoint stands there.")
 

@@ -24,6 +24,7 @@ from humpback_jax.compute import choose_compute
 from humpback_jax.config import check_config
 from humpback_jax.curators import check_curator
 from humpback_jax.environment import describe_environment
+from humpback_jax.lock import sole_user
 from humpback_jax.metrics import MetricsLog
 from humpback_jax.models import load_model
 from humpback_jax.stages.augment import augment_stage
@@ -54,7 +55,26 @@ def run(
     """
     started = time.monotonic()
     context = prepare(config, workdir, fresh=fresh, say=say, profile=profile)
-    seed = context.seed
+    with sole_user(workdir):
+        # Until their turn comes, the names of an earlier run may stand for another config.
+        for earlier in ("summary.json", "manifest.json"):
+            (workdir / earlier).unlink(missing_ok=True)
+        write_json(workdir / "config.json", json.loads(config.to_json()))
+        write_json(workdir / "environment.json", describe_environment())
+        summary = {
+            "status": "done",
+            "workdir": str(workdir),
+            **rounds(context),
+            "redone": context.folder.redone,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def rounds(context: Context) -> Row:
+    """The loop itself; returns the results of all models and the meters."""
+    config, seed = context.config, context.seed
     corpus = corpus_stage(context)
 
     m_yx = train_stage(context, "round_0/M_yx", seed, "backward", [], "none")
@@ -72,21 +92,11 @@ def run(
         judge = train_stage(context, f"round_{t}/M_{t}", seed + chosen, "forward", [pairs], "both")
         models[f"M_{t}"] = judge
 
-    table = _evaluate(context, models)
-    context.folder.finish()
-    summary = {
-        "status": "done",
-        "workdir": str(workdir),
-        "seconds": round(time.monotonic() - started, 1),
-        "redone": context.folder.redone,
-        "models": table,
-        "meters": {
-            "curation": meters[-1].details if meters else {},
-            "backward": backward_meter.details,
-        },
+    curation_meter = meters[-1].details if meters else {}
+    return {
+        "models": _evaluate(context, models),
+        "meters": {"curation": curation_meter, "backward": backward_meter.details},
     }
-    write_json(workdir / "summary.json", summary)
-    return summary
 
 
 def prepare(
@@ -108,8 +118,6 @@ def prepare(
     seed, heldout = seed_pairs(config)
     compute = choose_compute(**config.compute)
     base = load_model(config.base.model, config.base.template, config.seed)
-    write_json(workdir / "config.json", json.loads(config.to_json()))
-    write_json(workdir / "environment.json", describe_environment())
     metrics = MetricsLog(workdir)
     return Context(config, folder, compute, base, seed, heldout, metrics, say, profile)
 

@@ -18,7 +18,7 @@ from humpback_jax.adapters import (
     with_adapter,
 )
 from humpback_jax.artifacts import write_json
-from humpback_jax.checkpoint import load_params, save_params
+from humpback_jax.checkpoint import holds_params, load_params, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, init_params
@@ -151,6 +151,11 @@ def _describe(folder: Path, model: LanguageModel, details: dict[str, Any]) -> No
         "details": details,
     }
     write_json(folder / DESCRIPTION, description)
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether what `save_checkpoint` wrote is there still."""
+    return (folder / DESCRIPTION).is_file() and holds_params(folder / "weights")
 
 
 def export_hf(folder: Path, model: LanguageModel, dtype: str | None = None) -> None:

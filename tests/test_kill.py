@@ -11,8 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_run import tiny_config
+
+from humpback_jax import loop
+from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.metrics import MetricsLog
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "humpback_jax", "run", "--config=configs/tiny.py", "--json"]
@@ -123,6 +129,54 @@ def test_another_selection_keeps_what_does_not_depend_on_it(
     assert all(found[name] == expected[name] for name in kept)
     assert found["round_1/pairs"] != expected["round_1/pairs"]
     assert found["round_1/M_1"] != expected["round_1/M_1"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_training_killed_while_its_state_is_removed_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[Path] = []
+
+    def delete_and_die(folder: ResumeFolder) -> None:
+        shutil.rmtree(folder.folder)
+        removed.append(folder.folder)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumeFolder, "delete", delete_and_die)
+        with pytest.raises(Killed):
+            loop.run(tiny_config(), tmp_path / "run", say=lambda text: None)
+    steps = (tmp_path / "run" / "metrics.jsonl").read_text()
+    said: list[str] = []
+    loop.run(tiny_config(), tmp_path / "run", say=said.append)
+    assert removed and any(line.startswith("round_0/M_yx: already done") for line in said)
+    again = (tmp_path / "run" / "metrics.jsonl").read_text().removeprefix(steps)
+    assert '"round_0/M_yx"' not in again
+
+
+def test_fresh_never_goes_on_from_an_earlier_attempts_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(MetricsLog):
+        def write(self, stage: str, row: dict[str, Any]) -> None:
+            super().write(stage, row)
+            if row["step"] == 5:
+                raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "MetricsLog", Dying)
+        with pytest.raises(Killed):
+            loop.run(tiny_config(), tmp_path / "run", say=lambda text: None)
+    earlier = sorted((tmp_path / "run" / "resume").glob("*/*/commit_success.txt"))
+    assert earlier, "no state was saved"
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    loop.run(tiny_config(), tmp_path / "run", fresh=True, say=lambda text: None)
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert next(row["step"] for row in rows if row["stage"] == "round_0/M_yx") == 1
+    assert all(path.exists() for path in earlier)
 
 
 def test_fresh_deletes_nothing_and_gives_the_same(

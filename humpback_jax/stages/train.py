@@ -18,7 +18,7 @@ from humpback_jax.config import effective_fields
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.lora import lora_spec
-from humpback_jax.models import LanguageModel, save_checkpoint
+from humpback_jax.models import LanguageModel, holds_checkpoint, save_checkpoint
 from humpback_jax.parallel.mesh import training_mesh
 from humpback_jax.parallel.preemption import StopSignal
 from humpback_jax.records import Example
@@ -68,7 +68,7 @@ def train_stage(
 
     def make(folder: Path) -> tuple[str, dict[str, Any]]:
         resume = ResumeFolder(
-            context.resume_root / stage.key(all_parents),
+            context.resume_root / folder.name,
             section.keep_resume,
             run_identity(
                 name, context.base, section, direction, config.seed, fields["data"], context.heldout
@@ -113,12 +113,13 @@ def train_stage(
         )
         save_checkpoint(folder, model, details)
         write_json(folder / "history.json", trained.history)
-        resume.delete()
         return model.hash, details
 
     all_parents = [context.base_artifact, *parents]
     with StopSignal() as stop:
-        artifact = context.folder.model(name, stage, all_parents, make)
+        artifact = context.folder.model(name, stage, all_parents, make, holds_checkpoint)
+        # Not before the model is sealed: until then a killed run needs it.
+        ResumeFolder(context.resume_root / Path(artifact.path).name).delete()
     stop.obey(f"{name} is done")
     return artifact
 
