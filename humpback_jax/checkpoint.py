@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import Params, flatten, unflatten
 from humpback_jax.training.state import (
@@ -64,7 +66,7 @@ def holds_params(folder: Path) -> bool:
 
 
 def load_params(folder: Path, shapes: Mapping[tuple[str, ...], Any] | None = None) -> Params:
-    """Reads parameters as saved, on the default device.
+    """Reads parameters as saved, into the host's memory: no device has to hold all of them.
 
     Args:
       shapes: what they have to be, by their path; None takes whatever is there.
@@ -72,11 +74,8 @@ def load_params(folder: Path, shapes: Mapping[tuple[str, ...], Any] | None = Non
     Raises:
       HumpbackError: the folder holds no complete checkpoint, or one of another architecture.
     """
-    import jax
 
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def where(stored: dict[str, Any]) -> Any:
+    def on_host(stored: dict[str, Any]) -> Any:
         found = {name: _shape(leaf) for name, leaf in stored.items()}
         expected = {SEPARATOR.join(path): tuple(shape) for path, shape in (shapes or {}).items()}
         differ = sorted(
@@ -90,24 +89,22 @@ def load_params(folder: Path, shapes: Mapping[tuple[str, ...], Any] | None = Non
                 f"{expected.get(name, 'absent')}, and {len(differ) - 1} others differ, too. Copy "
                 "the whole checkpoint again."
             )
-        return jax.tree.map(lambda _: place, stored)
+        # Orbax makes numpy arrays where it is given some; these take no room.
+        return {
+            name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+            for name, leaf in stored.items()
+        }
 
-    return _unnamed(_load(folder, where))
+    return _unnamed(_load(folder, on_host))
 
 
-def _load(folder: Path, where: Callable[[Any], Any]) -> Any:
-    """The tree that was saved; `where` gives a sharding for each of its arrays."""
-    import jax
+def _load(folder: Path, like: Callable[[Any], Any]) -> Any:
+    """The tree that was saved; `like` makes of its shapes and dtypes what it is to be read as."""
     import orbax.checkpoint.experimental.v1 as ocp
 
-    stored = _metadata(folder).metadata
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        stored,
-        where(stored),
-    )
+    wanted = like(_metadata(folder).metadata)
     with _readable(folder):
-        return ocp.load(folder.absolute(), abstract)
+        return ocp.load(folder.absolute(), wanted)
 
 
 def _metadata(folder: Path) -> Any:
@@ -191,9 +188,9 @@ class Numbered:
         """What was stored with a checkpoint."""
         return _metadata(self.folder / f"{step:08d}").custom_metadata or {}
 
-    def read(self, step: int, where: Callable[[Any], Any]) -> Any:
+    def read(self, step: int, like: Callable[[Any], Any]) -> Any:
         """The arrays; see `_load`."""
-        return _load(self.folder / f"{step:08d}", where)
+        return _load(self.folder / f"{step:08d}", like)
 
 
 class ResumeFolder:
@@ -324,12 +321,18 @@ class ResumeFolder:
         expected = abstract_stacked(state)
         flat = _flat(expected)
 
-        def where(stored: Any) -> Any:
+        def where_ours_lies(stored: Any) -> Any:
             if jax.tree.map(_shape, stored) != jax.tree.map(_shape, flat):
                 raise HumpbackError(f"{self.folder}: this state belongs to another kind of run.")
-            return jax.tree.map(lambda leaf: leaf.sharding, flat)
+            return jax.tree.map(
+                lambda leaf, ours: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=ours.sharding
+                ),
+                stored,
+                flat,
+            )
 
-        tree = states.read(step, where)
+        tree = states.read(step, where_ours_lies)
         leaves = [tree["optimizer"][name] for name in sorted(tree["optimizer"])]
         optimizer = jax.tree.unflatten(jax.tree.structure(expected.optimizer), leaves)
         return laid_out_like(

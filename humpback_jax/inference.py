@@ -202,24 +202,19 @@ def _share(config: LlamaConfig, compute: Compute) -> Share:
 
 def _prepare(model: LanguageModel, weights: str, mesh: Mesh | None) -> Params:
     """Layers apart; kernels and embeddings in the format given, norms and biases in their own."""
-    if mesh is None:
-        return _in_format(model.config, model.params, weights)
-    shardings = param_shardings(model.config, mesh, "unrolled")
+    apart = unstack_layers(model.params)
     cast = functools.partial(_cast, weights=weights)
-    placed = place(unstack_layers(model.params), shardings, cast)
+    where = None
+    if mesh is None:
+        # One by one: beside the result, the device holds one of them as it was.
+        placed = jax.tree.map(lambda leaf: cast(jnp.asarray(leaf)), apart)
+    else:
+        placed = place(apart, param_shardings(model.config, mesh, "unrolled"), cast)
+        where = param_shardings(model.config, mesh, "unrolled", quantize=True)
     if weights != "int8":
         return placed
-    where = param_shardings(model.config, mesh, "unrolled", quantize=True)
     quantized = jax.jit(quantize_params, static_argnums=(0, 2), out_shardings=where)
     return quantized(model.config, placed, "unrolled")
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _in_format(config: LlamaConfig, params: Params, weights: str) -> Params:
-    apart = unstack_layers(params)
-    if weights == "int8":
-        return quantize_params(config, apart, "unrolled")
-    return jax.tree.map(functools.partial(_cast, weights=weights), apart)
 
 
 def _cast(x: Any, weights: str) -> Any:

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_llama import FLOAT32, from_torch, random_tokens, torch_llama
+from tiny_run import tiny_config
 
+from humpback_jax import loop
 from humpback_jax.allocator import TUNABLES
 from humpback_jax.errors import HumpbackError
+from humpback_jax.inference import Inference
 from humpback_jax.model.cache import cache_bytes
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import XLA
@@ -35,6 +40,7 @@ from humpback_jax.sampling.memory import (
 from humpback_jax.sampling.prefix import abstract_prefix
 from humpback_jax.sampling.programs import abstract_slots, decode_program
 from humpback_jax.sampling.sampler import Decoding, record_key
+from humpback_jax.stages import train as stage
 
 LLAMA_7B = LlamaConfig(
     vocab_size=32000,
@@ -162,3 +168,25 @@ def test_decoding_takes_much_memory_that_is_in_no_plan() -> None:
 def test_float32_and_bfloat16_rows_are_planned_alike() -> None:
     sizes = [cache_bytes(LLAMA_7B, 3, 256, dtype) for dtype in ("float32", "bfloat16")]
     assert sizes[0] == 2 * sizes[1] == 2 * (2 * 32 * 3 * 4096 * 256 * 2)
+
+
+def test_the_judge_gives_its_memory_back_before_the_next_model_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Inference]] = []
+    alive: list[int] = []
+    make, tune = Inference.__init__, stage.tune
+
+    def watched(inference: Inference, *given: Any) -> None:
+        make(inference, *given)
+        held.append(weakref.ref(inference))
+
+    def counted(*given: Any, **named: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in held))
+        return tune(*given, **named)
+
+    monkeypatch.setattr(Inference, "__init__", watched)
+    monkeypatch.setattr(stage, "tune", counted)
+    loop.run(tiny_config(), tmp_path / "run", say=lambda text: None)
+    assert alive == [0] * len(alive) and len(alive) == 2 + tiny_config().rounds
+    assert len(held) > len(alive)

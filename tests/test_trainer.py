@@ -144,6 +144,9 @@ def test_parameters_survive_a_checkpoint_bit_for_bit_with_their_dtypes(tmp_path)
     again = load_params(tmp_path / "weights")
     assert trees_equal(again, mixed)
     assert again["norm"]["scale"].dtype == ml_dtypes.bfloat16
+    assert all(type(leaf) is np.ndarray for leaf in flatten(again).values()), (
+        "a model that no single device holds could not be read"
+    )
     with pytest.raises(HumpbackError, match="nowhere"):
         load_params(tmp_path / "nowhere")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class Context:
             self._cached = None
             self._cached = (artifact.hash, Inference(self.model(artifact), self.compute))
         return self._cached[1]
+
+    def release(self) -> None:
+        """Gives the memory of the model kept by `inference` back: training needs it."""
+        self._cached = None
+        gc.collect()  # the engine's threads and programs refer to one another
 
     @property
     def resume_root(self) -> Path:

@@ -74,6 +74,7 @@ def train_stage(
                 name, context.base, section, direction, config.seed, fields["data"], context.heldout
             ),
         )
+        context.release()
         tokenized, dropped = tokenized_examples(context.base, examples, section, direction)
         trained = tune(
             context.base,
