@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import json
 import os
@@ -16,6 +17,16 @@ from humpback_jax.allocator import use_huge_pages
 from humpback_jax.errors import HumpbackError, Preempted
 
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
+# What the machine refuses, whatever the program does.
+OF_THE_MACHINE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_huge_pages()
     try:
         arguments.overrides = config_overrides(rest, arguments)
+        _refuse_buckets(arguments)
         from humpback_jax.verbs import perform
 
         result = perform(arguments)
@@ -35,14 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"stopped by SIGTERM: {stop}", arguments, 128 + signal.SIGTERM)
     except BrokenPipeError:  # the reader has seen enough
         os._exit(0)
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            return _defect(error, arguments)
+        where = f"{error.filename}: " if error.filename else ""
+        advice = "Make room or mend the permissions, then run the same command again."
+        return _fail(f"error: {where}{error.strerror}. {advice}", arguments)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to continue.", arguments, 130)
     except Exception as error:
-        hint = "--debug shows where; this is a defect of humpback_jax, please report it."
-        return _fail(f"unexpected error: {error!r} ({hint})", arguments)
+        return _defect(error, arguments)
     if arguments.json:
         print(json.dumps(result, ensure_ascii=False))
     return int(result.get("ok", True) is False)
+
+
+def _defect(error: Exception, arguments: argparse.Namespace) -> int:
+    hint = "--debug shows where; this is a defect of humpback_jax, please report it."
+    return _fail(f"unexpected error: {error!r} ({hint})", arguments)
 
 
 def _fail(message: str, arguments: argparse.Namespace, code: int = 1) -> int:
@@ -58,6 +80,17 @@ def _fail(message: str, arguments: argparse.Namespace, code: int = 1) -> int:
         leave_processes()
         os._exit(code)
     return code
+
+
+def _refuse_buckets(arguments: argparse.Namespace) -> None:
+    """The name of a bucket would become a folder `gs:` on a machine that may soon be gone."""
+    for name in ("out", "workdir", "tokens", "profile"):
+        path = getattr(arguments, name, None)
+        if path and "://" in path:
+            raise HumpbackError(
+                f"--{name}={path} is not on this machine. Results are written to its disks and to "
+                "what is mounted there: mount the bucket, or copy the folder to it afterwards."
+            )
 
 
 def config_overrides(rest: Sequence[str], arguments: argparse.Namespace) -> dict[str, list[str]]:

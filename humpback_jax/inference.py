@@ -85,7 +85,9 @@ class Inference:
           HumpbackError: a text is longer than the model's window.
         """
         window = self.model.config.max_position_embeddings
-        tokenized = tokenize_batch(self.model.tokenizer, rows, window, "error")
+        tokenized = tokenize_batch(self.model.tokenizer, rows, None, "error")
+        for example in tokenized.examples:
+            _require_room(example.id, "text", len(example.ids), window)
         examples = [TrainingExample(e.id, e.ids, e.mask) for e in tokenized.examples]
         return total_nll(self.log_probs([supervised_tokens(e) for e in examples], opening))
 
@@ -104,11 +106,7 @@ class Inference:
         queries = []
         for record_id, text in prompts:
             tokens = np.array(self.model.tokenizer.encode(text), np.int32)
-            if len(tokens) > window:
-                raise HumpbackError(
-                    f"record {record_id}: the prompt has {len(tokens)} tokens, the model's window "
-                    f"holds {window}. Shorten the record."
-                )
+            _require_room(record_id, "prompt", len(tokens), window)
             queries.append(next_token(f"record {record_id}", tokens, ids))
         found = self.log_probs(queries, opening)
         return np.array(found, np.float64).reshape(len(prompts), len(ids))
@@ -190,6 +188,14 @@ def common_start(tokenizer: Tokenizer, opening: Opening) -> tuple[int, ...]:
     texts = [tokenizer.encode(opening(text)) for text in FILLERS]
     columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
     return tuple(column[0] for column in columns)
+
+
+def _require_room(record_id: str, what: str, tokens: int, window: int) -> None:
+    if tokens > window:
+        raise HumpbackError(
+            f"record {record_id}: the {what} has {tokens} tokens, the model's window holds "
+            f"{window}. Shorten the record."
+        )
 
 
 def _share(config: LlamaConfig, compute: Compute) -> Share:

@@ -31,6 +31,7 @@ from humpback_jax.stages.augment import augment_stage
 from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import score_stage, select_stage, selected_examples
 from humpback_jax.stages.evaluate import answers_stage, evaluate_stage, results_table
+from humpback_jax.stages.heldout import fitting_pairs
 from humpback_jax.stages.measure import backward_meter_stage, curation_meter_stage
 from humpback_jax.stages.sources import corpus_stage, seed_pairs
 from humpback_jax.stages.train import TAGS_BY_SOURCE, train_stage
@@ -118,6 +119,12 @@ def prepare(
     seed, heldout = seed_pairs(config)
     compute = choose_compute(**config.compute)
     base = load_model(config.base.model, config.base.template, config.seed)
+    heldout, too_long = fitting_pairs(base, config, heldout)
+    if too_long:
+        say(
+            f"warning: {len(too_long)} held-out pairs are too long for the window of {base.name} "
+            f"and left out, the first is row {too_long[0]}"
+        )
     metrics = MetricsLog(workdir)
     return Context(config, folder, compute, base, seed, heldout, metrics, say, profile)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -331,3 +334,69 @@ def test_run_folder_that_is_none_is_refused(
 ) -> None:
     for verb in (["verify"], ["report"], ["trace", "x"]):
         assert "no run stands there" in refused(capsys, *verb, f"--workdir={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "--config=configs/tiny.py", "--workdir=gs://bucket/run"),
+        ("train", "--model=tiny-random", "--data=rows.jsonl", "--out=gs://bucket/model"),
+        ("sample", "--model=tiny-random", "--prompt=Hi", "--out=s3://bucket/rows.jsonl"),
+    ],
+)
+def test_a_bucket_is_no_folder_named_gs_on_a_machine_that_will_be_gone(
+    command: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "is not on this machine" in refused(capsys, *command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_to_be_full_and_an_earlier_adapter_stays(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "pairs.jsonl", GOOD, GOOD)
+    tuned, out = tmp_path / "tuned", tmp_path / "peft"
+    assert main([*train(data, tuned), "--config.train.lora.rank=2"]) == 0
+    export = ("export", f"--model={tuned}", "--format=peft", f"--out={out}")
+    assert main(list(export)) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    with full_disk():
+        message = refused(capsys, *export)
+        assert "cannot be written" in message and "kept" in message
+        message = refused(capsys, "export", f"--model={tuned}", f"--out={tmp_path / 'hf'}")
+        assert "File too large" in message and "Make room" in message
+        message = refused(capsys, *train(data, tmp_path / "again"))
+        assert "could not be written" in message or "File too large" in message
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 2 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_held_out_pair_longer_than_the_window_stops_a_run_at_its_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pairs = [{"id": str(n), "instruction": f"Say {n}.", "output": f"{n}."} for n in range(6)]
+    long = {"id": "the-long-one", "instruction": "Count.", "output": "one " * 3000}
+    heldout = write(tmp_path / "heldout.jsonl", *pairs, long)
+    run = ["run", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", "--json"]
+    assert main([*run, f"--config.data.heldout={heldout}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("1 held-out pairs are too long" in line and "the-long-one" in line for line in lines)
+    assert json.loads(lines[-1])["models"]["base"]["nll"]["n"] == len(pairs)
+    write(heldout, long)
+    message = refused(capsys, *run, f"--config.data.heldout={heldout}")
+    assert "none of 1 pairs fits" in message

@@ -52,7 +52,7 @@ def corruptions(examples: Sequence[Example]) -> dict[str, list[PairText]]:
         x, y, name = example.instruction, example.response, example.id
         kinds["true"].append(PairText(name, x, y))
         kinds["shuffled"].append(PairText(f"{name}/shuffled", wrong[name], y))
-        for kind, text in (("truncated", _second_half(y)), ("promo", _with_promotion(y, name))):
+        for kind, text in (("truncated", _second_half(y)), ("promo", with_promotion(y, name))):
             kinds[kind].append(PairText(f"{name}/{kind}", x, text))
     return kinds
 
@@ -103,7 +103,8 @@ def _second_half(text: str) -> str:
     return text[words[len(words) // 2].start() :] if len(words) > 1 else text
 
 
-def _with_promotion(text: str, name: str) -> str:
+def with_promotion(text: str, name: str) -> str:
+    """A response with navigation and advertising around and in it, chosen by the pair's id."""
     start = int(stable_id("promo", name), 16)
     first, second = (PROMOTIONS[(start + k) % len(PROMOTIONS)] for k in (0, 1))
     middle = text.find("\n\n")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from humpback_jax.artifacts import write_json
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec
@@ -115,6 +117,7 @@ def write_peft(
         who load the adapter by itself.
       dtype: of the tensors; None keeps float32.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     leaves = flatten(adapter)
@@ -140,8 +143,18 @@ def write_peft(
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    temporary = folder / f".{WEIGHTS}.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise HumpbackError(
+            f"{folder / WEIGHTS} cannot be written ({error}). Is the disk full, or the folder "
+            "read-only? What stood there is kept."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_json(folder / CONFIG, fields)
 
 
 def _path(name: str, leaf: str) -> LeafPath:
