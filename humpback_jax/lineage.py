@@ -16,7 +16,7 @@ from humpback_jax.records import Example
 from humpback_jax.run_view import RunView, round_of, short_name
 from humpback_jax.sampling.engine import Shape
 from humpback_jax.training.examples import keys_of, numbered
-from humpback_jax.training.mixture import pools_of, shares_of
+from humpback_jax.training.mixture import parse_mixture, pools_of, shares_of
 from humpback_jax.training.order import BatchOrder
 
 
@@ -37,6 +37,9 @@ def batches(run: RunView, model: str) -> list[list[str]]:
     """The ids of the examples of every train step: entry t holds those of step t + 1.
 
     Nothing was written down while training: batch t is a function of the seed, t and the ids.
+
+    Raises:
+      HumpbackError: they would make another number of steps than the model was trained in.
     """
     from ml_collections import ConfigDict
 
@@ -47,10 +50,15 @@ def batches(run: RunView, model: str) -> list[list[str]]:
     ids = [row["id"] for row in data]
     # The fields that change no result are not stored; their defaults do as well.
     section = ConfigDict({**train_section(), **fields["train"]}, convert_dict=True)
-    spec = train_spec(section, Compute(Precision(), "scan", Shape()), fields["seed"], len(ids))
     keys = keys_of([(row["source"], row["id"]) for row in data])
     names, sources = numbered([row["source"] for row in data])
-    pools = pools_of(keys, sources, shares_of(names, spec.mixture))
+    pools = pools_of(keys, sources, shares_of(names, parse_mixture(section.mixture)))
+    spec = train_spec(section, Compute(Precision(), "scan", Shape()), fields["seed"], pools)
+    if spec.steps != (done := run.details(model)["steps"]):
+        raise HumpbackError(
+            f"{model} was trained in {done} steps, but its data.parquet and settings give "
+            f"{spec.steps}: which examples they had cannot be told."
+        )
     order = BatchOrder(keys, spec.batch_examples, spec.seed, pools)
     return [[ids[index] for index in order.indices(step)] for step in range(spec.steps)]
 

@@ -172,8 +172,7 @@ class _Planner:
         pools = pools_of(
             index.keys, index.sources, shares_of(index.names, parse_mixture(section.mixture))
         )
-        draws = sum(pool.draws for pool in pools)
-        spec = train_spec(section, self.context.compute, seed, draws)
+        spec = train_spec(section, self.context.compute, seed, pools)
         order = BatchOrder(index.keys, spec.batch_examples, seed, pools)
         packing = plan_packing(index, order, spec.steps, spec.row_tokens, spec.accumulation)
         tokens = sum(int(index.lengths[order.indices(step)].sum()) for step in range(spec.steps))

@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_run import train_again
 
 from humpback_jax.corpus.documents import read_documents
 from humpback_jax.errors import HumpbackError
@@ -58,17 +60,44 @@ def test_N03_the_byte_span_cuts_the_response_out_of_its_document(
         assert documents[origin["document"]][start:end].decode() == row["response"]
 
 
+def check_steps(run: RunView, name: str) -> None:
+    data = {row["id"]: row for row in run.training_data(name)}
+    log = {row["step"]: row for row in run.history(name) if "loss" in row}
+    steps = batches(run, name)
+    assert sorted(log) == list(range(1, len(steps) + 1))
+    for step, names in enumerate(steps, start=1):
+        assert log[step]["examples"] == len(names)
+        assert log[step]["tokens"] == sum(data[n]["tokens"] for n in names)
+        sources = {data[n]["source"] for n in names}
+        assert sources == {key[5:] for key in log[step] if key.startswith("loss/")}
+
+
 def test_N03_the_steps_that_trained_on_a_row_are_those_of_the_training_log(run: RunView) -> None:
     for name in run.names("model"):
-        data = {row["id"]: row for row in run.training_data(name)}
-        log = {row["step"]: row for row in run.history(name) if "loss" in row}
-        steps = batches(run, name)
-        assert sorted(log) == list(range(1, len(steps) + 1))
-        for step, names in enumerate(steps, start=1):
-            assert log[step]["examples"] == len(names)
-            assert log[step]["tokens"] == sum(data[n]["tokens"] for n in names)
-            sources = {data[n]["source"] for n in names}
-            assert sources == {key[5:] for key in log[step] if key.startswith("loss/")}
+        check_steps(run, name)
+
+
+@pytest.mark.parametrize(
+    ("share", "length", "steps"),
+    [
+        ("web:repeat=2.5", {"epochs": 1.0}, 10),  # 24 + 15 draws, in batches of 4
+        ("web:cap=4:count=2", {"step_table": ((27, 4, 3), (99, 5, 2))}, 3),  # 24 + 2 draws
+    ],
+)
+def test_N03_under_a_mixture_the_steps_are_those_of_the_training_log(
+    tiny_run: Path, tmp_path: Path, share: str, length: dict[str, Any], steps: int
+) -> None:
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    run = train_again(folder, steps=0, mixture=(share,), **length)
+    assert run.details("round_2/M_2")["steps"] == steps
+    check_steps(run, "round_2/M_2")
+
+
+def test_steps_that_contradict_the_training_are_not_told(tiny_run: Path) -> None:
+    run = RunView(tiny_run)
+    run.entries["round_1/M_1"]["details"]["steps"] = 7
+    with pytest.raises(HumpbackError, match=r"round_1/M_1 was trained in 7 steps, .* give 8"):
+        batches(run, "round_1/M_1")
 
 
 def test_a_pair_and_its_train_steps_lead_to_each_other(run: RunView, lineage: Lineage) -> None:

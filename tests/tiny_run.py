@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from humpback_jax.config import apply_tiny, default_config
-from humpback_jax.loop import run
+from humpback_jax.loop import prepare, run
+from humpback_jax.run_view import RunView
+from humpback_jax.stages.curate import selected_examples
+from humpback_jax.stages.train import train_stage
 
 
 def tiny_config() -> Any:
@@ -22,3 +25,13 @@ def make_tiny_run(folder: Path) -> Path:
     """Runs it in `folder`, which must be new."""
     run(tiny_config(), folder, say=lambda text: None)
     return folder
+
+
+def train_again(folder: Path, **settings: Any) -> RunView:
+    """Replaces M_2 of a finished rehearsal by one that is trained under other settings."""
+    config = tiny_config()
+    config.train.update({"eval_every": 0, **settings})
+    context = prepare(config, folder, say=lambda text: None)
+    chosen = selected_examples(RunView(folder).rows("round_2/pairs"))
+    train_stage(context, "round_2/M_2", context.seed + chosen, "forward", [], "both")
+    return RunView(folder)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from humpback_jax.aot.decode import compile_decode, plan_decode
 from humpback_jax.aot.estimate import Costs, Roofline, needed_flops, step_costs
@@ -18,6 +19,7 @@ from humpback_jax.models import load_config
 from humpback_jax.parallel.mesh import parse_mesh
 from humpback_jax.parallel.topology import Chip, tpu_slice
 from humpback_jax.stages.train import train_spec
+from humpback_jax.training.order import Pool
 
 ALL = ("train", "prefill", "decode")
 CHARS_PER_TOKEN = 3  # of long documents, at least
@@ -61,7 +63,8 @@ def training_plan(
 ) -> TrainPlan:
     """The step of the config's section `train` on its mesh."""
     compute = choose_compute("bfloat16", config.compute.batch_size, platform="tpu")
-    run = train_spec(config.train, compute, config.seed, count=config.train.batch_examples)
+    batch = config.train.batch_examples
+    run = train_spec(config.train, compute, config.seed, [Pool(np.arange(batch), batch)])
     return plan_training(architecture, run, devices, parse_mesh(config.compute.mesh), rows)
 
 

@@ -28,8 +28,9 @@ from humpback_jax.text.tokenize import tokenize_batch
 from humpback_jax.training.examples import TrainingExample, index_of
 from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.loss import Objective
-from humpback_jax.training.mixture import parse_mixture, source_counts
+from humpback_jax.training.mixture import parse_mixture, pools_of, shares_of, source_counts
 from humpback_jax.training.optimizer import OptimizerSpec
+from humpback_jax.training.order import Pool
 from humpback_jax.training.trainer import Trained, TrainSpec, train
 from humpback_jax.weights.hashing import corner_hash
 
@@ -178,9 +179,9 @@ def tune(
       tags: of the models that `on_epoch` receives.
       on_plan: see `trainer.train`, as for errors.
     """
-    sources = source_counts(index_of(examples), parse_mixture(section.mixture))
-    draws = sum(counts["draws"] for counts in sources.values())
-    spec = train_spec(section, compute, seed, draws)
+    index = index_of(examples)
+    shares = shares_of(index.names, parse_mixture(section.mixture))
+    spec = train_spec(section, compute, seed, pools_of(index.keys, index.sources, shares))
     spec = dataclasses.replace(spec, mesh=training_mesh(compute.mesh))
     return train(
         base.config,
@@ -286,10 +287,13 @@ def _forward(template: Template, example: Example) -> Rendered:
     return template.forward(example.chat(), TAGS_BY_SOURCE.get(example.source, "none"))
 
 
-def train_spec(section: Any, compute: Compute, seed: int, count: int) -> TrainSpec:
-    """The section's settings for `count` examples an epoch, mixed as it says; the step table gives
-    batch and steps.
+def train_spec(section: Any, compute: Compute, seed: int, pools: Sequence[Pool]) -> TrainSpec:
+    """The section's settings for epochs that draw from these pools.
+
+    The number of draws decides the steps, where the section names epochs, and batch and steps,
+    where its step table gives both.
     """
+    count = sum(pool.draws for pool in pools)
     steps, batch = section.steps, section.batch_examples
     if not steps and section.epochs:
         # Enough for every draw to be seen; less a bit, for 0.1 * 30 is more than 3.
