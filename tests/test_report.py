@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_run import train_again
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.report import facts
@@ -25,7 +26,7 @@ from humpback_jax.report.document import (
     to_html,
     to_markdown,
 )
-from humpback_jax.report.tables import result_lines
+from humpback_jax.report.tables import result_lines, rounds, training
 from humpback_jax.run_view import RunView
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -125,6 +126,20 @@ def test_the_counts_add_up(folder: Path) -> None:
         out = sum(by_round.get(t, 0) for by_round in refused.values())
         assert out + found[t, "selected"] == found[0, "candidates"]
         assert found[t, f"train M_{t}"] <= found[t, "selected"] <= found[t, "rated"]
+
+
+def test_pairs_that_a_mixture_leaves_out_are_not_counted_as_trained_on(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    run = train_again(folder, steps=7, mixture=("web:cap=4",))  # one epoch of 24 + 4 in fours
+    found = {(count.round, count.label): count.value for count in facts.counts(run)}
+    assert found[2, "selected"] > found[2, "train M_2"] == 4
+    assert dict(zip(rounds(run).headers, rounds(run).rows[-1], strict=True))["trained on"] == "4"
+    seen = dict(zip(training(run).headers, training(run).rows[-1], strict=True))
+    assert seen["examples"] == "24 seed, 4 web"
+    supervised = sum(row["supervised_tokens"] for row in run.history("round_2/M_2"))
+    assert seen["supervised tokens"] == str(supervised)
 
 
 def test_the_end_of_a_run_says_what_its_figures_do_not_mean(folder: Path, tmp_path: Path) -> None:

@@ -45,14 +45,19 @@ def counts(run: RunView) -> list[Count]:
         found.append(Count("pass the gates", run.entries["round_1/scores"]["rows"]))
     for t in run.rounds:
         rated = run.details(f"round_{t}/scores").get("rated")
-        trained = run.details(f"round_{t}/M_{t}").get("by_source", {}).get("web")
         values = {
             "rated": rated,
             "selected": run.details(f"round_{t}/pairs").get("selected"),
-            f"train M_{t}": trained,
+            f"train M_{t}": trained_on(run, t),
         }
         found += [Count(label, n, t) for label, n in values.items() if n is not None]
     return found
+
+
+def trained_on(run: RunView, t: int) -> int | None:
+    """Pairs that M_t was trained on, those that the mixture leaves out apart; None without M_t."""
+    sources = run.details(f"round_{t}/M_{t}").get("sources")
+    return None if sources is None else sources.get("web", {"examples": 0})["examples"]
 
 
 def evaluated(run: RunView) -> list[str]:

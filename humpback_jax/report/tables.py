@@ -149,7 +149,7 @@ def rounds(run: RunView) -> Table:
     for t in run.rounds:
         scored = run.entries.get(f"round_{t}/scores", {})
         details = scored.get("details", {})
-        model = run.details(f"round_{t}/M_{t}")
+        trained = facts.trained_on(run, t)
         rows.append(
             [
                 str(t),
@@ -158,7 +158,7 @@ def rounds(run: RunView) -> Table:
                 str(details.get("rated", "")),
                 percent(details.get("parse_rate")),
                 str(run.details(f"round_{t}/pairs").get("selected", "")),
-                str(model.get("by_source", {}).get("web", 0) if model else ""),
+                "" if trained is None else str(trained),
             ]
         )
     headers = ("round", "curator", "scored", "rated", "parse rate", "selected", "trained on")
@@ -235,16 +235,16 @@ def training(run: RunView) -> Table:
     """What each model was trained on."""
     rows = []
     for name in run.names("model"):
-        details = run.details(name)
+        details, sources = run.details(name), run.details(name)["sources"]
         losses = [row["loss"] for row in run.history(name) if "loss" in row]
         checks = [row["validation_nll"] for row in run.history(name) if "validation_nll" in row]
         rows.append(
             [
                 name,
-                ", ".join(f"{n} {source}" for source, n in details["by_source"].items()),
+                ", ".join(f"{counts['examples']} {source}" for source, counts in sources.items()),
                 ", ".join(f"{n} {why}" for why, n in details["dropped"].items()) or "0",
                 str(details["steps"]),
-                str(details["supervised_tokens"]),
+                str(sum(counts["supervised_tokens"] for counts in sources.values())),
                 percent(details["packing_efficiency"]),
                 f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "",
                 f"{checks[-1]:.3f}" if checks else "",

@@ -104,9 +104,6 @@ def train_stage(
             "selected_step": trained.step,
             "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
             "packing_efficiency": round(trained.plan.efficiency, 4),
-            "tokens": sum(example.length for example in tokenized),
-            "supervised_tokens": sum(example.supervised for example in tokenized),
-            "by_source": dict(collections.Counter(e.source for e in tokenized)),
             "sources": source_counts(index_of(tokenized), parse_mixture(section.mixture)),
         }
         write_parquet(
