@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 from typing import Any
 
+NO_ROOM = "no_room"  # finish_reason where the window cannot hold the prompts: no text is drawn
+
 
 @dataclasses.dataclass(frozen=True)
 class Message:

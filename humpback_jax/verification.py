@@ -16,6 +16,7 @@ from humpback_jax.environment import describe_environment
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
 from humpback_jax.models import LanguageModel, load_checkpoint, load_model
+from humpback_jax.records import NO_ROOM
 from humpback_jax.run_view import RunView
 from humpback_jax.sampling.sampler import Decoding
 
@@ -30,8 +31,8 @@ def verify_run(workdir: Path, say: Callable[[str], None]) -> Row:
 
     Checked for each artifact: its sealed `artifact.json` agrees with the manifest; its key follows
     from its stage, fields and parents; its parents exist; its rows, or weights, config, tokenizer
-    and template, have the hash. The slice: the first candidates are drawn again by M_yx, and the
-    first ratings of the last round's likelihood curators made again.
+    and template, have the hash. The slice: the first instructions that M_yx had room for are drawn
+    again, and the first ratings of the last round's likelihood curators made again.
 
     Args:
       say: progress lines.
@@ -176,7 +177,7 @@ class _Verifier:
             self._note(f"{name}, made again", problems)
 
     def _candidates(self, name: str) -> list[str] | None:
-        rows = self.run.rows(name)[:SLICE]
+        rows = [row for row in self.run.rows(name) if row["finish_reason"] != NO_ROOM][:SLICE]
         writer = self._inference(rows[0]["model_hash"]) if rows else None
         if writer is None:
             return None

@@ -135,6 +135,18 @@ def test_N10_rows_that_no_model_has_written_are_found_behind_correct_hashes(
     assert "round_2/scores: its parent" in found
 
 
+def test_N10_a_run_whose_first_segment_exceeds_the_window_is_not_accused(
+    copied: Callable[[], Path],
+) -> None:
+    folder = copied()
+    nothing = {"raw": "", "instruction": "", "tokens": 0, "logprob": 0.0}
+    change_first_row(folder, "candidates", finish_reason="no_room", **nothing)
+    reseal(folder, "candidates")
+    lines: list[str] = []
+    verify_run(folder, lines.append)
+    assert "candidates, made again: agrees" in lines
+
+
 def test_a_run_without_a_base_model_at_hand_is_still_checked(copied: Callable[[], Path]) -> None:
     folder = copied()
     lines: list[str] = []

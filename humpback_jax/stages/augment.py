@@ -9,7 +9,7 @@ from humpback_jax.artifacts import Artifact, Row, Stage
 from humpback_jax.config import effective_fields
 from humpback_jax.evaluation.meters import copy_rate, echoes
 from humpback_jax.inference import Generation
-from humpback_jax.records import Candidate, Segment, stable_id
+from humpback_jax.records import NO_ROOM, Candidate, Segment, stable_id
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
 from humpback_jax.text.template import Template
@@ -43,7 +43,7 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
             opening=template.backward_prompt,
         )
         written = dict(zip((name for name, _ in prompts), texts, strict=True))
-        drawn = [written.get(s.id, Generation("", 0, 0.0, "no_room")) for s in shards[index]]
+        drawn = [written.get(s.id, Generation("", 0, 0.0, NO_ROOM)) for s in shards[index]]
         context.say(f"augment: shard {index + 1} of {len(shards)}")
         return [
             dataclasses.asdict(
@@ -90,7 +90,7 @@ def fits(context: Context, response: str) -> bool:
 def gate(candidate: Candidate, template: Template, min_chars: int, max_chars: int) -> str | None:
     """The structural reason to refuse a candidate before any model rates it, or None."""
     text = candidate.instruction
-    if candidate.finish_reason == "no_room":
+    if candidate.finish_reason == NO_ROOM:
         return "response_exceeds_window"
     if candidate.finish_reason != "stop":
         return "instruction_unfinished"
