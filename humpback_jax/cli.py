@@ -261,8 +261,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--workdir", required=True)
         if name == "report":
             sub.add_argument("--readme", help="also write the results between a README's marks")
-    trace = verb("trace", "lineage of a pair, document, model or step, both ways")
-    trace.add_argument("id", help="a pair, candidate, segment or document id, or MODEL:STEP")
+    trace = verb("trace", "lineage of a row, model or train step, both ways")
+    trace.add_argument(
+        "id",
+        help="of a pair, segment, document, seed or held-out example, alone or as KIND:ID "
+        "(heldout:7); a model; or MODEL:STEP",
+    )
     trace.add_argument("--workdir", required=True)
     return parser
 

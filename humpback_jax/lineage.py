@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 from humpback_jax.artifacts import Row
 from humpback_jax.compute import Compute
@@ -19,13 +19,28 @@ from humpback_jax.training.examples import keys_of, numbered
 from humpback_jax.training.mixture import parse_mixture, pools_of, shares_of
 from humpback_jax.training.order import BatchOrder
 
+# By kind, what can be traced; of a row, `KIND:ID` asks for that kind alone.
+NAMES = {
+    "pair": "a pair (or candidate)",
+    "segment": "a segment",
+    "document": "a document",
+    "seed": "a seed example",
+    "heldout": "a held-out example",
+    "model": "a model",
+    "step": "a train step",
+}
+
 
 def trace_id(workdir: Path, name: str) -> Row:
     """All that a run folder knows about one id.
 
     Args:
       name: the id of a pair (that of its candidate), segment, document, seed or held-out example,
-        or a model (`M_1`), or one of its train steps (`M_1:12`, counted from 1).
+        alone or after its kind (`heldout:7`; the others are `pair`, `segment`, `document` and
+        `seed`), or a model (`M_1`), or one of its train steps (`M_1:12`, counted from 1).
+
+    Returns:
+      a row of the id's kind; {"kind": "several", "matches": those rows} of an id of several kinds.
 
     Raises:
       HumpbackError: no such id; the message gives an example of every kind.
@@ -33,8 +48,8 @@ def trace_id(workdir: Path, name: str) -> Row:
     return Lineage(RunView(workdir)).trace(name)
 
 
-def batches(run: RunView, model: str) -> list[list[str]]:
-    """The ids of the examples of every train step: entry t holds those of step t + 1.
+def batches(run: RunView, model: str) -> list[list[tuple[str, str]]]:
+    """(source, id) of the examples of every train step: entry t holds those of step t + 1.
 
     Nothing was written down while training: batch t is a function of the seed, t and the ids.
 
@@ -47,11 +62,11 @@ def batches(run: RunView, model: str) -> list[list[str]]:
 
     fields = run.entries[model]["fields"]
     data = run.training_data(model)
-    ids = [row["id"] for row in data]
+    identities = [(row["source"], row["id"]) for row in data]
     # The fields that change no result are not stored; their defaults do as well.
     section = ConfigDict({**train_section(), **fields["train"]}, convert_dict=True)
-    keys = keys_of([(row["source"], row["id"]) for row in data])
-    names, sources = numbered([row["source"] for row in data])
+    keys = keys_of(identities)
+    names, sources = numbered([source for source, _ in identities])
     pools = pools_of(keys, sources, shares_of(names, parse_mixture(section.mixture)))
     spec = train_spec(section, Compute(Precision(), "scan", Shape()), fields["seed"], pools)
     if spec.steps != (done := run.details(model)["steps"]):
@@ -60,7 +75,7 @@ def batches(run: RunView, model: str) -> list[list[str]]:
             f"{spec.steps}: which examples they had cannot be told."
         )
     order = BatchOrder(keys, spec.batch_examples, spec.seed, pools)
-    return [[ids[index] for index in order.indices(step)] for step in range(spec.steps)]
+    return [[identities[index] for index in order.indices(step)] for step in range(spec.steps)]
 
 
 class Lineage:
@@ -71,22 +86,17 @@ class Lineage:
 
     def trace(self, name: str) -> Row:
         """See `trace_id`."""
-        if name in self._candidates:
-            return self.pair(name)
-        if name in self._segments:
-            return self.segment(name)
-        if any(segment["document_id"] == name for segment in self._segments.values()):
-            return self.document(name)
-        if name in self._sources:
-            return self.human_example(name, "seed")
-        if name in self._measured:
-            return self.human_example(name, "heldout")
-        model, colon, step = name.rpartition(":")
-        if colon and step.isdigit() and self._model(model):
-            return self.step(self._model(model), int(step))
+        kind, _, rest = name.partition(":")
+        asked = [*((each, name) for each in self._kinds), (kind, rest)]
+        found = [self._kinds[each](own) for each, own in asked if own in self._ids.get(each, ())]
         if self._model(name):
-            return self.model(self._model(name))
-        raise HumpbackError(f"{self.run.root} knows no id {name!r}. {self._examples_of_ids()}")
+            found.append(self.model(self._model(name)))
+        model, _, step = name.rpartition(":")
+        if step.isdecimal() and self._model(model):
+            found.append(self.step(self._model(model), int(step)))
+        if not found:
+            raise HumpbackError(f"{self.run.root} knows no id {name!r}. {self._examples_of_ids()}")
+        return found[0] if len(found) == 1 else {"kind": "several", "id": name, "matches": found}
 
     def pair(self, name: str) -> Row:
         """The whole chain of a pair: document, augmentation, ratings, decisions, train steps."""
@@ -109,7 +119,7 @@ class Lineage:
             "instruction": candidate["instruction"],
             "response": candidate["response"],
             "rounds": [self._round(name, number) for number in self._rounds],
-            "training": self._training(name),
+            "training": self._training("web", name),
         }
 
     def segment(self, name: str) -> Row:
@@ -133,7 +143,7 @@ class Lineage:
                     "id": pair,
                     "instruction": self._candidates[pair]["instruction"],
                     "rounds": [self._round(pair, number) for number in self._rounds],
-                    "training": self._training(pair),
+                    "training": self._training("web", pair),
                 }
                 for pair in self._pairs_of(segment)
             ]
@@ -142,12 +152,10 @@ class Lineage:
 
     def human_example(self, name: str, kind: str) -> Row:
         """A seed example and the steps that used it, or a held-out one and its figures."""
-        example = self._human.get(name)
+        example = self._human.get((kind, name))
         text = {"instruction": example.instruction, "response": example.response} if example else {}
-        found: Row = {"kind": kind, "id": name, **text, "training": self._training(name)}
-        if name in self._measured:
-            found["evaluation"] = self._measured[name]
-        return found
+        found: Row = {"kind": kind, "id": name, **text, "training": self._training(kind, name)}
+        return found | ({"evaluation": self._measured[name]} if kind == "heldout" else {})
 
     def model(self, name: str) -> Row:
         """A model's identity, parents and data."""
@@ -162,8 +170,8 @@ class Lineage:
             "fields": entry["fields"],
             "details": entry["details"],
             "examples": [
-                {"id": row["id"], "source": row["source"], "steps": self._steps(name, row["id"])}
-                for row in self.run.training_data(name)
+                {"id": own, "source": source, "steps": self._steps(name, source, own)}
+                for source, own in self._trained_on(name)
             ],
         }
 
@@ -184,7 +192,30 @@ class Lineage:
             "step": step,
             "steps": len(steps),
             "metrics": measured.get(step, {}),
-            "examples": [self._brief(model, name) for name in steps[step - 1]],
+            "examples": [self._brief(source, name) for source, name in steps[step - 1]],
+        }
+
+    @functools.cached_property
+    def _kinds(self) -> dict[str, Callable[[str], Row]]:
+        """What shows an id, by kind of row."""
+        return {
+            "pair": self.pair,
+            "segment": self.segment,
+            "document": self.document,
+            "seed": functools.partial(self.human_example, kind="seed"),
+            "heldout": functools.partial(self.human_example, kind="heldout"),
+        }
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, Collection[str]]:
+        """The run's ids, by kind of row."""
+        trained = [each for model in self.run.names("model") for each in self._trained_on(model)]
+        return {
+            "pair": self._candidates,
+            "segment": self._segments,
+            "document": dict.fromkeys(row["document_id"] for row in self._segments.values()),
+            "seed": dict.fromkeys(name for source, name in trained if source == "seed"),
+            "heldout": self._measured,
         }
 
     @functools.cached_property
@@ -216,17 +247,12 @@ class Lineage:
     def _rounds(self) -> list[int]:
         return sorted({round_of(n) for n in (*self.run.names("scores"), *self.run.names("pairs"))})
 
-    @functools.cached_property
-    def _sources(self) -> dict[str, str]:
-        """Source of every example that some model was trained on."""
-        return {
-            row["id"]: row["source"]
-            for name in self.run.names("model")
-            for row in self.run.training_data(name)
-        }
+    def _trained_on(self, model: str) -> list[tuple[str, str]]:
+        return [(row["source"], row["id"]) for row in self.run.training_data(model)]
 
     @functools.cached_property
     def _measured(self) -> dict[str, list[Row]]:
+        """The figures of every held-out example."""
         found: dict[str, list[Row]] = {}
         for name in self.run.names("evaluation"):
             for row in self.run.rows(name):
@@ -235,14 +261,18 @@ class Lineage:
         return found
 
     @functools.cached_property
-    def _human(self) -> dict[str, Example]:
-        """The human pairs, from the files that the config names: the run keeps their ids alone."""
+    def _human(self) -> dict[tuple[str, str], Example]:
+        """The human pairs by (kind, id), from the files that the config names: the run keeps their
+        ids alone.
+        """
         from humpback_jax.stages.sources import seed_pairs
 
         try:
-            return {e.id: e for part in seed_pairs(self.run.config) for e in part}
+            seed, heldout = seed_pairs(self.run.config)
         except HumpbackError:  # the run folder was moved away from them
             return {}
+        parts = {"seed": seed, "heldout": heldout}
+        return {(kind, example.id): example for kind, part in parts.items() for example in part}
 
     def _pairs_of(self, segment: str) -> list[str]:
         return [n for n, row in self._candidates.items() if row["segment_id"] == segment]
@@ -277,40 +307,40 @@ class Lineage:
             and {key: decision[key] for key in ("selected", "reason", "score")},
         }
 
-    def _training(self, name: str) -> list[Row]:
+    def _training(self, source: str, name: str) -> list[Row]:
         """The models that were trained on an example, and in which steps."""
         found = []
         for model in self.run.names("model"):
-            steps = self._steps(model, name)
+            steps = self._steps(model, source, name)
             if steps:
                 found.append({"model": model, "steps": steps})
         return found
 
-    def _steps(self, model: str, name: str) -> list[int]:
-        return self._uses(model).get(name, [])
+    def _steps(self, model: str, source: str, name: str) -> list[int]:
+        return self._uses(model).get((source, name), [])
 
     @functools.cache  # noqa: B019 - a Lineage lives as long as one query
-    def _batches(self, model: str) -> list[list[str]]:
+    def _batches(self, model: str) -> list[list[tuple[str, str]]]:
         return batches(self.run, model)
 
     @functools.cache  # noqa: B019 - as above
-    def _uses(self, model: str) -> dict[str, list[int]]:
-        uses: dict[str, list[int]] = {}
-        for step, names in enumerate(self._batches(model), start=1):
-            for name in names:
-                uses.setdefault(name, []).append(step)
+    def _uses(self, model: str) -> dict[tuple[str, str], list[int]]:
+        uses: dict[tuple[str, str], list[int]] = {}
+        for step, identities in enumerate(self._batches(model), start=1):
+            for identity in identities:
+                uses.setdefault(identity, []).append(step)
         return uses
 
-    def _brief(self, model: str, name: str) -> Row:
+    def _brief(self, source: str, name: str) -> Row:
         """An example of a step: enough to recognise it, and the id to ask on with."""
-        candidate = self._candidates.get(name)
-        if candidate:
+        found: Row = {"id": name, "source": source}
+        if source == "web" and name in self._candidates:
+            candidate = self._candidates[name]
             origin = self._origin(candidate["segment_id"])
             place = {key: origin[key] for key in ("document", "bytes")}
-            return {"id": name, "source": "web", "instruction": candidate["instruction"], **place}
-        human = self._human.get(name)
-        text: dict[str, Any] = {"instruction": human.instruction} if human else {}
-        return {"id": name, "source": self._sources.get(name), **text}
+            return found | {"instruction": candidate["instruction"], **place}
+        human = self._human.get((source, name))
+        return found | ({"instruction": human.instruction} if human else {})
 
     def _model(self, name: str) -> str:
         """The artifact's name of a model called by it or by its last part, "" for none."""
@@ -318,17 +348,10 @@ class Lineage:
         return next((found for found in models if name in (found, short_name(found))), "")
 
     def _examples_of_ids(self) -> str:
-        models = [short_name(name) for name in self.run.names("model")]
-        documents = [row["document_id"] for row in self._segments.values()]
-        seeds = [n for n, source in self._sources.items() if n not in self._candidates]
-        kinds = {
-            "a pair (or candidate)": list(self._candidates),
-            "a segment": list(self._segments),
-            "a document": documents,
-            "a seed example": seeds,
-            "a held-out example": list(self._measured),
-            "a model": models,
-            "a train step": [f"{model}:1" for model in models],
-        }
-        known = [f"{kind}, like {ids[0]}" for kind, ids in kinds.items() if ids]
-        return f"It can trace {'; '.join(known)}." if known else "The run has no artifact yet."
+        likes = {kind: f"{kind}:{next(iter(ids))}" for kind, ids in self._ids.items() if ids}
+        for model in self.run.names("model")[:1]:
+            likes |= {"model": short_name(model), "step": f"{short_name(model)}:1"}
+        known = [f"{NAMES[kind]}, like {name}" for kind, name in likes.items()]
+        if not known:
+            return "The run has no artifact yet."
+        return f"It can trace {'; '.join(known)}; the kind of a row may be left out."

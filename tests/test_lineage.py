@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import train_again
+from tiny_run import tiny_config, train_again
 
 from humpback_jax.corpus.documents import read_documents
 from humpback_jax.errors import HumpbackError
 from humpback_jax.lineage import Lineage, batches, trace_id
+from humpback_jax.loop import prepare
+from humpback_jax.records import Example
 from humpback_jax.run_view import RunView
+from humpback_jax.stages.evaluate import evaluate_stage
+from humpback_jax.stages.sources import corpus_stage, packaged_pairs
+from humpback_jax.stages.train import train_stage
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def test_N03_the_byte_span_cuts_the_response_out_of_its_document(
 
 
 def check_steps(run: RunView, name: str) -> None:
-    data = {row["id"]: row for row in run.training_data(name)}
+    data = {(row["source"], row["id"]): row for row in run.training_data(name)}
     log = {row["step"]: row for row in run.history(name) if "loss" in row}
     steps = batches(run, name)
     assert sorted(log) == list(range(1, len(steps) + 1))
@@ -129,7 +135,8 @@ def test_a_document_lists_every_segment_and_what_became_of_it(
 
 
 def test_human_examples_are_traced_too(run: RunView, lineage: Lineage) -> None:
-    name = batches(run, "round_0/M_0")[0][0]
+    source, name = batches(run, "round_0/M_0")[0][0]
+    assert source == "seed"
     seed = lineage.trace(name)
     assert seed["kind"] == "seed" and seed["instruction"] and seed["response"]
     steps = {use["model"]: use["steps"] for use in seed["training"]}
@@ -139,12 +146,79 @@ def test_human_examples_are_traced_too(run: RunView, lineage: Lineage) -> None:
     assert {row["model"] for row in held_out["evaluation"]} == {"base", "M_0", "M_1", "M_2"}
 
 
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
+    """A run whose seed examples, held-out examples and documents all have the ids 0, 1, 2, ..."""
+    folder = tmp_path_factory.mktemp("alike")
+    config = tiny_config()
+    config.data.seed, config.data.heldout = str(folder / "s.jsonl"), str(folder / "h.jsonl")
+    write_rows(folder / "s.jsonl", [pair_of(e) for e in packaged_pairs("train")[:16]])
+    write_rows(folder / "h.jsonl", [pair_of(e) for e in packaged_pairs("heldout")[:4]])
+    texts = [{"text": document.text} for document in read_documents(["pydoc_topics"])]
+    write_rows(folder / "documents.jsonl", texts[:12])
+    config.corpus.documents = (str(folder / "documents.jsonl"),)
+    config.train.update({"steps": 4, "eval_every": 0})
+    context = prepare(config, folder / "run", say=lambda text: None)
+    corpus_stage(context)
+    model = train_stage(context, "round_0/M_0", context.seed, "forward", [], "S_a")
+    evaluate_stage(context, "M_0", model)
+    return Lineage(RunView(folder / "run"))
+
+
+def pair_of(example: Example) -> dict[str, str]:
+    return {"instruction": example.instruction, "output": example.response}
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    lines = [json.dumps({"id": str(number), **row}) + "\n" for number, row in enumerate(rows)]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def test_a_held_out_example_is_not_shown_as_the_seed_example_of_the_same_id(
+    alike: Lineage,
+) -> None:
+    for number, example in enumerate(packaged_pairs("train")[:16]):
+        seed = alike.trace(f"seed:{number}")
+        assert (seed["kind"], seed["id"]) == ("seed", str(number))
+        assert (seed["instruction"], seed["response"]) == (example.instruction, example.response)
+        assert "evaluation" not in seed
+        ((model, steps),) = [use.values() for use in seed["training"]]
+        for step in steps:
+            shown = {row["id"]: row for row in alike.trace(f"{model}:{step}")["examples"]}
+            assert shown[str(number)]["source"] == "seed"
+            assert shown[str(number)]["instruction"] == example.instruction
+    for number, example in enumerate(packaged_pairs("heldout")[:4]):
+        held_out = alike.trace(f"heldout:{number}")
+        assert (held_out["kind"], held_out["id"]) == ("heldout", str(number))
+        assert held_out["instruction"] == example.instruction
+        assert not held_out["training"] and held_out["evaluation"]
+
+
+def test_an_id_of_several_kinds_shows_all_of_them(alike: Lineage) -> None:
+    name = next(n for n in "0123" if n in {r["document_id"] for r in alike.run.rows("corpus")})
+    several = alike.trace(name)
+    assert (several["kind"], several["id"]) == ("several", name)
+    kinds = ("document", "seed", "heldout")
+    assert several["matches"] == [alike.trace(f"{kind}:{name}") for kind in kinds]
+    assert alike.trace(f"document:{name}")["segments"]
+    assert alike.trace("15")["kind"] == "seed", "the others have no such id"
+
+
+def test_the_ids_that_an_error_suggests_are_of_one_kind_each(alike: Lineage) -> None:
+    with pytest.raises(HumpbackError, match="knows no id 'heldout:15'") as caught:
+        alike.trace("heldout:15")
+    kinds = [alike.trace(name)["kind"] for name in suggested(caught.value)]
+    assert kinds == ["segment", "document", "seed", "heldout", "model", "step"]
+
+
+def suggested(error: HumpbackError) -> list[str]:
+    return re.findall(r", like ([^;]+);", str(error))
+
+
 def test_an_unknown_id_is_answered_with_one_example_of_every_kind(tiny_run: Path) -> None:
     with pytest.raises(HumpbackError, match="knows no id 'nonsense'") as caught:
         trace_id(tiny_run, "nonsense")
-    examples = re.findall(r", like ([^;]+?)(?:;|\.$)", str(caught.value))
-    assert len(examples) == 7
-    kinds = [trace_id(tiny_run, name)["kind"] for name in examples]
+    kinds = [trace_id(tiny_run, name)["kind"] for name in suggested(caught.value)]
     assert kinds == ["pair", "segment", "document", "seed", "heldout", "model", "step"]
 
 
