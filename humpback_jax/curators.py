@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.evaluation.statistics import mid_ranks
 from humpback_jax.inference import Inference
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.text.rubric import SCORES, parse_score, score_token_ids
 
 CURATORS = ("rubric", "rubric_likelihood", "pmi", "pmi_frozen", "combined")
+COMBINED = ("pmi", "rubric_likelihood")  # the parts of `combined`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +82,9 @@ def rate(
       scored: of this judge, with this decoding and seed; filled here.
     """
     if curator == "combined":
-        pmi, rubric = (
-            rate(part, judge, pairs, decoding, seed, scored)
-            for part in ("pmi", "rubric_likelihood")
+        return combine(
+            {part: rate(part, judge, pairs, decoding, seed, scored) for part in COMBINED}
         )
-        return _combined(pairs, pmi, rubric)
     new = [pair for pair in pairs if (curator, pair) not in scored.ratings]
     if new:
         match curator:
@@ -197,22 +198,23 @@ def _pmi(
     return ratings
 
 
-def _combined(
-    pairs: Sequence[PairText], pmi: Sequence[Rating], rubric: Sequence[Rating]
-) -> list[Rating]:
-    """Mean percentile rank, among these pairs, under `pmi` and `rubric_likelihood`."""
-    ranks = [_percentiles([r.value or 0.0 for r in ratings]) for ratings in (pmi, rubric)]
-    ratings = []
-    for index, pair in enumerate(pairs):
-        detail = {"pmi": pmi[index].value, "rubric_likelihood": rubric[index].value}
-        value = round(float((ranks[0][index] + ranks[1][index]) / 2), 6)
-        ratings.append(Rating(pair.id, "combined", value, json.dumps(detail)))
-    return ratings
+def combine(parts: Mapping[str, Sequence[Rating]]) -> list[Rating]:
+    """Ratings of `combined`: the mean percentile, among these pairs, of their ratings by each part.
 
+    A pair that a part gave no number gets none here, and no place among the others.
 
-def _percentiles(values: Sequence[float]) -> np.ndarray:
-    """Mid-rank percentiles in [0, 1]; ties share theirs."""
-    array = np.asarray(values)
-    below = (array[:, None] > array[None, :]).sum(axis=1)
-    equal = (array[:, None] == array[None, :]).sum(axis=1)
-    return (below + 0.5 * equal) / len(array)
+    Args:
+      parts: the ratings of the same pairs, in the same order, by each of `COMBINED`.
+    """
+    values = np.array([[r.value for r in ratings] for ratings in parts.values()], float)
+    known = ~np.isnan(values).any(axis=0)
+    # A percentile is the share of values below, and half of the equal ones, its own among them.
+    percentiles = [(mid_ranks(row) - 0.5) / len(row) for row in values[:, known]]
+    means = np.full(len(known), np.nan)
+    means[known] = np.mean(percentiles, axis=0)
+    combined = []
+    for mean, *ratings in zip(means.tolist(), *parts.values(), strict=True):
+        detail = dict(zip(parts, (rating.value for rating in ratings), strict=True))
+        value = None if math.isnan(mean) else round(mean, 6)
+        combined.append(Rating(ratings[0].id, "combined", value, json.dumps(detail)))
+    return combined

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_llama import from_torch, torch_llama
 
-from humpback_jax import curators
 from humpback_jax.compute import choose_compute
-from humpback_jax.curators import CURATORS, PairText, Rating, Scored, check_curator, rate
+from humpback_jax.curators import CURATORS, PairText, Rating, Scored, check_curator, combine, rate
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Generation, Inference
 from humpback_jax.models import LanguageModel
@@ -210,14 +211,18 @@ RATINGS = st.lists(
 )
 
 
+def combined(pmi: Sequence[float | None], rubric: Sequence[float | None]) -> list[float | None]:
+    parts = {"pmi": pmi, "rubric_likelihood": rubric}
+    ratings = {
+        part: [Rating(str(i), part, value, "{}") for i, value in enumerate(values)]
+        for part, values in parts.items()
+    }
+    return [rating.value for rating in combine(ratings)]
+
+
 @given(RATINGS)
 def test_the_combined_rating_is_the_mean_rank_and_respects_both(ratings):
-    pairs = [PairText(str(i), "x", "y") for i in range(len(ratings))]
-
-    def column(which: int) -> list[Rating]:
-        return [Rating(str(i), "", r[which], "{}") for i, r in enumerate(ratings)]
-
-    found = [r.value for r in curators._combined(pairs, column(0), column(1))]
+    found = combined([r[0] for r in ratings], [r[1] for r in ratings])
     assert all(v is not None and 0 < v < 1 for v in found) or len(found) == 1
     assert np.mean(found) == pytest.approx(0.5, abs=1e-5)
     for i, a in enumerate(ratings):
@@ -226,6 +231,39 @@ def test_the_combined_rating_is_the_mean_rank_and_respects_both(ratings):
                 assert found[i] >= found[j] - 1e-9
             if a == b:
                 assert found[i] == found[j]
+
+
+def percentiles(values: Sequence[float]) -> np.ndarray:
+    """The definition: the share of values below each one, and half of those equal to it."""
+    array = np.asarray(values)
+    below = (array[:, None] > array[None, :]).sum(axis=1)
+    equal = (array[:, None] == array[None, :]).sum(axis=1)
+    return (below + 0.5 * equal) / len(array)
+
+
+@given(RATINGS)
+def test_the_combined_rating_is_that_of_the_definition(ratings):
+    pmi, rubric = [r[0] for r in ratings], [r[1] for r in ratings]
+    expected = (percentiles(pmi) + percentiles(rubric)) / 2
+    assert combined(pmi, rubric) == [round(float(value), 6) for value in expected]
+
+
+def test_combined_ratings_of_many_pairs_take_seconds_and_no_table_of_all_against_all():
+    count = 200_000
+    generator = np.random.default_rng(0)
+    pmi, rubric = generator.normal(size=count).round(3), generator.uniform(1, 5, count).round(2)
+    started = time.process_time()
+    found = combined(pmi.tolist(), rubric.tolist())
+    assert time.process_time() - started < 30
+    assert np.mean(np.array(found, float)) == pytest.approx(0.5)
+
+
+def test_a_pair_that_one_part_cannot_rate_gets_no_combined_rating_and_moves_no_other():
+    found = combined([0.3, math.nan, 0.1, None, 0.2], [2.0, 5.0, 1.0, 5.0, 3.0])
+    expected = combined([0.3, 0.1, 0.2], [2.0, 1.0, 3.0])
+    assert [found[i] for i in (0, 2, 4)] == expected
+    assert found[1] is None and found[3] is None
+    assert combined([None, math.nan], [1.0, 2.0]) == [None, None]
 
 
 def test_combined_keeps_both_parts():

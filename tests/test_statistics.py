@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from humpback_jax.evaluation import statistics
-from humpback_jax.evaluation.statistics import auc, paired_difference, token_mean
+from humpback_jax.evaluation.statistics import auc, mid_ranks, paired_difference, token_mean
 
 
 def example_set(count: int, shift: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,3 +85,14 @@ def test_auc_is_the_share_of_pairs_in_order(positive, negative):
     assert auc(np.array(positive), np.array(negative)) == pytest.approx(
         1 - auc(np.array(negative), np.array(positive))
     )
+
+
+TIED = st.sampled_from([-np.inf, -2.0, -1e-9, 0.0, 1e-9, 0.5, 3.0])
+
+
+@given(st.lists(TIED | st.floats(allow_nan=False), max_size=30))
+def test_mid_ranks_are_those_of_the_definition_ties_included(values):
+    array = np.array(values, float)
+    below = (array[:, None] > array[None, :]).sum(axis=1)
+    equal = (array[:, None] == array[None, :]).sum(axis=1)
+    assert mid_ranks(array).tolist() == (below + (equal + 1) / 2).tolist()

@@ -50,6 +50,13 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
+def mid_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 for the least of n values [n] to n; equal ones share the mean of theirs."""
+    _, inverse, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    middle: np.ndarray = np.cumsum(sizes) - (sizes - 1) / 2
+    return middle[inverse]
+
+
 def _resampled_ratios(values: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
     """Sum of values over sum of weights [RESAMPLES], examples drawn with replacement."""
     generator, ratios = np.random.default_rng(seed), []

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from humpback_jax.artifacts import Row
+from humpback_jax.evaluation.statistics import mid_ranks
 from humpback_jax.run_view import RunView, round_of, short_name
 
 BaseKind = Literal["random", "instruct", "plain"]
@@ -168,17 +169,10 @@ def agreements(run: RunView) -> list[Agreement]:
 
 def spearman(a: Any, b: Any) -> float:
     """Correlation of mid-ranks; nan where one side is constant."""
-    x, y = _ranks(np.asarray(a, float)), _ranks(np.asarray(b, float))
+    x, y = mid_ranks(np.asarray(a, float)), mid_ranks(np.asarray(b, float))
     x, y = x - x.mean(), y - y.mean()
     scale = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / scale if scale else float("nan")
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    upto = np.cumsum(sizes)
-    middle: np.ndarray = upto - (sizes - 1) / 2
-    return middle[inverse]
 
 
 def extremes(run: RunView, number: int = 5) -> tuple[list[Row], list[Row]]:
