@@ -133,14 +133,14 @@ def _score(context: Context, t: int, judge: Artifact, candidates: Artifact) -> A
     """Scores of the loop's curator, which select, and of the further ones, for the report."""
     section = context.config.curate
 
-    def score(curator: str, name: str, limit: int) -> Artifact:
+    def score(curator: str, limit: int) -> Artifact:
         reader = context.base_artifact if curator == "pmi_frozen" else judge
-        return score_stage(context, name, reader, candidates, curator, limit)
+        return score_stage(context, t, reader, candidates, curator, limit)
 
     for curator in section.also:
         if curator != section.curator:
-            score(curator, f"round_{t}/scores_{curator}", section.also_limit)
-    return score(section.curator, f"round_{t}/scores", 0)
+            score(curator, section.also_limit)
+    return score(section.curator, 0)
 
 
 def _evaluate(context: Context, models: dict[str, Artifact]) -> Row:

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from humpback_jax.artifacts import Row
+from humpback_jax.curators import COMBINED
 from humpback_jax.loop import prepare
 from humpback_jax.model.remat import Remat
 from humpback_jax.records import Example, Message, Segment, stable_id
 from humpback_jax.sampling.likelihood import WIDTHS, sequence_nll
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
-from humpback_jax.stages.curate import choose, rubric_decoding
+from humpback_jax.stages.curate import choose, rubric_decoding, scores_name
 from humpback_jax.stages.sources import corpus_stage
 from humpback_jax.stages.train import Direction, render, tokenized_examples, train_spec
 from humpback_jax.text.template import Rendered, Tags
@@ -155,9 +156,8 @@ class _Planner:
             found.append(self._curation_meter(f"round_{t}/curation_meter"))
             for curator in config.curate.also:
                 if curator != config.curate.curator:
-                    pairs = self.web[: config.curate.also_limit or None]
-                    found.append(self._scores(f"round_{t}/scores_{curator}", curator, pairs))
-            found.append(self._scores(f"round_{t}/scores", config.curate.curator, self.web))
+                    found += self._scores(t, curator, config.curate.also_limit, found)
+            found += self._scores(t, config.curate.curator, 0, found)
             trained = self._training(f"round_{t}/M_{t}", [*context.seed, *selected], "forward")
             found.append(dataclasses.replace(trained, expected=True))
         for name in ("base", *(f"M_{t}" for t in range(config.rounds + 1))):
@@ -206,8 +206,17 @@ class _Planner:
         rows = KINDS * len(examples) * len(curators)
         return StagePlan(name, rows, KINDS * tokens, KINDS * cost, expected=True)
 
-    def _scores(self, name: str, curator: str, pairs: Sequence[Example]) -> StagePlan:
-        return dataclasses.replace(self._rating(curator, pairs), name=name)
+    def _scores(
+        self, t: int, curator: str, limit: int, known: Sequence[StagePlan]
+    ) -> list[StagePlan]:
+        """A curator's scores; for `combined` those of its parts, unless they are known, before."""
+        name = scores_name(self.config.curate, t, curator, limit)
+        pairs = self.web[: limit or None]
+        if curator == "combined":
+            parts = [line for part in COMBINED for line in self._scores(t, part, limit, known)]
+            return [*parts, StagePlan(name, len(pairs), 0, 0, expected=True)]
+        line = dataclasses.replace(self._rating(curator, pairs), name=name)
+        return [] if line in known else [line]
 
     def _rating(self, curator: str, pairs: Sequence[Example]) -> StagePlan:
         """One curator on pairs: prompts read, and for the reasoned rubric text written."""

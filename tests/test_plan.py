@@ -88,3 +88,18 @@ def test_too_little_data_fails_in_the_plan() -> None:
     config.train.batch_examples = 500
     with pytest.raises(HumpbackError, match="fewer than one batch"):
         dry_run(config, lambda text: None)
+
+
+@pytest.mark.parametrize("curator", ["combined", "pmi"])
+def test_the_plan_counts_what_combined_reads_once_and_where_it_is_read(curator: str) -> None:
+    config = tiny_config()
+    with config.unlocked():
+        others = sorted({"combined", "pmi", "rubric_likelihood"} - {curator})
+        config.curate.update({"curator": curator, "also": tuple(others)})
+        config.rounds = 1
+    stages = dry_run(config, lambda text: None)["stages"]
+    costs = {s["name"]: s["cost"] for s in stages if "/scores" in s["name"]}
+    assert len(costs) == len([s for s in stages if "/scores" in s["name"]]) == 3
+    name = {other: f"round_1/scores_{other}" for other in others} | {curator: "round_1/scores"}
+    assert costs[name["combined"]] == 0
+    assert costs[name["pmi"]] > 0 and costs[name["rubric_likelihood"]] > 0

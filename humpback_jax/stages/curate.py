@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, Stage
-from humpback_jax.curators import PairText, Scored, rate
+from humpback_jax.curators import COMBINED, PairText, Rating, Scored, combine, rate
 from humpback_jax.errors import HumpbackError
 from humpback_jax.records import Candidate, Pair, Score
 from humpback_jax.sampling.sampler import Decoding
@@ -24,9 +24,15 @@ def rubric_decoding(section: Any) -> Decoding:
     return Decoding(section.temperature, section.top_p, 0, section.max_new_tokens)
 
 
+def scores_name(section: Any, t: int, curator: str, limit: int) -> str:
+    """The name of a curator's scores in round t: those of all pairs by the loop's own select."""
+    selects = curator == section.curator and not limit
+    return f"round_{t}/scores" if selects else f"round_{t}/scores_{curator}"
+
+
 def score_stage(
     context: Context,
-    name: str,
+    t: int,
     judge: Artifact,
     candidates: Artifact,
     curator: str,
@@ -34,12 +40,18 @@ def score_stage(
 ) -> Artifact:
     """Scores of one curator under one model, one row per candidate that passes the gates.
 
+    Those of `combined` are computed from its parts' scores, which are artifacts of their own.
+
     Args:
-      judge: M_{t-1}, or the base for `pmi_frozen`.
+      t: the round. judge: M_{t-1}, or the base for `pmi_frozen`.
       limit: only the first candidates by hash of their id; 0 means all.
     """
     config = context.config
     section = config.curate
+    name = scores_name(section, t, curator, limit)
+    if curator == "combined":
+        parts = {p: score_stage(context, t, judge, candidates, p, limit) for p in COMBINED}
+        return _combined_scores(context, name, parts)
     pairs = _gated(context, candidates)
     if not pairs:
         raise HumpbackError(
@@ -53,8 +65,7 @@ def score_stage(
     if curator == "rubric":
         fields |= {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
         fields["precision"] = context.compute.sampling_formats
-    # Ranks are over all pairs, so `combined` cannot be cut into shards.
-    size = len(pairs) if curator == "combined" else section.shard_rows
+    size = section.shard_rows
     shards = [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
     def make(index: int) -> list[Row]:
@@ -71,6 +82,22 @@ def score_stage(
     return context.folder.rows(
         name, "scores", stage, [judge, candidates], len(shards), make, _histogram, shard_rows=size
     )
+
+
+def _combined_scores(context: Context, name: str, parts: dict[str, Artifact]) -> Artifact:
+    def make(_: int) -> list[Row]:
+        tables = {part: context.folder.read(scores) for part, scores in parts.items()}
+        ratings = {
+            part: [Rating(row["candidate_id"], part, row["value"], row["detail"]) for row in rows]
+            for part, rows in tables.items()
+        }
+        return [
+            {**row, "curator": r.curator, "value": r.value, "detail": r.detail}
+            for row, r in zip(tables[COMBINED[0]], combine(ratings), strict=True)
+        ]
+
+    stage = Stage("score", VERSION, {"curator": "combined"})
+    return context.folder.rows(name, "scores", stage, list(parts.values()), 1, make, _histogram)
 
 
 def select_stage(context: Context, name: str, candidates: Artifact, scores: Artifact) -> Artifact:
