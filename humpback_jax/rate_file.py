@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from humpback_jax.curators import PairText, Rating, Scored, rate
+from humpback_jax.curators import COMBINED, PairText, Rating, Scored, combine, rate
 from humpback_jax.inference import Inference
 from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
@@ -34,8 +34,8 @@ def rate_file(
 ) -> tuple[int, ReadReport]:
     """Rates every pair of a file; returns (pairs with a rating, what was found in the file).
 
-    Finished shards survive a kill. `combined` ranks all pairs among each other, so its file is one
-    shard, held in memory.
+    Finished shards survive a kill. `combined` ranks all pairs among each other when all shards are
+    there, and holds the two values of each in memory for that.
 
     Raises:
       HumpbackError: an unusable row (named, before anything is computed), or a pair longer than
@@ -47,16 +47,16 @@ def rate_file(
         digest.update(repr(example).encode())
         total += 1
     named = [judge.model.hash, judge.compute.sampling_formats, curator, repr(decoding), seed]
-    named.append(digest.hexdigest())
+    named += [digest.hexdigest(), SHARD_ROWS]
     identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
     shards = first_alone("shards", lambda: Shards(out, form, identity))
-    size = total if curator == "combined" else SHARD_ROWS
-    ours = {n: rows for n, rows in enumerate(shard_sizes(total, size)) if judge.share.takes(n)}
+    sizes = enumerate(shard_sizes(total, SHARD_ROWS))
+    ours = {number: rows for number, rows in sizes if judge.share.takes(number)}
     done = sum(rows for number, rows in ours.items() if number in shards.done)
     progress = Progress("score", sum(ours.values()), say, done)
     examples = stream_examples(path, "seed", ReadReport(), skip_bad)
     wanted = ours.keys() - shards.done
-    for number, chunk in enumerate(_chunks(examples, size)):
+    for number, chunk in enumerate(_chunks(examples)):
         if number not in wanted:
             continue
         pairs = [PairText(e.id, e.instruction, e.response) for e in chunk]
@@ -66,13 +66,23 @@ def rate_file(
         progress.add(len(pairs))
     shards.wait()
     rated = sum(row["score"] is not None for row in shards.rows())
-    shards.join()
+    shards.join(_ranked(shards) if curator == "combined" else None)
     return rated, report
 
 
-def _chunks(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
-    while chunk := list(itertools.islice(examples, size)):
+def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    while chunk := list(itertools.islice(examples, SHARD_ROWS)):
         yield chunk
+
+
+def _ranked(shards: Shards) -> Iterator[dict[str, Any]]:
+    """The rows of `combined`, ranked among all: each shard has ranked its own alone."""
+    parts: dict[str, list[Rating]] = {part: [] for part in COMBINED}
+    for row in shards.rows():
+        for part, ratings in parts.items():
+            ratings.append(Rating(row["id"], part, row["detail"][part], ""))
+    for row, rating in zip(shards.rows(), combine(parts), strict=True):
+        yield row | {"score": rating.value}
 
 
 def _row(pair: PairText, rating: Rating) -> dict[str, Any]:

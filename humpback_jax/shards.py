@@ -52,11 +52,15 @@ class Shards:
         wait_for_all("all shards are written")
         self.done = self._found()
 
-    def join(self) -> None:
-        """Writes the output file, once for all processes, and deletes the shards."""
+    def join(self, rows: Iterable[Row] | None = None) -> None:
+        """Writes the output file, once for all processes, and deletes the shards.
+
+        Args:
+          rows: what to write in place of the shards' rows; read when all shards are there.
+        """
         self.wait()
         if jax.process_index() == 0:
-            write_rows(self.out, self.rows(), self.form)
+            write_rows(self.out, self.rows() if rows is None else rows, self.form)
             shutil.rmtree(self.folder, ignore_errors=True)
         wait_for_all("the output file is written")
 
