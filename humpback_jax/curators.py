@@ -7,6 +7,7 @@ without generating. All see the pair without source tags.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from humpback_jax.evaluation.statistics import mid_ranks
 from humpback_jax.inference import Inference
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.text.rubric import SCORES, parse_score, score_token_ids
+from humpback_jax.text.template import Template
 
 CURATORS = ("rubric", "rubric_likelihood", "pmi", "pmi_frozen", "combined")
 COMBINED = ("pmi", "rubric_likelihood")  # the parts of `combined`
@@ -172,18 +174,7 @@ def _pmi(
         )
         for response, value, count in zip(new, nll, tokens, strict=True):
             alone[response] = (-float(value), int(count))
-    joint = [
-        (
-            p.id,
-            template.forward(
-                [
-                    {"role": "user", "content": p.instruction},
-                    {"role": "assistant", "content": p.response},
-                ]
-            ),
-        )
-        for p in pairs
-    ]
+    joint = [(p.id, template.forward(_chat(p))) for p in pairs]
     nll, tokens = judge.nll(joint, template.question)
     ratings = []
     for pair, value, count in zip(pairs, nll, tokens, strict=True):
@@ -196,6 +187,33 @@ def _pmi(
         score = round((given - prior) / int(count), 6)
         ratings.append(Rating(pair.id, curator, score, json.dumps(detail)))
     return ratings
+
+
+def rating_forms(
+    curator: str, template: Template, pair: PairText, max_new_tokens: int
+) -> list[tuple[str, int]]:
+    """(text, tokens written after it) that the window has to hold for a pair to be rated.
+
+    Args:
+      max_new_tokens: of the reasoned rubric.
+    """
+    x, y = pair.instruction, pair.response
+    match curator:
+        case "rubric":
+            return [(template.rubric_prompt(x, y), max_new_tokens)]
+        case "rubric_likelihood":
+            return [(template.rubric_likelihood_prompt(x, y), 1)]
+        case "combined":
+            parts = [rating_forms(part, template, pair, max_new_tokens) for part in COMBINED]
+            return list(itertools.chain(*parts))
+    return [(template.forward(_chat(pair)).text, 0), (template.response_alone(y).text, 0)]
+
+
+def _chat(pair: PairText) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": pair.instruction},
+        {"role": "assistant", "content": pair.response},
+    ]
 
 
 def combine(parts: Mapping[str, Sequence[Rating]]) -> list[Rating]:

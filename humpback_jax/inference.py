@@ -38,6 +38,7 @@ from humpback_jax.training.examples import TrainingExample
 
 # Renders a prompt around a text: what comes before the text, whatever it is, is shared.
 Opening = Callable[[str], str]
+SPECIAL = 8  # tokens that a tokenizer may put around a text, at most
 FILLERS = ("Why", " a", "\n\n", "7", "(", "é")
 
 
@@ -174,6 +175,10 @@ class Inference:
         for index, done in self.replicas.stream(requests(), self.shared_by(opening)):
             yield index, _generation(tokenizer, done, stops.pop(index, ()))
 
+    def holds(self, text: str, written: int) -> bool:
+        """Whether the window holds a text and so many tokens after it."""
+        return holds(self.model, text, written)
+
     def check_room(self, record_id: str, prompt: str) -> None:
         """Raises HumpbackError where a prompt leaves no room in the model's window."""
         self.replicas.check(record_id, len(self.model.tokenizer.encode(prompt)))
@@ -181,6 +186,14 @@ class Inference:
     def shared_by(self, opening: Opening | None) -> tuple[int, ...]:
         """The tokens that all prompts of the opening begin with."""
         return common_start(self.model.tokenizer, opening) if opening else ()
+
+
+def holds(model: LanguageModel, text: str, written: int) -> bool:
+    """Whether the window of a model holds a text and so many tokens after it."""
+    window = model.config.max_position_embeddings
+    if len(text.encode()) + SPECIAL + written <= window:  # no token is shorter than a byte
+        return True
+    return len(model.tokenizer.encode(text)) + written <= window
 
 
 def common_start(tokenizer: Tokenizer, opening: Opening) -> tuple[int, ...]:

@@ -17,10 +17,10 @@ from humpback_jax.compute import choose_compute
 from humpback_jax.config import apply_tiny, default_config
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import load_model
-from humpback_jax.records import Candidate, Score
-from humpback_jax.stages.augment import gate
+from humpback_jax.records import Candidate, Score, Segment
+from humpback_jax.stages.augment import augment_stage, gate
 from humpback_jax.stages.context import Context
-from humpback_jax.stages.curate import choose, select_stage, selected_examples
+from humpback_jax.stages.curate import choose, score_stage, select_stage, selected_examples
 
 GOOD = "What makes water boil at a lower temperature?"
 
@@ -91,7 +91,7 @@ def test_gates_refuse_each_kind_of_broken_instruction():
     assert gate(candidate("a", document[:39], y=document), template, 10, 800) is None
 
 
-def selected(root: Path, rows: list[tuple[Candidate, float | None]], **changes: Any) -> Artifact:
+def context_at(root: Path, **changes: Any) -> Context:
     config = default_config()
     apply_tiny(config)
     config.curate.update(changes)
@@ -99,18 +99,50 @@ def selected(root: Path, rows: list[tuple[Candidate, float | None]], **changes: 
     compute = choose_compute("float32", 4)
     log: Any = None  # selection logs nothing
     base = load_model("tiny-random")
-    context = Context(config, folder, compute, base, [], [], log, lambda text: None)
+    return Context(config, folder, compute, base, [], [], log, lambda text: None)
 
-    def store(name: str, values: list[Any]) -> Artifact:
-        made = [dataclasses.asdict(value) for value in values]
-        return folder.rows(name, name, Stage(name, 1, {"id": str(made)}), [], 1, lambda _: made)
 
-    candidates = store("candidates", [c for c, _ in rows])
+def stored(context: Context, name: str, values: list[Any]) -> Artifact:
+    made = [dataclasses.asdict(value) for value in values]
+    stage = Stage(name, 1, {"id": str(made)})
+    return context.folder.rows(name, name, stage, [], 1, lambda _: made)
+
+
+def selected(root: Path, rows: list[tuple[Candidate, float | None]], **changes: Any) -> Artifact:
+    context = context_at(root, **changes)
+    candidates = stored(context, "candidates", [c for c, _ in rows])
     passing = [(c, v) for c, v in rows if gate(c, context.base.template, 0, 800) is None]
-    scores = store("scores", [Score(c.id, "x", v, "{}", "m", "t") for c, v in passing])
+    scores = stored(context, "scores", [Score(c.id, "x", v, "{}", "m", "t") for c, v in passing])
     artifact = select_stage(context, "round_1/pairs", candidates, scores)
-    artifact.details["all"] = folder.read(artifact)
+    artifact.details["all"] = context.folder.read(artifact)
     return artifact
+
+
+@pytest.mark.parametrize("curator", ["pmi", "rubric_likelihood", "combined"])
+def test_a_pair_longer_than_the_window_stops_no_scoring_and_is_never_trained_on(curator, tmp_path):
+    context = context_at(tmp_path, curator=curator, select="top_fraction", fraction=1.0)
+    rows = [candidate("short"), candidate("long", y="y" * 4090), candidate("other", GOOD + "?")]
+    candidates = stored(context, "candidates", rows)
+    scores = score_stage(context, 1, context.base_artifact, candidates, curator)
+    values = {row["candidate_id"]: row["value"] for row in context.folder.read(scores)}
+    assert values["long"] is None and None not in (values["short"], values["other"])
+    pairs = context.folder.read(select_stage(context, "round_1/pairs", candidates, scores))
+    assert {row["id"]: row["selected"] for row in pairs} == {
+        "short": True,
+        "long": False,
+        "other": True,
+    }
+
+
+def test_candidates_depend_on_no_setting_of_the_rating_that_their_key_leaves_out(tmp_path):
+    segment = Segment("s", "d", 0, 3000, "", "y" * 3000, "web", "1")
+    shorts: dict[int, str] = {}
+    for room in (16, 1000):
+        context = context_at(tmp_path / str(room), max_new_tokens=room)
+        corpus = stored(context, "corpus", [segment])
+        made = augment_stage(context, context.base_artifact, corpus)
+        shorts[room] = context.folder.read(made)[0]["finish_reason"]
+    assert shorts[16] == shorts[1000] != "no_room"
 
 
 def test_every_candidate_gets_a_decision_with_its_reason_and_unrated_ones_never_train(tmp_path):

@@ -8,13 +8,13 @@ import json
 from humpback_jax.artifacts import Artifact, Row, Stage
 from humpback_jax.config import effective_fields
 from humpback_jax.evaluation.meters import copy_rate, echoes
-from humpback_jax.inference import Generation
+from humpback_jax.inference import Generation, Inference
 from humpback_jax.records import NO_ROOM, Candidate, Segment, stable_id
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
 from humpback_jax.text.template import Template
 
-VERSION = 1
+VERSION = 2
 
 
 def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Artifact:
@@ -31,7 +31,7 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
     def make(index: int) -> list[Row]:
         reader = context.inference(backward)
         template = reader.model.template
-        fitting = {s.id for s in shards[index] if fits(context, s.text)}
+        fitting = {s.id for s in shards[index] if _fits(reader, s.text, decoding)}
         prompts = [
             (s.id, template.backward_prompt(s.text)) for s in shards[index] if s.id in fitting
         ]
@@ -76,15 +76,9 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
     )
 
 
-def fits(context: Context, response: str) -> bool:
-    """Whether the window holds every prompt that the response will stand in, and what follows it.
-
-    The reasoned rubric's prompt is the longest; the drawn instruction stands in it too.
-    """
-    config, base = context.config, context.base
-    prompt = base.tokenizer.encode(base.template.rubric_prompt("", response))
-    written = config.augment.max_new_tokens + config.curate.max_new_tokens
-    return len(prompt) + written <= base.config.max_position_embeddings
+def _fits(reader: Inference, response: str, decoding: Decoding) -> bool:
+    prompt = reader.model.template.backward_prompt(response)
+    return reader.holds(prompt, decoding.max_new_tokens)
 
 
 def gate(candidate: Candidate, template: Template, min_chars: int, max_chars: int) -> str | None:

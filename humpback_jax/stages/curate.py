@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, Stage
-from humpback_jax.curators import COMBINED, PairText, Rating, Scored, combine, rate
+from humpback_jax.curators import COMBINED, PairText, Rating, Scored, combine, rate, rating_forms
 from humpback_jax.errors import HumpbackError
+from humpback_jax.inference import Inference
 from humpback_jax.records import Candidate, Pair, Score
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.augment import gate
 from humpback_jax.stages.context import Context
 
 VERSION = 1
+TOO_LONG = '{"unrated": "longer than the model\'s window"}'  # the detail of such a pair's score
 
 
 def rubric_decoding(section: Any) -> Decoding:
@@ -68,9 +70,16 @@ def score_stage(
     size = section.shard_rows
     shards = [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
+    def rateable(reader: Inference, pair: PairText) -> bool:
+        forms = rating_forms(curator, reader.model.template, pair, decoding.max_new_tokens)
+        return all(reader.holds(text, written) for text, written in forms)
+
     def make(index: int) -> list[Row]:
         reader = context.inference(judge)
-        ratings = rate(curator, reader, shards[index], decoding, config.seed, Scored())
+        fitting = [pair for pair in shards[index] if rateable(reader, pair)]
+        rated = rate(curator, reader, fitting, decoding, config.seed, Scored())
+        found = {rating.id: rating for rating in rated}
+        ratings = [found.get(p.id, Rating(p.id, curator, None, TOO_LONG)) for p in shards[index]]
         template_hash = reader.model.template.content_hash()
         context.say(f"{name}: shard {index + 1} of {len(shards)}")
         return [

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from humpback_jax.curators import PairText, rating_forms
 from humpback_jax.errors import HumpbackError
 from humpback_jax.evaluation.meters import with_promotion
+from humpback_jax.inference import holds
 from humpback_jax.models import LanguageModel
 from humpback_jax.records import Example
-
-SPECIAL = 8  # tokens that a tokenizer may put around a text, at most
 
 
 def fitting_pairs(
@@ -24,7 +24,7 @@ def fitting_pairs(
     longest = max((pair.instruction for pair in pairs), key=len, default="")
     fitting, too_long = [], []
     for pair in pairs:
-        if all(_fits(base, *form) for form in _forms(base, config, pair, longest)):
+        if all(holds(base, *form) for form in _forms(base, config, pair, longest)):
             fitting.append(pair)
         else:
             too_long.append(pair.id)
@@ -52,14 +52,6 @@ def _forms(
         yield template.forward_prompt(chat[:-1], tags), config.evaluate.answer_tokens
     yield template.backward_prompt(pair.response), config.augment.max_new_tokens
     promoted = with_promotion(pair.response, pair.id)
-    if "rubric" in (config.curate.curator, *config.meters.curators):
-        yield template.rubric_prompt(instruction, promoted), config.curate.max_new_tokens
-    else:
-        yield template.rubric_likelihood_prompt(instruction, promoted), 1
-
-
-def _fits(base: LanguageModel, text: str, written: int) -> bool:
-    window = base.config.max_position_embeddings
-    if len(text.encode()) + SPECIAL + written <= window:  # no token is shorter than a byte
-        return True
-    return len(base.tokenizer.encode(text)) + written <= window
+    for curator in {config.curate.curator, *config.meters.curators}:
+        rated = PairText(pair.id, instruction, promoted)
+        yield from rating_forms(curator, template, rated, config.curate.max_new_tokens)
