@@ -231,7 +231,8 @@ def check_config(config: ConfigDict) -> None:
     """Refuses what a stage would refuse only after compute was spent, or take for something else.
 
     Raises:
-      HumpbackError: an unknown choice, or a number out of range; names the key.
+      HumpbackError: an unknown choice, a number out of range, or a threshold off its
+        curator's scale; names the key.
     """
     from humpback_jax.training.mixture import parse_mixture
 
@@ -251,13 +252,26 @@ def check_config(config: ConfigDict) -> None:
         parse_mixture(config[name].mixture)
     if config.corpus.min_chars > config.corpus.max_chars:
         raise HumpbackError("config.corpus.min_chars is above config.corpus.max_chars.")
-    if config.curate.select == "count" and not config.curate.count:
-        raise HumpbackError("config.curate.select=count needs config.curate.count, at least 1.")
+    _check_selection(config.curate)
     for name in ("backward", "train"):
         if config[name].select == "best" and not config[name].eval_every:
             raise HumpbackError(
                 f"config.{name}.select=best needs config.{name}.eval_every, at least 1."
             )
+
+
+def _check_selection(section: ConfigDict) -> None:
+    from humpback_jax.curators import SCALES
+
+    if section.select == "count" and not section.count:
+        raise HumpbackError("config.curate.select=count needs config.curate.count, at least 1.")
+    scale = SCALES[section.curator]
+    if section.select == "absolute" and not scale.holds(section.threshold):
+        raise HumpbackError(
+            f"config.curate.threshold={section.threshold!r} selects no pair or every one: the "
+            f"curator {section.curator!r} gives {scale.text}. Choose a threshold among these, or "
+            "set config.curate.select=top_fraction."
+        )
 
 
 def _check_lora(key: str, section: ConfigDict) -> None:

@@ -21,7 +21,36 @@ from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.text.rubric import SCORES, parse_score, score_token_ids
 from humpback_jax.text.template import Template
 
-CURATORS = ("rubric", "rubric_likelihood", "pmi", "pmi_frozen", "combined")
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What a curator's values are, and the numbers between which they lie.
+
+    Attributes:
+      reached: whether `most` is a value, or only what all values stay below.
+    """
+
+    text: str
+    least: float
+    most: float
+    reached: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a value lies on the scale."""
+        return self.least <= value < self.most or (self.reached and value == self.most)
+
+
+# No bound follows from the definition of pmi, but at 5 the instruction would make the tokens 148
+# times as probable on average: it does where it holds them, and such copies do not pass the gates.
+_NATS = Scale("nats a token that the instruction saves, between -5 and 5", -5.0, 5.0)
+SCALES = {
+    "rubric": Scale("scores from 1 to 5", 1.0, 5.0, reached=True),
+    "rubric_likelihood": Scale("expected scores from 1 to below 5", 1.0, 5.0),
+    "pmi": _NATS,
+    "pmi_frozen": _NATS,
+    "combined": Scale("mean percentiles from 0 to below 1", 0.0, 1.0),
+}
+CURATORS = tuple(SCALES)
 COMBINED = ("pmi", "rubric_likelihood")  # the parts of `combined`
 
 

@@ -289,7 +289,7 @@ def test_selection_of_nothing_is_refused_and_the_scores_stay(
     shutil.copytree(tiny_run, tmp_path / "run")
     config = tiny_config()
     with config.unlocked():
-        config.curate.update({"select": "absolute", "threshold": 1e9})
+        config.curate.update({"select": "absolute", "threshold": 4.9})
     with pytest.raises(HumpbackError, match=r"none of .* is selected"):
         run(config, tmp_path / "run", say=lambda text: None)
     before = {entry["name"]: entry["hash"] for entry in read_manifest(tiny_run)}

@@ -17,6 +17,7 @@ from humpback_jax.config import (
     set_field,
     train_section,
 )
+from humpback_jax.curators import SCALES
 from humpback_jax.errors import HumpbackError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,6 +175,49 @@ def test_a_mistyped_override_is_refused_with_its_key(key, value, message):
 )
 def test_a_value_that_a_late_stage_would_refuse_or_misread_is_refused_at_once(key, value, message):
     assert message in refused(key, value)
+
+
+@pytest.mark.parametrize(
+    ("curator", "threshold"),
+    [
+        ("rubric", 5.5),
+        ("rubric", 0.9),
+        ("rubric_likelihood", 5.0),
+        ("pmi", 5.0),
+        ("pmi_frozen", 5.0),
+        ("combined", 1.0),
+        ("combined", -0.1),
+    ],
+)
+def test_a_cut_that_takes_no_pair_or_every_pair_is_refused_before_the_hours_that_it_costs(
+    curator, threshold
+):
+    config = default_config()
+    config.curate.update({"curator": curator, "select": "absolute", "threshold": threshold})
+    with pytest.raises(HumpbackError) as caught:
+        check_config(config)
+    message = str(caught.value)
+    assert f"config.curate.threshold={threshold}" in message and repr(curator) in message
+    assert SCALES[curator].text in message and "top_fraction" in message
+    config.curate.select = "top_fraction"
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("curator", "thresholds"),
+    [
+        ("rubric", (1.0, 4.0, 5.0)),
+        ("rubric_likelihood", (1.0, 4.9)),
+        ("pmi", (-0.2, 0.0, 1.5)),
+        ("pmi_frozen", (0.3,)),
+        ("combined", (0.0, 0.9)),
+    ],
+)
+def test_every_cut_within_the_range_of_its_curator_is_taken(curator, thresholds):
+    config = default_config()
+    for threshold in thresholds:
+        config.curate.update({"curator": curator, "select": "absolute", "threshold": threshold})
+        check_config(config)
 
 
 def test_missing_and_failing_config_files_are_named(tmp_path):
