@@ -231,11 +231,12 @@ def check_config(config: ConfigDict) -> None:
     """Refuses what a stage would refuse only after compute was spent, or take for something else.
 
     Raises:
-      HumpbackError: an unknown choice, a number out of range, or a threshold off its
-        curator's scale; names the key.
+      HumpbackError: an unknown or missing field, an unknown choice, a number out of range, or a
+        threshold off its curator's scale; names the key.
     """
     from humpback_jax.training.mixture import parse_mixture
 
+    _check_fields(config)
     for key, value in _leaves(config):
         name = key.rpartition(".")[2]
         for choice in value if isinstance(value, tuple) else (value,):
@@ -257,6 +258,21 @@ def check_config(config: ConfigDict) -> None:
         if config[name].select == "best" and not config[name].eval_every:
             raise HumpbackError(
                 f"config.{name}.select=best needs config.{name}.eval_every, at least 1."
+            )
+
+
+def _check_fields(config: ConfigDict) -> None:
+    """Refuses a field that an unlocked section was given, which nothing reads, or has lost."""
+    known, found = (dict(_leaves(section)) for section in (default_config(), config))
+    for key in known:
+        if found.get(key) is None:  # fields of every type can be set to None
+            raise HumpbackError(
+                f"config.{key} is missing; begin with default_config() and take nothing out of it."
+            )
+    for key in found:
+        if key not in known:
+            raise HumpbackError(
+                f"config.{key} is unknown{_nearest(key, list(known))}; correct or remove it."
             )
 
 

@@ -220,6 +220,27 @@ def test_every_cut_within_the_range_of_its_curator_is_taken(curator, thresholds)
         check_config(config)
 
 
+def test_a_setting_that_an_unlocked_config_file_misspells_is_refused_and_not_ignored(tmp_path):
+    path = tmp_path / "own.py"
+    for line, message in (
+        (
+            'config.train.update({"learning_rat": 1e-3})',
+            r"config\.train\.learning_rat is unknown \(did you mean 'train\.learning_rate'\?\)",
+        ),
+        ('config.trian = {"steps": 3}', r"config\.trian\.steps is unknown.*'train\.steps'"),
+        ("del config.backward.steps", r"config\.backward\.steps is missing"),
+        ("del config.curate", r"config\.curate\.also is missing"),
+        ("config.train.steps = None", r"config\.train\.steps is missing"),
+    ):
+        path.write_text(
+            "from humpback_jax.config import default_config\n\n\n"
+            "def get_config():\n    config = default_config()\n"
+            f"    with config.unlocked():\n        {line}\n    return config\n"
+        )
+        with pytest.raises(HumpbackError, match=message):
+            load_config(str(path))
+
+
 def test_missing_and_failing_config_files_are_named(tmp_path):
     with pytest.raises(HumpbackError, match=r"none\.py does not exist"):
         load_config(str(tmp_path / "none.py"))
