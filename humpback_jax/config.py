@@ -164,11 +164,13 @@ WITHOUT_EFFECT = (
 # Limits of numbers, by the name of the field; all others are at least 0.
 POSITIVE = (
     *("max_chars", "row_tokens", "batch_examples", "log_every", "batch_size"),
-    *("max_new_tokens", "answer_tokens", "shard_rows", "pairs", "plus_ratio", "keep_resume"),
+    *("max_new_tokens", "answer_tokens", "shard_rows", "plus_ratio", "keep_resume"),
 )
+LEAST = dict.fromkeys(POSITIVE, 1) | {"pairs": 2}  # a shuffled pair needs another's instruction
 SHARES = ("top_p", "fraction", "decay_share")
 PARTS = ("dropout", "label_smoothing")
 ANY_NUMBER = ("seed", "curate.threshold", "meters.min_lift")
+NOT_EMPTY = ("corpus.documents", "evaluate.tags")
 
 
 def apply_tiny(config: ConfigDict) -> None:
@@ -239,6 +241,8 @@ def check_config(config: ConfigDict) -> None:
     _check_fields(config)
     for key, value in _leaves(config):
         name = key.rpartition(".")[2]
+        if key in NOT_EMPTY and not value:
+            raise HumpbackError(f"config.{key} is empty; it needs one entry at least.")
         for choice in value if isinstance(value, tuple) else (value,):
             known = _choices().get(key, _choices().get(name))
             if known is not None and choice not in known:
@@ -308,7 +312,7 @@ def _check_number(key: str, name: str, value: float) -> None:
     elif name in PARTS:
         fine, limits = 0 <= value < 1, "at least 0 and below 1"
     else:
-        least = 1 if name in POSITIVE else 0
+        least = LEAST.get(name, 0)
         fine, limits = value >= least, f"at least {least}"
     if not fine:
         raise HumpbackError(f"config.{key}={value!r} must be {limits}.")

@@ -171,6 +171,9 @@ def test_a_mistyped_override_is_refused_with_its_key(key, value, message):
         ("train.log_every", "0", "must be at least 1"),
         ("corpus.min_chars", "9000", "is above config.corpus.max_chars"),
         ("curate.select", "count", "needs config.curate.count"),
+        ("evaluate.tags", "", "config.evaluate.tags is empty"),
+        ("corpus.documents", "", "config.corpus.documents is empty"),
+        ("meters.pairs", "1", "must be at least 2"),
     ],
 )
 def test_a_value_that_a_late_stage_would_refuse_or_misread_is_refused_at_once(key, value, message):
