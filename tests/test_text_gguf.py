@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 from text_samples import (
+    LINES,
     LLAMA_STYLE,
     SPECIALS,
     digits_split,
@@ -55,20 +56,24 @@ def write_gguf(path: Path, **fields: Any) -> Path:
     return path
 
 
-def gguf_of(path: Path, backend: tokenizers.Tokenizer, pre: str, **fields: Any) -> Path:
+def gguf_of(
+    path: Path, backend: tokenizers.Tokenizer, pre: str | None, more: dict[int, str], **fields: Any
+) -> Path:
+    """A file of the backend's vocabulary; `more` has further control tokens, by id."""
     model = json.loads(backend.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
-    return write_gguf(
-        path,
-        model="gpt2",
-        pre=pre,
-        tokens=tokens,
-        token_type=[3 if token in SPECIALS else 1 for token in tokens],
-        merges=[" ".join(merge) for merge in model["merges"]],
-        bos_token_id=tokens.index("<|endoftext|>"),
-        eos_token_id=tokens.index("<|im_end|>"),
-        **fields,
-    )
+    size = max([len(tokens) - 1, *more]) + 1
+    tokens += [more.get(i, f"[PAD{i}]") for i in range(len(tokens), size)]
+    control = {*SPECIALS, *more.values()}
+    own: dict[str, Any] = {
+        "tokens": tokens,
+        "token_type": [3 if token in control else 1 for token in tokens],
+        "merges": [" ".join(merge) for merge in model["merges"]],
+        "bos_token_id": tokens.index("<|endoftext|>"),
+        "eos_token_id": tokens.index("<|im_end|>"),
+    }
+    named = {} if pre is None else {"pre": pre}
+    return write_gguf(path, model="gpt2", **named, **own | fields)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,6 @@ def gguf_of(path: Path, backend: tokenizers.Tokenizer, pre: str, **fields: Any) 
     [
         ("smollm", digits_split),
         ("gpt-2", gpt2_split),
-        ("default", gpt2_split),
         ("llama-bpe", llama3_split),
     ],
 )
@@ -88,7 +92,7 @@ def test_gguf_byte_level_gives_the_ids_of_the_original(
     state["model"]["ignore_merges"] = pre == "llama-bpe"
     original = tokenizers.Tokenizer.from_str(json.dumps(state))
     original.pre_tokenizer = split()
-    path = gguf_of(tmp_path / "m.gguf", original, pre)
+    path = gguf_of(tmp_path / "m.gguf", original, pre, {})
     tokenizer = Tokenizer.from_gguf(path)
     for text in [*varied_texts(), "a<|im_end|>\nb<|im_start|>"]:
         assert tokenizer.encode(text) == original.encode(text, add_special_tokens=False).ids
@@ -102,6 +106,7 @@ def test_gguf_flags_and_turn_end_ids_are_read(tmp_path: Path) -> None:
         tmp_path / "m.gguf",
         trained_bpe(digits_split()),
         "smollm",
+        {},
         add_bos_token=True,
         eot_token_id=0,
         **{"tokenizer.chat_template": "hello"},
@@ -139,8 +144,73 @@ def test_gguf_sentencepiece_gives_the_ids_of_sentencepiece(tmp_path: Path) -> No
 
 
 def test_unknown_gguf_pre_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
-    path = gguf_of(tmp_path / "m.gguf", trained_bpe(gpt2_split()), "brand-new-pre")
+    path = gguf_of(tmp_path / "m.gguf", trained_bpe(gpt2_split()), "brand-new-pre", {})
     with pytest.raises(HumpbackError, match="brand-new-pre"):
+        Tokenizer.from_gguf(path)
+
+
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_gguf_that_does_not_say_how_text_is_cut_gives_no_wrong_tokens(
+    tmp_path: Path, pre: str | None
+) -> None:
+    path = gguf_of(tmp_path / "m.gguf", trained_bpe(gpt2_split()), pre, {})
+    with pytest.raises(HumpbackError, match=r"tokenizer\.ggml\.pre.*Hugging Face folder"):
+        Tokenizer.from_gguf(path)
+
+
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_early_llama3_gguf_is_known_by_its_vocabulary_and_gets_llama3s_tokens(
+    tmp_path: Path, pre: str | None
+) -> None:
+    original = trained_bpe(llama3_split())
+    more = {128000: "<|begin_of_text|>", 128001: "<|end_of_text|>", 128009: "<|eot_id|>"}
+    path = gguf_of(
+        tmp_path / "m.gguf", original, pre, more, bos_token_id=128000, eos_token_id=128001
+    )
+    tokenizer = Tokenizer.from_gguf(path)
+    for text in LINES:
+        assert tokenizer.encode(text) == original.encode(text, add_special_tokens=False).ids
+    assert tokenizer.add_bos and tokenizer.special_tokens["bos_token"] == "<|begin_of_text|>"
+    assert tokenizer.eos_ids == (128001, 2, 128009)  # 2: this vocabulary's <|im_end|>
+
+
+def test_answers_stop_at_the_end_of_a_turn_that_no_field_of_a_gguf_names(tmp_path: Path) -> None:
+    """Llama 3 and Phi 3 end turns by another token than EOS, and files of 2024 name only that."""
+    backend = trained_bpe(digits_split())
+    size = backend.get_vocab_size()
+    more = {size: "<|end|>", size + 1: "<end_of_turn>", size + 2: "<|user|>"}
+    path = gguf_of(tmp_path / "m.gguf", backend, "smollm", more, eos_token_id=0)
+    assert Tokenizer.from_gguf(path).eos_ids == (0, 2, size, size + 1)
+    written_out = gguf_of(
+        tmp_path / "text.gguf", backend, "smollm", more, eos_token_id=0, token_type=[1] * (size + 3)
+    )
+    assert Tokenizer.from_gguf(written_out).eos_ids == (0,)  # there they are ordinary text
+
+
+@pytest.mark.parametrize("absent", [4294967295, 100000])
+def test_gguf_with_padding_and_unknown_ids_of_no_token_can_still_be_used(
+    tmp_path: Path, absent: int
+) -> None:
+    path = gguf_of(
+        tmp_path / "m.gguf",
+        trained_bpe(digits_split()),
+        "smollm",
+        {},
+        padding_token_id=absent,
+        unknown_token_id=absent,
+    )
+    tokenizer = Tokenizer.from_gguf(path)
+    assert set(tokenizer.special_tokens) == {"bos_token", "eos_token"}
+    assert tokenizer.pad_id == tokenizer.eos_ids[0]
+
+
+@pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"])
+def test_gguf_with_a_begin_or_end_of_no_token_names_the_field_instead_of_crashing(
+    tmp_path: Path, field: str
+) -> None:
+    backend = trained_bpe(digits_split())
+    path = gguf_of(tmp_path / "m.gguf", backend, "smollm", {}, **{field: 4294967295})
+    with pytest.raises(HumpbackError, match=rf"tokenizer\.ggml\.{field}=4294967295"):
         Tokenizer.from_gguf(path)
 
 
@@ -148,7 +218,7 @@ def test_unknown_gguf_tokenizer_kind_and_broken_files_are_refused(tmp_path: Path
     path = write_gguf(tmp_path / "m.gguf", model="rwkv", tokens=["a"])
     with pytest.raises(HumpbackError, match="rwkv"):
         Tokenizer.from_gguf(path)
-    bare = write_gguf(tmp_path / "bare.gguf", model="gpt2", tokens=["a"])
+    bare = write_gguf(tmp_path / "bare.gguf", model="gpt2", pre="gpt-2", tokens=["a"])
     with pytest.raises(HumpbackError, match="merges"):
         Tokenizer.from_gguf(bare)
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:-10])

@@ -61,6 +61,7 @@ def write_gguf(
     metadata=lambda writer: None,
     skip: tuple[str, ...] = (),
     architecture: str = "llama",
+    special: dict[str, int] | None = None,
 ) -> dict:
     """Writes a file as llama.cpp's converter would; returns the values that the file holds."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -77,10 +78,8 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     writer.add_token_list([f"<token {i} é>" for i in range(config.vocab_size)])
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_eot_token_id(5)
-    writer.add_pad_token_id(0)
+    for name, i in ({"bos": 1, "eos": 2, "eot": 5, "padding": 0} | (special or {})).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", i)
     metadata(writer)
     leaves = layer_leaves(params)
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
@@ -247,6 +246,17 @@ def test_llama_3_1_files_lose_their_position_scaling(tmp_path):
         write_gguf(tmp_path / "m.gguf", config, params, extra={"rope_freqs.weight": unknown})
         with pytest.raises(HumpbackError, match="frequency factors"):
             load_gguf(tmp_path / "m.gguf")
+
+
+def test_a_padding_id_of_no_token_stands_in_the_exported_config(tmp_path):
+    """4294967295 is how some converters write -1; transformers refuses such a config."""
+    path = tmp_path / "m.gguf"
+    config = dataclasses.replace(CONFIG, pad_token_id=None)
+    write_gguf(path, config, random_params(CONFIG), special={"padding": 2**32 - 1})
+    assert load_gguf(path)[0] == config
+    write_gguf(path, CONFIG, random_params(CONFIG), special={"eos": 2**32 - 1})
+    with pytest.raises(HumpbackError, match=r"m\.gguf: tokenizer\.ggml\.eos_token_id=4294967295"):
+        load_gguf(path)
 
 
 def test_linear_and_yarn_scaling_are_dropped(tmp_path):

@@ -18,11 +18,12 @@ from humpback_jax.text.sentencepiece_tokenizer import (
 )
 from humpback_jax.text.tokenizer import Tokenizer
 from humpback_jax.weights.gguf_file import read_gguf_header
+from humpback_jax.weights.gguf_special import special_ids
 
 # How a byte-level vocabulary cuts text before merging, by `tokenizer.ggml.pre`. The expressions
 # are facts of the models: GPT-2 cuts at words, numbers and punctuation; StarCoder's relatives cut
 # each digit off first; Llama 3 and Qwen 2 have expressions of their own.
-_GPT2 = frozenset({"default", "gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion"})
+_GPT2 = frozenset({"gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion"})
 _DIGITS_GPT2 = frozenset(
     {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 )
@@ -33,13 +34,8 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 _QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 
-_SPECIAL_KEYS = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "pad_token": "padding_token_id",
-    "unk_token": "unknown_token_id",
-}
-_TURN_END_KEYS = ("eot_token_id", "eom_token_id")
+# Two tokens of Llama 3 by their ids, which no other vocabulary has there.
+_LLAMA3_TOKENS = {128000: "<|begin_of_text|>", 128009: "<|eot_id|>"}
 
 
 def tokenizer_from_gguf(path: str | Path) -> Tokenizer:
@@ -52,28 +48,30 @@ def tokenizer_from_gguf(path: str | Path) -> Tokenizer:
     fields = read_gguf_header(path).metadata
     kind = _need(fields, "tokenizer.ggml.model", where)
     tokens = _need(fields, "tokenizer.ggml.tokens", where)
-    pre = fields.get("tokenizer.ggml.pre", "default")
     if kind == "llama":
         backend = _sentencepiece(fields, tokens, where)
+        adds_bos = True
     elif kind == "gpt2":
+        pre = _pre(fields, tokens, where)
         backend = _byte_level(fields, tokens, pre, where)
+        adds_bos = pre in _LLAMA3
     else:
         raise HumpbackError(
             f"{where}: tokenizer.ggml.model={kind!r} is not supported (known: 'gpt2', 'llama'); "
             "use the model's Hugging Face folder."
         )
-    special = {
-        name: tokens[fields[f"tokenizer.ggml.{key}"]]
-        for name, key in _SPECIAL_KEYS.items()
-        if f"tokenizer.ggml.{key}" in fields
+    special = special_ids(where, fields, len(tokens))
+    named = {
+        "bos_token": special.bos,
+        "eos_token": special.eos,
+        "pad_token": special.pad,
+        "unk_token": special.unknown,
     }
-    turn_ends = (fields.get(f"tokenizer.ggml.{key}") for key in _TURN_END_KEYS)
     return Tokenizer(
         backend,
-        special,
-        extra_eos_ids=[i for i in turn_ends if i is not None],
-        # Without the flag, these two kinds of model expect a BOS.
-        add_bos=fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _LLAMA3),
+        {name: tokens[i] for name, i in named.items() if i is not None},
+        extra_eos_ids=special.ends,
+        add_bos=fields.get("tokenizer.ggml.add_bos_token", adds_bos),
         chat_template=fields.get("tokenizer.chat_template"),
         where=where,
     )
@@ -86,6 +84,21 @@ def _need(fields: Mapping[str, Any], key: str, where: str) -> Any:
             "another GGUF file or the model's Hugging Face folder."
         )
     return fields[key]
+
+
+def _pre(fields: Mapping[str, Any], tokens: list[str], where: str) -> str:
+    """How the file says that text is cut, or how a vocabulary is cut that is known for sure."""
+    pre: str = fields.get("tokenizer.ggml.pre") or "missing"
+    if pre not in ("missing", "default"):
+        return pre
+    if all(tokens[i : i + 1] == [token] for i, token in _LLAMA3_TOKENS.items()):
+        return "llama-bpe"
+    raise HumpbackError(
+        f"{where}: tokenizer.ggml.pre is {pre}, as in files older than May 2024, so "
+        "the file does not say how its model cuts text, and a guess would give wrong tokens "
+        "without a sign of it. Convert the model again with llama.cpp of today, or use its "
+        "Hugging Face folder."
+    )
 
 
 def _sentencepiece(

@@ -12,9 +12,9 @@ import numpy as np
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.weights.gguf_file import GgufHeader
+from humpback_jax.weights.gguf_special import special_ids
 
 ROPE_FACTORS = "rope_freqs.weight"
-_EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Llama 3.1 to 3.3 differ in `factor` alone, which is the largest of the stored factors.
 _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
@@ -56,11 +56,11 @@ def config_from_gguf(
             )
     theta = meta.number("llama.rope.freq_base", default=10000.0)
     rope_type, rope_scaling = _rope(meta, theta, head_dim, rope_factors)
-    eos = [meta.get(f"tokenizer.ggml.{key}") for key in _EOS_KEYS]
+    tokens = meta.get("tokenizer.ggml.tokens") or ()
+    vocab_size = meta.count("llama.vocab_size", default=len(tokens))
+    special = special_ids(path, header.metadata, vocab_size)
     return LlamaConfig(
-        vocab_size=meta.count(
-            "llama.vocab_size", default=len(meta.get("tokenizer.ggml.tokens") or ())
-        ),
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=meta.count("llama.feed_forward_length"),
         num_hidden_layers=meta.count("llama.block_count", limit=len(header.tensors)),
@@ -75,9 +75,9 @@ def config_from_gguf(
         tie_word_embeddings="output.weight" not in header.tensors,
         attention_bias="blk.0.attn_q.bias" in header.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
-        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(token for token in eos if token is not None)),
-        pad_token_id=meta.get("tokenizer.ggml.padding_token_id"),
+        bos_token_id=special.bos,
+        eos_token_ids=special.ends,
+        pad_token_id=special.pad,
     )
 
 

@@ -1,0 +1,70 @@
+"""The special tokens of a GGUF file, by its fields, and ends of turns by their text too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from humpback_jax.errors import HumpbackError
+
+_CONTROL = 3  # a type of token
+# Files name one EOS, and mostly no other token that ends an answer: llama.cpp, too, knows these by
+# their text. <|endoftext|> is not among them: it separates documents (and is the default model's
+# unknown token); models that end answers with it name it as EOS.
+_TURN_ENDS = frozenset(
+    {
+        *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),  # Llama 3
+        *("<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>"),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """Ids of special tokens, None where a file has none.
+
+    Attributes:
+      ends: every id that ends an answer; that of EOS, if there is one, comes first.
+    """
+
+    bos: int | None
+    eos: int | None
+    ends: tuple[int, ...]
+    pad: int | None
+    unknown: int | None
+
+
+def special_ids(path: str | Path, metadata: Mapping[str, Any], vocab_size: int) -> SpecialIds:
+    """The special tokens of a file whose ids are 0 to `vocab_size` - 1.
+
+    Raises:
+      HumpbackError: a token that begins or ends texts is none of the vocabulary.
+    """
+
+    def found(name: str, needed: bool = True) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = metadata.get(key)
+        if value is None or (isinstance(value, int) and 0 <= value < vocab_size):
+            return value
+        if needed:
+            raise HumpbackError(
+                f"{path}: {key}={value} is none of the {vocab_size} tokens; use another GGUF file "
+                "or the model's Hugging Face folder."
+            )
+        return None  # some converters write -1 where a model has no such token
+
+    tokens = metadata.get("tokenizer.ggml.tokens") or ()
+    kinds = metadata.get("tokenizer.ggml.token_type") or ()
+    told = zip(tokens, kinds, strict=False)
+    by_text = [i for i, (t, kind) in enumerate(told) if kind == _CONTROL and t in _TURN_ENDS]
+    eos = found("eos")
+    ends = [eos, found("eot"), found("eom"), *by_text]
+    return SpecialIds(
+        bos=found("bos"),
+        eos=eos,
+        ends=tuple(dict.fromkeys(i for i in ends if i is not None)),
+        pad=found("padding", needed=False),
+        unknown=found("unknown", needed=False),
+    )
