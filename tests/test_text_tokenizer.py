@@ -191,6 +191,79 @@ def test_eos_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(folder)
 
 
+def added(kind: str, tokens: dict[str, int]) -> dict[str, Any]:
+    """Settings of `hf_folder` by which a folder adds special tokens beside `tokenizer.json`."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    if kind == "added_tokens.json":
+        special = {"additional_special_tokens": list(tokens)}
+        return {"config": config | special, "added_tokens": tokens}
+    entries = {str(i): {"content": text, "special": True} for text, i in tokens.items()}
+    return {"config": config | {"added_tokens_decoder": entries}}
+
+
+@pytest.mark.parametrize("kind", ["added_tokens.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("first", ["<|end|>", "<|start|>"])
+def test_tokens_added_beside_tokenizer_json_have_the_ids_that_transformers_gives_them(
+    tmp_path: Path, kind: str, first: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = trained_bpe(digits_split()).get_vocab_size()
+    second = "<|start|>" if first == "<|end|>" else "<|end|>"
+    settings = added(kind, {second: size + 1, first: size, "<|im_end|>": 2})
+    folder = hf_folder(tmp_path / "m", **settings)
+    ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.encode(first + second) == [size, size + 1]
+    assert ours.eos_ids == (theirs.eos_token_id,) == (ours.id_of("<|end|>"),)
+    for text in [*varied_texts(), "<|start|>user\nfox <|end|>\n<|im_end|> <|end|>"]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert set(ours.control_tokens) >= {"<|start|>", "<|end|>"}
+
+
+def test_how_the_config_marks_a_token_of_tokenizer_json_counts_as_in_transformers(
+    tmp_path: Path,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    marked = {"content": "<|im_start|>", "lstrip": True, "special": True}
+    plain = {"content": "fox", "special": False, "normalized": True}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {"1": marked, "600": plain},
+    }
+    folder = hf_folder(tmp_path / "m", config)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["fox"] = len(raw["model"]["vocab"])  # not 600: tokenizer.json counts
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ["a  <|im_start|> fox<|im_end|>", "quick foxes"]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert "<|im_start|>" in ours.control_tokens and "fox" not in ours.control_tokens
+
+
+def test_a_token_that_added_tokens_json_lists_too_is_still_written_into_answers(
+    tmp_path: Path,
+) -> None:
+    """The older file has no marks: a plain token such as <think> would vanish from answers."""
+    folder = hf_folder(tmp_path / "m", {"eos_token": "<|im_end|>"})
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([AddedToken("<think>")])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "added_tokens.json").write_text(json.dumps({"<think>": backend.get_vocab_size() - 1}))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.decode(tokenizer.encode("<think>fox")) == "<think>fox"
+
+
+def test_added_tokens_that_do_not_fit_tokenizer_json_are_refused(tmp_path: Path) -> None:
+    size = trained_bpe(digits_split()).get_vocab_size()
+    folder = hf_folder(tmp_path / "m", **added("tokenizer_config.json", {"<|end|>": size + 7}))
+    with pytest.raises(HumpbackError, match=rf"<\|end\|>.*{size + 7}.*do not belong together"):
+        Tokenizer.load(folder)
+    for wrong in ({"x": {"content": "<|end|>"}}, {"500": 5}, ["<|end|>"], {"500": {"id": 1}}):
+        folder = hf_folder(tmp_path / "m", {"eos_token": "a", "added_tokens_decoder": wrong})
+        with pytest.raises(HumpbackError, match=r"tokenizer_config\.json: the added tokens"):
+            Tokenizer.load(folder)
+
+
 # --- sentencepiece ---
 
 

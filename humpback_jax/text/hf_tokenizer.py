@@ -17,6 +17,7 @@ SPECIAL_NAMES = (  # those that transformers, too, lets a chat template write by
     *("bos_token", "eos_token", "pad_token", "unk_token"),
     *("sep_token", "cls_token", "mask_token"),
 )
+_MARKS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
@@ -36,6 +37,7 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
             raise HumpbackError(
                 f"{path}: not a readable tokenizer ({error}); fetch the file again."
             ) from error
+        _add_tokens(backend, _added_tokens(root, config, backend), path)
         add_bos = config.get("add_bos_token")
         if add_bos is None:
             add_bos = _adds_bos(backend, special_tokens.get("bos_token"))
@@ -46,7 +48,8 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
         # `legacy` is the name that transformers gave to "a prefix space after each special token".
         backend, declared = backend_from_model_file(path, config.get("legacy") is not False)
         special_tokens = {**declared, **special_tokens}
-        _add_tokens(backend, config, _read_json(root / "added_tokens.json"))
+        # Whatever the files say: sentencepiece never sees added tokens.
+        _add_tokens(backend, _added_tokens(root, config, backend, normalized=False), path)
         add_bos = config.get("add_bos_token", True)
     else:
         raise HumpbackError(
@@ -111,27 +114,39 @@ def _adds_bos(backend: tokenizers.Tokenizer, bos_token: str | None) -> bool:
     return bos_token is not None and tokens[:1] == [bos_token]
 
 
+def _added_tokens(
+    root: Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer, **marks: bool
+) -> dict[int, AddedToken]:
+    """Tokens that a folder adds to those of its main file, by id, with these marks."""
+    name, entries = "tokenizer_config.json", config.get("added_tokens_decoder")
+    if entries is None:  # transformers, too, reads the older file in that case alone
+        name = "added_tokens.json"
+        held = {token.content for token in backend.get_added_tokens_decoder().values()}
+        added = {text: i for text, i in _read_json(root / name).items() if text not in held}
+        entries = {i: {"content": text, "special": True} for text, i in added.items()}
+    try:
+        return {
+            int(i): AddedToken(raw["content"], **{k: raw[k] for k in _MARKS if k in raw} | marks)
+            for i, raw in entries.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise HumpbackError(
+            f"{root / name}: the added tokens cannot be read ({error!r})."
+        ) from error
+
+
 def _add_tokens(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], added: Mapping[str, Any]
+    backend: tokenizers.Tokenizer, tokens: Mapping[int, AddedToken], path: Path
 ) -> None:
-    """Adds tokens that a sentencepiece folder keeps beside its model file, in id order."""
-    tokens = {int(i): AddedToken(text, special=True) for text, i in added.items()}
-    for i, raw in config.get("added_tokens_decoder", {}).items():
-        tokens[int(i)] = AddedToken(
-            raw["content"],
-            special=raw.get("special", False),
-            normalized=False,  # whatever the file says: sentencepiece never sees added tokens
-            lstrip=raw.get("lstrip", False),
-            rstrip=raw.get("rstrip", False),
-            single_word=raw.get("single_word", False),
-        )
-    for i, token in sorted(tokens.items()):
-        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+    """Adds tokens, or their marks where the file has them: those keep their ids, as elsewhere."""
+    new = {i: t for i, t in tokens.items() if backend.token_to_id(t.content) is None}
+    backend.add_tokens([token for _, token in sorted(tokens.items())])
+    for i, token in new.items():
         if backend.token_to_id(token.content) != i:
             raise HumpbackError(
                 f"The added token {token.content!r} should have id {i} but gets "
-                f"{backend.token_to_id(token.content)}; tokenizer.model and tokenizer_config.json "
-                "do not belong together."
+                f"{backend.token_to_id(token.content)}; {path} and the settings beside it do not "
+                "belong together."
             )
 
 
