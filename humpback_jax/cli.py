@@ -169,6 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample = verb("sample", "batched generation")
     sample.add_argument("--model", default="smollm2-135m-instruct")
     _add_adapter(sample)
+    _add_template(sample)
     sample.add_argument("--prompts", help="rows with prompt, instruction or messages")
     sample.add_argument("--prompt", help="one prompt")
     sample.add_argument("--out", help="where to write the rows; without it they are printed")
@@ -194,6 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     score = verb("score", "rate a file of pairs")
     score.add_argument("--model", default="smollm2-135m-instruct")
     _add_adapter(score)
+    _add_template(score)
     score.add_argument("--data", required=True)
     score.add_argument("--curator", default="rubric_likelihood")
     score.add_argument("--out", required=True)
@@ -209,6 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--adapter", action="append", help="as for sample; several: each in turn on the one base"
     )
+    _add_template(evaluate)
     evaluate.add_argument("--suite", default="nll", help="nll, fidelity (to float32), or both")
     evaluate.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
     evaluate.add_argument(
@@ -275,6 +278,15 @@ def _add_adapter(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--adapter",
         help="a PEFT folder or a checkpoint with one, in place of the model's own; none: without",
+    )
+
+
+def _add_template(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--template",
+        choices=("auto", "chat", "plain"),
+        default="auto",
+        help="of prompts: chat is the model's own, plain ours; auto: chat where it has one",
     )
 
 

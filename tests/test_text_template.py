@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from text_styles import (
     with_source,
 )
 
+from humpback_jax.cli import main
 from humpback_jax.errors import HumpbackError
+from humpback_jax.models import export_hf, load_model, save_checkpoint
+from humpback_jax.text.byte_tokenizer import CHAT_TEMPLATE
 from humpback_jax.text.chat import render_chat
 from humpback_jax.text.template import (
     JOINER,
@@ -361,6 +366,70 @@ def test_templates_that_cannot_be_trained_on_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(HumpbackError, match=problem):
         with_source(source).forward(messages)
+
+
+# Like DeepSeek-R1-Distill-Llama's: a prompt opens the model's thoughts, which finished turns lack.
+THINKING = CHAT_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+
+@pytest.fixture(scope="module")
+def thinking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("thinking")
+    model = load_model("tiny-random")
+    tokenizer = model.tokenizer.with_chat_template(THINKING)
+    export_hf(folder, dataclasses.replace(model, template=Template.for_tokenizer(tokenizer)))
+    (folder / "pairs.jsonl").write_text('{"instruction": "Name a colour.", "output": "Blue."}\n')
+    return folder
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["score", "--curator=pmi", "--data=DIR/pairs.jsonl", "--out=OUT/rated.jsonl"],
+        ["evaluate", "--data=DIR/pairs.jsonl"],
+    ],
+    ids=["score", "evaluate"],
+)
+def test_model_whose_prompts_open_with_thoughts_is_measured_by_the_advice_of_the_refusal(
+    thinking_model: Path,
+    tmp_path: Path,
+    verb: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    paths = {"DIR": str(thinking_model), "OUT": str(tmp_path)}
+    verb = [re.sub("DIR|OUT", lambda found: paths[found[0]], part) for part in verb]
+    command = [*verb, f"--model={thinking_model}"]
+    assert main(command) == 1
+    [advice] = re.findall(r"--template=\w+", capsys.readouterr().err)
+    assert main([*command, advice]) == 0
+
+
+def test_sample_asks_in_the_wording_that_it_is_told_to(
+    thinking_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    asked: list[str] = []
+
+    def answer(reader: Any, prompts: Any, job: Any) -> list[dict[str, str]]:
+        asked.append(reader.model.template.name)
+        return []
+
+    monkeypatch.setattr("humpback_jax.verbs.sample.answer_prompts", answer)
+    command = ["sample", "--prompt=Hi", f"--model={thinking_model}"]
+    for extra in ([], ["--template=auto"], ["--template=chat"], ["--template=plain"]):
+        assert main([*command, *extra]) == 0
+    assert asked == ["chat", "chat", "chat", "plain"]
+
+
+def test_checkpoint_is_not_prompted_in_another_wording_than_it_was_trained_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    save_checkpoint(tmp_path / "model", load_model("tiny-random"), {})
+    assert main(["sample", "--prompt=Hi", f"--model={tmp_path}/model", "--template=plain"]) == 1
+    assert "prompted as it was trained" in capsys.readouterr().err
 
 
 def test_downloaded_template_cannot_reach_outside_its_sandbox() -> None:

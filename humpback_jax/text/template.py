@@ -257,10 +257,14 @@ class Template:
         return match.end() if match else None
 
 
+_USE_PLAIN = (
+    "use the template 'plain' (--template=plain; for train and run --config.base.template=plain)"
+)
 _ALTERED = (
     "The chat template shows the model a different text in training than when it answers: the "
     "prompt of a turn is not the beginning of the finished conversation (some templates drop or "
-    "rewrite earlier turns). Split conversations into single turns, or use the template 'plain'."
+    "rewrite earlier turns, or open an answer with <think>). Split conversations into single "
+    f"turns, or {_USE_PLAIN}."
 )
 
 
@@ -367,7 +371,7 @@ def _find_content(full: str, start: int, content: str) -> int:
     shown = full[start : start + 40]
     raise HumpbackError(
         f"The chat template does not put an assistant's text where the model writes it: expected "
-        f"{content[:40]!r}, found {shown!r}. Use the template 'plain' for this model."
+        f"{content[:40]!r}, found {shown!r}. For this model, {_USE_PLAIN}."
     )
 
 

@@ -33,7 +33,7 @@ def evaluate(arguments: argparse.Namespace) -> Result:
         examples = packaged_pairs("heldout")
     else:
         examples, _ = read_examples(Path(arguments.data), "seed", arguments.skip_bad)
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, arguments.template)
     arms = []
     for adapter in arguments.adapter or [None]:
         arm = adapted(model, adapter)

@@ -35,7 +35,7 @@ def sample(arguments: argparse.Namespace) -> Result:
         stop_strings=tuple(arguments.stop),
     )
     started = time.monotonic()
-    model = adapted(load_model(arguments.model), arguments.adapter)
+    model = adapted(load_model(arguments.model, arguments.template), arguments.adapter)
     job = Job(
         decoding,
         arguments.seed,

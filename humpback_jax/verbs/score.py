@@ -21,7 +21,7 @@ def score(arguments: argparse.Namespace) -> Result:
     check_curator(arguments.curator, 1)
     out = Path(arguments.out)
     check_form(out, arguments.format)
-    model = adapted(load_model(arguments.model), arguments.adapter)
+    model = adapted(load_model(arguments.model, arguments.template), arguments.adapter)
     reader = Inference(model, chosen_compute(arguments, arguments.batch_size))
     started = time.monotonic()
     rated, report = rate_file(
