@@ -356,70 +356,7 @@ def test_unreadable_tokenizer_model_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-# --- saving ---
-
-
-def saved_sources(tmp_path: Path) -> dict[str, Tokenizer]:
-    train_sentencepiece(tmp_path / "llama", **LLAMA_STYLE)
-    train_sentencepiece(tmp_path / "unigram", model_type="unigram")
-    chat = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
-    config = {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>", "chat_template": chat}
-    hf = hf_folder(tmp_path / "hf", config, generation_config={"eos_token_id": [2, 0]})
-    return {
-        "byte": byte_tokenizer(),
-        "llama": Tokenizer.load(tmp_path / "llama"),
-        "unigram": Tokenizer.load(tmp_path / "unigram"),
-        "hf": Tokenizer.load(hf),
-    }
-
-
-@pytest.mark.parametrize("with_model_config", [False, True])
-@pytest.mark.parametrize("source", ["byte", "llama", "unigram", "hf"])
-def test_saved_tokenizer_loads_here_and_in_transformers_with_the_same_ids(
-    tmp_path: Path, source: str, with_model_config: bool
-) -> None:
-    transformers = pytest.importorskip("transformers")
-    tokenizer = saved_sources(tmp_path)[source]
-    out = tmp_path / "out"
-    tokenizer.save(out)
-    again = Tokenizer.load(out)
-    settings = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
-    assert settings["add_bos_token"] == tokenizer.add_bos  # what converters to GGUF go by
-    assert again.content_hash() == tokenizer.content_hash()
-    assert (again.eos_ids, again.pad_id) == (tokenizer.eos_ids, tokenizer.pad_id)
-    if (
-        with_model_config
-    ):  # transformers then knows the model class and may prefer its own tokenizer
-        (out / "config.json").write_text('{"model_type": "llama"}')
-    theirs = transformers.AutoTokenizer.from_pretrained(out)
-    for text in varied_texts():
-        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
-    assert theirs.encode("fox")[0] == (
-        tokenizer.bos_id if tokenizer.add_bos else again.encode("fox")[0]
-    )
-    assert theirs.chat_template == tokenizer.chat_template
-    assert theirs.eos_token_id == tokenizer.eos_ids[0]
-
-
-def test_saving_keeps_sampling_defaults_that_stand_in_generation_config(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": 5}')
-    byte_tokenizer().save(tmp_path)
-    saved = json.loads((tmp_path / "generation_config.json").read_text())
-    assert saved["temperature"] == 0.7 and saved["eos_token_id"] == [258]
-
-
-def test_files_of_another_tokenizer_do_not_shadow_the_one_exported_over_it(tmp_path: Path) -> None:
-    """Clients prefer some files to those that we write: an old template, or old tokens."""
-    transformers = pytest.importorskip("transformers")
-    (tmp_path / "chat_template.jinja").write_text("old")
-    (tmp_path / "added_tokens.json").write_text('{"ab": 300}')
-    (tmp_path / "tokenizer.model").write_bytes(b"old")
-    tokenizer = byte_tokenizer().with_chat_template("new")
-    tokenizer.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.chat_template == Tokenizer.load(tmp_path).chat_template == "new"
-    assert theirs.encode("xaby", add_special_tokens=False) == tokenizer.encode("xaby")
-    assert not (tmp_path / "tokenizer.model").exists()
+# --- identity ---
 
 
 def test_content_hash_changes_with_template_vocabulary_and_stopping(tmp_path: Path) -> None:

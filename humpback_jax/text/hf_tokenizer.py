@@ -29,6 +29,7 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
     root = Path(folder) if isinstance(folder, str) else folder  # keeps paths into buckets
     config = _read_json(root / "tokenizer_config.json")
     special_tokens = _special_tokens(config, _read_json(root / "special_tokens_map.json"))
+    model_file = _read_bytes(root / "tokenizer.model")
     if (root / "tokenizer.json").exists():
         path = root / "tokenizer.json"
         try:
@@ -41,12 +42,13 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
         add_bos = config.get("add_bos_token")
         if add_bos is None:
             add_bos = _adds_bos(backend, special_tokens.get("bos_token"))
-    elif (root / "tokenizer.model").exists():
+    elif model_file is not None:
         from humpback_jax.text.sentencepiece_tokenizer import backend_from_model_file
 
         path = root / "tokenizer.model"
         # `legacy` is the name that transformers gave to "a prefix space after each special token".
-        backend, declared = backend_from_model_file(path, config.get("legacy") is not False)
+        legacy = config.get("legacy") is not False
+        backend, declared = backend_from_model_file(model_file, legacy, str(path))
         special_tokens = {**declared, **special_tokens}
         # Whatever the files say: sentencepiece never sees added tokens.
         _add_tokens(backend, _added_tokens(root, config, backend, normalized=False), path)
@@ -61,8 +63,17 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
         extra_eos_ids=_eos_ids(root),
         add_bos=bool(add_bos),
         chat_template=_chat_template(root, config),
+        model_file=model_file,
         where=str(path),
     )
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    """The file's content, or None when there is no such file."""
+    try:
+        return path.read_bytes() if path.exists() else None
+    except OSError as error:
+        raise HumpbackError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 def _read_text(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -74,22 +74,14 @@ def sentencepiece_backend(model: SentencePieceModel) -> tokenizers.Tokenizer:
 
 
 def backend_from_model_file(
-    path: Path, prefix_after_special: bool
+    content: bytes, prefix_after_special: bool, where: str
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """Backend and special tokens of a sentencepiece `tokenizer.model`."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    # protobuf makes the class when the module is loaded; no stub tells of it.
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except (DecodeError, OSError) as error:
-        raise HumpbackError(f"{path}: not a sentencepiece model ({error}).") from error
+    proto = _parsed(content, where)
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     if not proto.pieces or trainer.model_type not in (_UNIGRAM, _BPE):
         raise HumpbackError(
-            f"{path}: not a sentencepiece model of type BPE or unigram; if it is a tiktoken file, "
+            f"{where}: not a sentencepiece model of type BPE or unigram; if it is a tiktoken file, "
             "use a folder that has tokenizer.json."
         )
     model = SentencePieceModel(
@@ -111,6 +103,33 @@ def backend_from_model_file(
     }
     special = {name: model.pieces[i] for name, i in ids.items() if 0 <= i < len(model.pieces)}
     return sentencepiece_backend(model), special
+
+
+def holds_vocabulary(content: bytes, backend: tokenizers.Tokenizer) -> bool:
+    """Whether a `tokenizer.model` has the backend's tokens, id by id, and joins pairs as BPE does.
+
+    Converters to GGUF take it for BPE in any case.
+    """
+    try:
+        proto = _parsed(content, "")
+    except HumpbackError:
+        return False
+    pieces = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    return proto.trainer_spec.model_type == _BPE and pieces == vocabulary
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    # protobuf makes the class when the module is loaded; no stub tells of it.
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(content)
+    except DecodeError as error:
+        raise HumpbackError(f"{where}: not a sentencepiece model ({error}).") from error
+    return proto
 
 
 def _normalizers(model: SentencePieceModel) -> list[normalizers.Normalizer]:

@@ -34,6 +34,7 @@ class Tokenizer:
       pad_id: the padding id; an EOS id where the model has none (masks never depend on it).
       add_bos: whether a text for this model starts with BOS.
       chat_template: jinja source, or None for a base model.
+      model_file: the source's sentencepiece `tokenizer.model`, for programs that read no other.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Tokenizer:
         extra_eos_ids: Iterable[int] = (),
         add_bos: bool = False,
         chat_template: str | None = None,
+        model_file: bytes | None = None,
         where: str = "tokenizer",
     ) -> None:
         eos_token = special_tokens.get("eos_token")
@@ -60,6 +62,7 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens: dict[str, str] = dict(sorted(special_tokens.items()))
         self.chat_template = chat_template
+        self.model_file = model_file
         self.bos_id = self._special_id("bos_token")
         self.add_bos = add_bos and self.bos_id is not None
         eos_id = _require_id(backend, eos_token)
@@ -145,10 +148,17 @@ class Tokenizer:
             extra_eos_ids=self.eos_ids,
             add_bos=self.add_bos,
             chat_template=chat_template,
+            model_file=self.model_file,
         )
 
-    def to_files(self) -> dict[str, str]:
-        """File names and contents that `transformers.AutoTokenizer` and `from_folder` read."""
+    def to_files(self) -> dict[str, bytes]:
+        """File names and contents that `transformers.AutoTokenizer` and `from_folder` read.
+
+        With `tokenizer.model`, where the source's has this vocabulary still: llama.cpp's converter
+        takes the scores of sentencepiece's merges from it, else it makes them up.
+        """
+        from humpback_jax.text.sentencepiece_tokenizer import holds_vocabulary
+
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         if self.add_bos:
             bos = self.special_tokens["bos_token"]
@@ -172,8 +182,13 @@ class Tokenizer:
             "eos_token_id": list(self.eos_ids),
             "pad_token_id": self.pad_id,
         }
+        files = {}
+        if self.model_file is not None and holds_vocabulary(self.model_file, backend):
+            files["tokenizer.model"] = self.model_file
+            config["added_tokens_decoder"] = _marks(backend)  # which the other file may lack
         return {
-            "tokenizer.json": backend.to_str(pretty=True),
+            **files,
+            "tokenizer.json": backend.to_str(pretty=True).encode(),
             "tokenizer_config.json": _dumps(config),
             "special_tokens_map.json": _dumps(self.special_tokens),
             "generation_config.json": _dumps(generation),
@@ -196,8 +211,8 @@ class Tokenizer:
                 **json.loads(files[generation.name]),
             }
             files[generation.name] = _dumps(merged)
-        for name, text in files.items():
-            (target / name).write_text(text, "utf-8")
+        for name, content in files.items():
+            (target / name).write_bytes(content)
 
     def content_hash(self) -> str:
         """SHA-256 over all that changes ids, stopping or rendered text."""
@@ -251,11 +266,18 @@ def _as_written(token: AddedToken) -> AddedToken:
     )
 
 
+def _marks(backend: tokenizers.Tokenizer) -> dict[str, dict[str, Any]]:
+    """How added tokens are recognised, by their ids, as `tokenizer_config.json` has it."""
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = sorted(backend.get_added_tokens_decoder().items())
+    return {str(i): {name: getattr(token, name) for name in names} for i, token in added}
+
+
 def _require_id(backend: tokenizers.Tokenizer, declared: str) -> int:
     token_id: int | None = backend.token_to_id(declared)
     assert token_id is not None, declared  # _declare_special has added it
     return token_id
 
 
-def _dumps(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+def _dumps(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
