@@ -102,7 +102,7 @@ def _survey(reader: Inference, path: Path, job: Job, report: ReadReport) -> tupl
     """Reads all rows once, so that a bad one is found before anything is spent."""
     digest, total = hashlib.sha256(repr(job).encode()), 0
     for prompt in _usable(reader, path, job, report):
-        digest.update(json.dumps([prompt.id, prompt.row], default=str).encode())
+        digest.update(json.dumps([prompt.id, prompt.row]).encode())
         total += 1
     return digest.hexdigest(), total
 

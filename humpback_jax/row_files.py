@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import datetime
 import gzip
 import io
 import json
@@ -128,8 +130,28 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # the last two: of dates
         raise HumpbackError(f"{path}: not a readable parquet file ({error}).") from error
+
+
+def plain(value: Any) -> Any:
+    """A value of a row as JSON has it: times in ISO 8601, bytes as UTF-8 text or else base64."""
+    match value:
+        case None | str() | int() | float():
+            return value
+        case dict():
+            return {name: plain(item) for name, item in value.items()}
+        case list() | tuple():
+            return [plain(item) for item in value]
+        case bytes():
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return base64.b64encode(value).decode()
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case _:
+            return str(value)
 
 
 def is_unicode(text: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.records import Example, Message, stable_id
-from humpback_jax.row_files import is_unicode, malformed, raw_rows
+from humpback_jax.row_files import is_unicode, malformed, plain, raw_rows
 
 Row = dict[str, Any]
 FORMS = (
@@ -55,7 +55,7 @@ class ReadReport:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A row to answer: its conversation so far, and the row itself, to which output is added."""
+    """A row to answer: its conversation so far, and the row as JSON has it, to be written again."""
 
     id: str
     messages: list[dict[str, str]]
@@ -134,7 +134,7 @@ def stream_prompts(path: Path, report: ReadReport, skip_bad: bool = False) -> It
         name = unique_name(given, seen)
         report.renamed += name != given
         report.rows += 1
-        yield Prompt(name, messages, row)
+        yield Prompt(name, messages, plain(row))
     if not report.rows:
         raise HumpbackError(f"{path}: no usable prompt. {_counts(report)}")
 
@@ -233,7 +233,7 @@ def _counts(report: ReadReport) -> str:
 
 
 def _given_id(row: Row) -> str:
-    given = row.get("id")
+    given = plain(row.get("id"))
     return str(given) if isinstance(given, str | int) and not isinstance(given, bool) else ""
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import random
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,8 @@ from humpback_jax.compute import choose_compute
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
 from humpback_jax.models import load_model
-from humpback_jax.rows import ReadReport, single_prompt, stream_prompts
+from humpback_jax.row_files import raw_rows
+from humpback_jax.rows import ReadReport, single_prompt, stream_prompts, write_rows
 from humpback_jax.sampling.engine import Request
 from humpback_jax.sampling.likelihood import every_token
 from humpback_jax.sampling.sampler import Decoding
@@ -241,6 +244,17 @@ def test_parquet_in_and_out(tmp_path):
     assert main([*arguments, f"--out={tmp_path / 'out.jsonl'}"]) == 0
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert pq.read_table(tmp_path / "out.parquet").to_pylist() == [json.loads(x) for x in lines]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_parquet_rows_with_dates_decimals_and_bytes_are_answered(form, tmp_path):
+    odd = {"day": datetime.date(2024, 1, 2), "price": Decimal("1.5"), "raw": b"\xff"}
+    write_rows(tmp_path / "in.parquet", [{"prompt": "Hi", **odd}])
+    out = tmp_path / f"out.{form}"
+    answer_file(reader(), tmp_path / "in.parquet", out, None, JOB, lambda line: None)
+    ((_, found),) = raw_rows(out)
+    assert (found["day"], found["price"], found["raw"]) == ("2024-01-02", "1.5", "/w==")
+    assert found["output"]
 
 
 MEASURE = """

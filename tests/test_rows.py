@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import datetime
+import decimal
 import gzip
 import json
 from pathlib import Path
@@ -288,13 +290,54 @@ def test_rows_that_cannot_be_written_say_why_and_leave_the_old_file(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_parquet_rows_with_dates_and_bytes_still_get_an_id(tmp_path):
-    import datetime
+ODD = {
+    "day": datetime.date(2024, 1, 2),
+    "at": datetime.datetime(2024, 1, 2, 3, 4, 5, tzinfo=datetime.UTC),
+    "price": decimal.Decimal("1.50"),
+    "name": "é".encode(),
+    "image": b"\xff\x00",
+    "deep": [{"day": datetime.date(2024, 1, 2), "raw": [b"a"]}],
+}
+SAME_IN_JSON = {
+    "day": "2024-01-02",
+    "at": "2024-01-02T03:04:05+00:00",
+    "price": "1.50",
+    "name": "é",
+    "image": "/wA=",
+    "deep": [{"day": "2024-01-02", "raw": ["a"]}],
+}
+
+
+def test_prompts_of_parquet_rows_with_dates_and_bytes_can_be_written_as_json(tmp_path):
+    path = tmp_path / "rows.parquet"
+    write_rows(path, [{"prompt": "Hi", **ODD}])
+    (prompt,) = stream_prompts(path, ReadReport())
+    assert prompt.row == {"prompt": "Hi", **SAME_IN_JSON}
+    json.dumps(prompt.row)
+
+
+@pytest.mark.parametrize("given", [datetime.date(2024, 1, 2), decimal.Decimal("7"), b"x", b"\xff"])
+def test_a_row_has_the_id_that_its_written_row_shows(given, tmp_path):
+    path = tmp_path / "rows.parquet"
+    write_rows(path, [{**GOOD, "id": given}])
+    (example,), _ = read_examples(path, "seed")
+    (prompt,) = stream_prompts(path, ReadReport())
+    assert example.id == prompt.id == prompt.row["id"] and example.id in "2024-01-02 7 x /w=="
+
+
+def test_bytes_in_the_place_of_a_text_are_not_learnt_as_base64(tmp_path):
+    path = tmp_path / "rows.parquet"
+    write_rows(path, [{**GOOD, "output": b"\xff"}])
+    assert "field 'output' must be text, found bytes" in refused(path)
+
+
+def test_parquet_values_that_python_cannot_hold_are_named(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     path = tmp_path / "rows.parquet"
-    write_rows(path, [{**GOOD, "when": datetime.date(2024, 1, 1), "raw": b"\xff"}])
-    examples, _ = read_examples(path, "seed")
-    assert len(examples[0].id) == 16
+    pq.write_table(pa.table({"prompt": ["Hi"], "at": pa.array([10**16], pa.timestamp("ms"))}), path)
+    refused(path)
 
 
 def test_public_seed_sets_are_read_completely(shared_data):
