@@ -184,12 +184,12 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--logprobs", action="store_true", help="write each drawn token's")
     sample.add_argument("--prompt-logprobs", action="store_true", help="and the prompt's")
     sample.add_argument("--max-tokens", type=int, default=256)
-    sample.add_argument("--n", type=int, default=1, help="draws per prompt")
+    sample.add_argument("--n", type=_count, default=1, help="draws per prompt")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--tags", choices=("none", "S_a", "S_w", "both", "model"), default="model")
     sample.add_argument("--reverse", action="store_true", help="prompts are responses, for M_yx")
     sample.add_argument("--skip-bad", action="store_true")
-    sample.add_argument("--batch-size", type=int, default=32, help="rows decoded together")
+    sample.add_argument("--batch-size", type=_count, default=32, help="rows decoded together")
     _add_compute(sample)
 
     score = verb("score", "rate a file of pairs")
@@ -203,7 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--max-tokens", type=int, default=256, help="of the reasoned rubric")
     score.add_argument("--seed", type=int, default=0)
     score.add_argument("--skip-bad", action="store_true")
-    score.add_argument("--batch-size", type=int, default=16)
+    score.add_argument("--batch-size", type=_count, default=16)
     _add_compute(score)
 
     evaluate = verb("evaluate", "score a model on held-out data")
@@ -272,6 +272,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     trace.add_argument("--workdir", required=True)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _add_adapter(verb: argparse.ArgumentParser) -> None:

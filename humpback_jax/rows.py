@@ -143,6 +143,8 @@ def single_prompt(text: str) -> Prompt:
     """One prompt given on the command line."""
     if not text.strip():
         raise HumpbackError("--prompt is empty.")
+    if not is_unicode(text):
+        raise HumpbackError("--prompt is not UTF-8 text; convert it, for example with iconv.")
     return Prompt(stable_id(text), [{"role": "user", "content": text}], {"prompt": text})
 
 

@@ -329,6 +329,27 @@ def test_unknown_model_is_refused_with_the_known_names(capsys: pytest.CaptureFix
     assert "smollm2-135m-instruct" in message
 
 
+def test_a_prompt_that_is_not_utf8_is_refused_as_a_file_of_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = b"Caf\xe9?".decode(errors="surrogateescape")  # as Python gives arguments
+    message = refused(capsys, "sample", "--model=tiny-random", f"--prompt={text}")
+    assert "--prompt" in message and "UTF-8" in message
+
+
+@pytest.mark.parametrize("verb", ["sample --prompt=Hi", "score --data=x --out=y"])
+@pytest.mark.parametrize("wrong", ["0", "-3", "1.5", "many"])
+def test_a_count_that_is_none_is_refused_and_named(
+    verb: str, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ["--batch-size", "--n"][: 2 if verb.startswith("sample") else 1]:
+        with pytest.raises(SystemExit) as stopped:
+            main([*verb.split(), "--model=tiny-random", f"{option}={wrong}"])
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert option in message and f"'{wrong}' is not a whole number from 1 on" in message
+
+
 def test_run_folder_that_is_none_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
