@@ -111,8 +111,8 @@ def _usable(reader: Inference, path: Path, job: Job, report: ReadReport) -> Iter
     """The rows that can be answered; others are errors, or counted with `skip_bad`."""
     for prompt in stream_prompts(path, report, job.skip_bad):
         try:
-            text, _, _ = _request(reader, prompt, 0, job)
-            reader.check_room(prompt.id, text)
+            text, _, decoding = _request(reader, prompt, 0, job)
+            reader.check(prompt.id, text, decoding)
         except HumpbackError:
             if not job.skip_bad:
                 raise
@@ -162,15 +162,17 @@ def _opening(reader: Inference, job: Job) -> Any:
 
 def _decoding(prompt: Prompt, job: Job) -> Decoding:
     changes = prompt.row.get("decoding", {})
-    unknown = set(changes) - DECODING_FIELDS if isinstance(changes, dict) else changes
-    if unknown:
+    unknown = changes.keys() - DECODING_FIELDS if isinstance(changes, dict) else changes
+    if unknown or not isinstance(changes, dict):
         raise HumpbackError(
             f"record {prompt.id}: field 'decoding' must hold some of "
-            f"{', '.join(sorted(DECODING_FIELDS))}; found {unknown}."
+            f"{', '.join(sorted(DECODING_FIELDS))}; found {unknown!r}."
         )
+    # In parquet each row has the entries of all rows.
+    given = {name: value for name, value in changes.items() if value is not None}
     try:
-        return dataclasses.replace(job.decoding, **changes)
-    except (TypeError, HumpbackError) as error:
+        return dataclasses.replace(job.decoding, **given)
+    except HumpbackError as error:
         raise HumpbackError(f"record {prompt.id}, field 'decoding': {error}") from error
 
 

@@ -30,7 +30,7 @@ from humpback_jax.sampling.likelihood import (
 )
 from humpback_jax.sampling.memory import device_bytes, parts_that_hold
 from humpback_jax.sampling.replicas import Replicas
-from humpback_jax.sampling.sampler import Decoding, record_key
+from humpback_jax.sampling.sampler import Decoding, all_stop_ids, record_key
 from humpback_jax.text.template import Rendered
 from humpback_jax.text.tokenize import tokenize_batch
 from humpback_jax.text.tokenizer import Tokenizer
@@ -158,13 +158,11 @@ class Inference:
           prompts: (record id, prompt, key by `record_key`, how to draw) each.
         """
         tokenizer = self.model.tokenizer
-        ids = ((text, tokenizer.id_of(text)) for text in tokenizer.control_tokens)
-        hidden = {text: i for text, i in ids if i is not None}
         stops: dict[int, tuple[str, ...]] = {}
 
         def requests() -> Iterator[Request]:
             for index, (name, text, key, decoding) in enumerate(prompts):
-                decoding = _by_id(decoding, hidden)
+                decoding = _by_id(decoding, self._hidden)
                 cut = None
                 if decoding.stop_strings:
                     stops[index] = decoding.stop_strings
@@ -179,9 +177,23 @@ class Inference:
         """Whether the window holds a text and so many tokens after it."""
         return holds(self.model, text, written)
 
-    def check_room(self, record_id: str, prompt: str) -> None:
-        """Raises HumpbackError where a prompt leaves no room in the model's window."""
+    def check(self, record_id: str, prompt: str, decoding: Decoding) -> None:
+        """Raises HumpbackError for what `stream` cannot draw.
+
+        That is a prompt that leaves no room in the model's window, or too many stop tokens.
+        """
         self.replicas.check(record_id, len(self.model.tokenizer.encode(prompt)))
+        try:
+            all_stop_ids(_by_id(decoding, self._hidden), self.model.stop_ids)
+        except HumpbackError as error:
+            raise HumpbackError(f"record {record_id}: {error}") from error
+
+    @functools.cached_property
+    def _hidden(self) -> dict[str, int]:
+        """The tokens that no text shows, with their ids."""
+        tokenizer = self.model.tokenizer
+        ids = ((text, tokenizer.id_of(text)) for text in tokenizer.control_tokens)
+        return {text: i for text, i in ids if i is not None}
 
     def shared_by(self, opening: Opening | None) -> tuple[int, ...]:
         """The tokens that all prompts of the opening begin with."""

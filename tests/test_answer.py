@@ -144,13 +144,27 @@ def test_a_row_s_own_decoding_counts_and_a_wrong_one_is_found_before_any_work(tm
     rows[1]["decoding"] = {"max_new_tokens": 2, "temperature": 0}
     found = run(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
     assert found[1]["tokens"] <= 2 and max(row["tokens"] for row in found) > 2
-    for wrong in ({"temprature": 1}, {"top_p": 7}, "hot", {"top_k": "many"}):
+    many = {"stop_ids": list(range(100, 117))}
+    tokens = reader().model.tokenizer.control_tokens
+    mixed = {"stop_ids": list(range(100, 115)), "stop_strings": list(tokens)}
+    for wrong in ({"temprature": 1}, {"top_p": 7}, "hot", {"top_k": "many"}, "", [], many, mixed):
         rows[3]["decoding"] = wrong
         rows[3]["id"] = "the-row"
         before = reader().replicas.work.rows
         with pytest.raises(HumpbackError, match="the-row"):
             run(write(tmp_path / "in.jsonl", rows), tmp_path / "other.jsonl")
         assert reader().replicas.work.rows == before
+
+
+def test_a_decoding_from_parquet_counts_where_its_fields_are_floats_or_missing(tmp_path):
+    rows = prompts(3)
+    rows[0]["decoding"] = {"max_new_tokens": 2.0, "temperature": None}
+    rows[1]["decoding"] = {"max_new_tokens": None, "temperature": 0.0}
+    write_rows(tmp_path / "in.parquet", rows)
+    found = run(tmp_path / "in.parquet", tmp_path / "parquet.jsonl")
+    rows[0]["decoding"], rows[1]["decoding"] = {"max_new_tokens": 2}, {"temperature": 0}
+    expected = run(write(tmp_path / "in.jsonl", rows), tmp_path / "jsonl.jsonl")
+    assert [row["output"] for row in found] == [row["output"] for row in expected]
 
 
 def test_a_prompt_that_fills_the_window_is_found_before_any_work_or_skipped(tmp_path):

@@ -262,6 +262,27 @@ def test_the_draw_does_not_depend_on_the_process_s_default_random_generator() ->
         {"stop_strings": ("",)},
         {"stop_strings": (3,)},
         {"stop_ids": (2**31,)},
+        {"stop_ids": (-9999999999,)},
+        {"stop_ids": (-1,)},
+        {"stop_ids": (13.9,)},
+        {"stop_ids": ("13",)},
+        {"stop_ids": (True,)},
+        {"stop_ids": None},
+        {"stop_strings": 3},
+        {"top_k": 40.7},
+        {"top_k": True},
+        {"top_k": "many"},
+        {"max_new_tokens": float("inf")},
+        {"max_new_tokens": float("nan")},
+        {"max_new_tokens": None},
+        {"temperature": "hot"},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"repetition_penalty": float("inf")},
+        {"repetition_penalty": 1e-50},
+        {"top_p": 1e-50},
+        {"top_p": None},
+        {"min_p": "0.1"},
         {"max_new_tokens": 10**10},
         {"top_k": 10**10},
     ],
@@ -270,6 +291,14 @@ def test_the_draw_does_not_depend_on_the_process_s_default_random_generator() ->
 def test_a_decoding_setting_out_of_range_is_refused(wrong) -> None:
     with pytest.raises(HumpbackError, match=next(iter(wrong))):
         Decoding(**wrong)
+
+
+def test_whole_numbers_that_a_reader_made_floats_count_as_they_stand() -> None:
+    """A parquet column of numbers in which one is missing holds floats."""
+    found = Decoding(top_k=40.0, max_new_tokens=2000.0, stop_ids=(13.0, np.int64(7)))
+    assert found == Decoding(top_k=40, max_new_tokens=2000, stop_ids=(13, 7))
+    assert repr(found) == repr(Decoding(top_k=40, max_new_tokens=2000, stop_ids=(13, 7)))
+    assert Decoding(stop_ids=13) == Decoding(stop_ids=(13,))
 
 
 def test_one_stop_text_not_in_a_list_does_not_stop_at_each_of_its_letters() -> None:

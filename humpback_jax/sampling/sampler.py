@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from humpback_jax.errors import HumpbackError
 Bounds = tuple[jax.Array, jax.Array]
 BLOCK = 256  # width of the second level of the cumulative sum
 STOP_IDS = 16  # ids that may end a row
-_LARGEST = 2**31 - 1  # numbers lie on the device as int32
+# Numbers lie on the device as int32 and float32.
+_LARGEST = 2**31 - 1
+_LEAST, _FINITE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +45,38 @@ class Decoding:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "max_new_tokens"):
+            object.__setattr__(self, name, _whole(getattr(self, name)))
         for name in ("stop_ids", "stop_strings"):  # as read from JSON, where one may stand alone
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            several = value if isinstance(value, list | tuple) else (value,)
+            object.__setattr__(self, name, tuple(map(_whole, several)))
         checks = {
-            "temperature": self.temperature >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "top_k": 0 <= self.top_k <= _LARGEST,
-            "max_new_tokens": 1 <= self.max_new_tokens <= _LARGEST,
-            "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
-            "stop_ids": all(number <= _LARGEST for number in self.stop_ids),
+            "temperature": _is_number(self.temperature, 0, _FINITE),
+            "top_p": _is_number(self.top_p, _LEAST, 1),
+            "top_k": _is_number(self.top_k, 0, _LARGEST, numbers.Integral),
+            "max_new_tokens": _is_number(self.max_new_tokens, 1, _LARGEST, numbers.Integral),
+            "min_p": _is_number(self.min_p, 0, 1),
+            "repetition_penalty": _is_number(self.repetition_penalty, _LEAST, _FINITE),
+            "stop_ids": all(_is_number(i, 0, _LARGEST, numbers.Integral) for i in self.stop_ids),
             "stop_strings": all(text and isinstance(text, str) for text in self.stop_strings),
         }
         for name, fine in checks.items():
             if not fine:
-                raise HumpbackError(f"decoding: {name}={getattr(self, name)} is out of range.")
+                value = getattr(self, name)
+                raise HumpbackError(
+                    f"decoding: {name}={value!r} is out of range, or of a wrong type."
+                )
+
+
+def _whole(value: Any) -> Any:
+    """Floats without a fraction as int: a column of counts in which one is missing has floats."""
+    exact = isinstance(value, float) and value.is_integer()
+    return int(value) if exact or isinstance(value, np.integer) else value
+
+
+def _is_number(value: Any, low: float, high: float, kind: Any = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
 class Controls(NamedTuple):
@@ -76,22 +95,32 @@ class Controls(NamedTuple):
     keys: jax.Array
 
 
+def all_stop_ids(decoding: Decoding, stop_ids: Sequence[int]) -> list[int]:
+    """The tokens that end a row of a model that stops at `stop_ids`.
+
+    Raises:
+      HumpbackError: there are more than 16.
+    """
+    found = sorted({*stop_ids, *decoding.stop_ids})
+    if len(found) > STOP_IDS:
+        raise HumpbackError(
+            f"decoding: {len(found)} stop tokens, the model's own included; at most {STOP_IDS} are "
+            "possible. Use stop_strings for some."
+        )
+    return found
+
+
 def controls_of(
     decodings: Sequence[Decoding], keys: Sequence[np.ndarray], stop_ids: Sequence[int]
 ) -> Controls:
     """The arrays of rows that also stop at `stop_ids`, still on the host.
 
     Raises:
-      HumpbackError: a row would stop at more than 16 tokens.
+      HumpbackError: as `all_stop_ids`.
     """
     stops = np.full((len(decodings), STOP_IDS), -1, np.int32)
     for row, decoding in enumerate(decodings):
-        all_ids = sorted({*stop_ids, *decoding.stop_ids})
-        if len(all_ids) > STOP_IDS:
-            raise HumpbackError(
-                f"decoding: {len(all_ids)} stop tokens, the model's own included; at most "
-                f"{STOP_IDS} are possible. Use stop_strings for some."
-            )
+        all_ids = all_stop_ids(decoding, stop_ids)
         stops[row, : len(all_ids)] = all_ids
 
     def gather(name: str, dtype: str) -> np.ndarray:
