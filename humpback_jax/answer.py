@@ -22,6 +22,15 @@ from humpback_jax.text.template import Tags
 
 SHARD_ROWS = 256
 DECODING_FIELDS = {field.name for field in dataclasses.fields(Decoding)}
+ANSWER_FIELDS = [
+    "output",
+    "finish_reason",
+    "logprob",
+    "tokens",
+    "draw",
+    "logprobs",
+    "prompt_logprobs",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +110,15 @@ def answer_prompts(reader: Inference, prompts: list[Prompt], job: Job) -> list[R
 def _survey(reader: Inference, path: Path, job: Job, report: ReadReport) -> tuple[str, int]:
     """Reads all rows once, so that a bad one is found before anything is spent."""
     digest, total = hashlib.sha256(repr(job).encode()), 0
-    for prompt in _usable(reader, path, job, report):
+    for prompt in usable_prompts(reader, path, job, report):
         digest.update(json.dumps([prompt.id, prompt.row]).encode())
         total += 1
     return digest.hexdigest(), total
 
 
-def _usable(reader: Inference, path: Path, job: Job, report: ReadReport) -> Iterator[Prompt]:
+def usable_prompts(reader: Inference, path: Path, job: Job, report: ReadReport) -> Iterator[Prompt]:
     """The rows that can be answered; others are errors, or counted with `skip_bad`."""
-    for prompt in stream_prompts(path, report, job.skip_bad):
+    for prompt in stream_prompts(path, report, job.skip_bad, job.reverse):
         try:
             text, _, decoding = _request(reader, prompt, 0, job)
             reader.check(prompt.id, text, decoding)
@@ -130,7 +139,7 @@ def _answers(
 
     def requests() -> Iterator[tuple[str, str, np.ndarray, Decoding]]:
         index = 0
-        for place, prompt in enumerate(_usable(reader, path, job, ReadReport())):
+        for place, prompt in enumerate(usable_prompts(reader, path, job, ReadReport())):
             if not collector.wants(place):
                 continue
             collector.expect(place, job.draws)
@@ -178,7 +187,7 @@ def _decoding(prompt: Prompt, job: Job) -> Decoding:
 
 def _row(prompt: Prompt, draw: int, done: Generation, job: Job) -> Row:
     row = {
-        **prompt.row,
+        **_kept(prompt.row),
         "output": done.text,
         "finish_reason": done.finish_reason,
         "logprob": round(done.logprob, 4),
@@ -188,6 +197,17 @@ def _row(prompt: Prompt, draw: int, done: Generation, job: Job) -> Row:
     if job.logprobs:
         row["logprobs"] = [round(value, 4) for value in done.logprobs]
     return row
+
+
+def _kept(row: Row) -> Row:
+    """What a row held; a field that is named as one of an answer is from now on `given_NAME`."""
+    kept: Row = {}
+    for field, value in row.items():
+        name = field
+        while name in ANSWER_FIELDS or (name != field and name in row):
+            name = f"given_{name}"
+        kept[name] = value
+    return kept
 
 
 def _with_prompt_logprobs(

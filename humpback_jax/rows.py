@@ -36,6 +36,7 @@ _PAIRS = (
     ("prompt", "completion"),
     ("inputs", "targets"),
 )
+_RESPONSES = tuple(response for _, response in _PAIRS)
 
 
 @dataclasses.dataclass
@@ -113,11 +114,14 @@ def stream_examples(
         raise HumpbackError(f"{path}: no usable row. Accepted forms: {FORMS}. {_counts(report)}")
 
 
-def stream_prompts(path: Path, report: ReadReport, skip_bad: bool = False) -> Iterator[Prompt]:
+def stream_prompts(
+    path: Path, report: ReadReport, skip_bad: bool = False, reverse: bool = False
+) -> Iterator[Prompt]:
     """Rows to be answered: a conversation, `prompt`, `instruction` (+ `input`), or `text`.
 
     Args:
       report: filled in as rows are read.
+      reverse: the row's response, where it has one, is what M_yx is asked about.
 
     Raises:
       HumpbackError: names file, row and field.
@@ -125,7 +129,7 @@ def stream_prompts(path: Path, report: ReadReport, skip_bad: bool = False) -> It
     seen: collections.Counter[str] = collections.Counter()
     for place, row in _rows(path, report, skip_bad):
         try:
-            turns = _prompt_turns(row)
+            turns = _response_turns(row) if reverse else _prompt_turns(row)
         except _BadRow as error:
             _reject(path, place, str(error), report, skip_bad)
             continue
@@ -289,6 +293,17 @@ def _prompt_turns(row: Row) -> list[Message]:
         f"unknown form: the fields are {sorted(row)}; accepted: messages, conversations, prompt, "
         "instruction (+ input), inputs, text"
     )
+
+
+def _response_turns(row: Row) -> list[Message]:
+    """A row's response, or the text that stands alone in it, as a request of its own."""
+    for field in (name for name in (*_CONVERSATIONS, *_RESPONSES) if name in row):
+        if field in _RESPONSES and not isinstance(row[field], list):
+            return [Message("user", _text(row, field, "response").strip())]
+        turns = _plain_turns(row, field)
+        if answers := [turn.content for turn in turns if turn.role == "assistant"]:
+            return [Message("user", answers[-1])]
+    return _prompt_turns(row)
 
 
 def _asking(turns: list[Message], field: str) -> list[Message]:

@@ -182,6 +182,19 @@ def test_a_prompt_that_fills_the_window_is_found_before_any_work_or_skipped(tmp_
     assert (count, report.rows, report.bad) == (5, 5, {"cannot be answered": 1})
 
 
+def test_rows_that_are_printed_are_read_and_skipped_as_those_of_a_file(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    path = write(tmp_path / "in.jsonl", [*prompts(1), {"id": "x", "prompt": "word " * 2000}])
+    arguments = ["sample", "--model=tiny-random", f"--prompts={path}", "--max-tokens=4"]
+    assert main(arguments) == 1
+    assert "record x" in capsys.readouterr().err
+    assert main([*arguments, "--skip-bad", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["rows"], result["bad_rows"]) == (1, {"cannot be answered": 1})
+
+
 def test_a_stop_text_ends_the_answer_and_is_left_out(tmp_path):
     path = write(tmp_path / "in.jsonl", prompts(12))
     job = Job(Decoding(0.9, 1.0, max_new_tokens=30))
@@ -258,6 +271,33 @@ def test_parquet_in_and_out(tmp_path):
     assert main([*arguments, f"--out={tmp_path / 'out.jsonl'}"]) == 0
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert pq.read_table(tmp_path / "out.parquet").to_pylist() == [json.loads(x) for x in lines]
+
+
+def test_the_answer_of_a_row_does_not_take_the_place_of_what_it_held(tmp_path):
+    """A pair's own output beside the model's, and after a second pass the answer of the first."""
+    gold = {"instruction": "Say yes.", "output": "Yes.", "given_output": "A field of the user's."}
+    path = write(tmp_path / "in.jsonl", [gold])
+    job = dataclasses.replace(JOB, logprobs=True)
+    (once,) = run(path, tmp_path / "once.jsonl", job)
+    assert [once[name] for name in ("instruction", "given_output")] == [
+        gold[name] for name in ("instruction", "given_output")
+    ]
+    assert once["given_given_output"] == "Yes." != once["output"]
+    (twice,) = run(tmp_path / "once.jsonl", tmp_path / "twice.jsonl")
+    assert twice["given_given_given_output"] == once["output"]
+    for name in ("logprob", "tokens", "draw", "finish_reason", "logprobs"):
+        assert twice[f"given_{name}"] == once[name]
+    assert "logprobs" not in twice, "they are not of this answer"
+
+
+def test_the_backward_model_reads_a_pair_s_response(tmp_path):
+    job = dataclasses.replace(JOB, reverse=True)
+    pair = {"id": "a", "instruction": "Name a colour.", "output": "Blue."}
+    (found,) = run(write(tmp_path / "pair.jsonl", [pair]), tmp_path / "a.jsonl", job)
+    text = {"id": "a", "text": "Blue."}
+    (expected,) = run(write(tmp_path / "text.jsonl", [text]), tmp_path / "b.jsonl", job)
+    assert found["output"] == expected["output"] and found["logprob"] == expected["logprob"]
+    assert found["given_output"] == "Blue."
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

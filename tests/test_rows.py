@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import datetime
 import decimal
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -247,6 +248,38 @@ def test_prompts_keep_their_row_and_end_with_the_user(tmp_path):
     ] * 2
     assert prompts[0].row["meta"] == [1]
     assert [m["role"] for m in prompts[3].messages] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("row", "response"),
+    [
+        (GOOD, "Blue."),
+        ({"instruction": "a", "response": " b\n"}, "b"),
+        ({"prompt": "a", "completion": "b"}, "b"),
+        ({"inputs": "a", "targets": "b"}, "b"),
+        ({"output": "b"}, "b"),
+        ({"messages": CHAT}, "Hello"),
+        ({"messages": [*CHAT, {"role": "user", "content": "More?"}]}, "Hello"),
+        ({"conversations": [{"from": "gpt", "value": "Hello"}]}, "Hello"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "Hello"),
+        ({"text": "b"}, "b"),
+        ({"prompt": "b"}, "b"),
+        ({"instruction": "b"}, "b"),
+        ({"messages": CHAT[:1]}, "Hi"),
+    ],
+)
+def test_the_backward_model_is_asked_about_the_response_and_not_the_instruction(
+    row, response, tmp_path
+):
+    (prompt,) = stream_prompts(jsonl(tmp_path, row), ReadReport(), reverse=True)
+    assert prompt.messages == [{"role": "user", "content": response}]
+
+
+@pytest.mark.parametrize("row", [{**GOOD, "output": ""}, {**GOOD, "output": 3}, {"completion": []}])
+def test_a_response_that_is_none_is_not_replaced_by_the_instruction(row, tmp_path):
+    path = jsonl(tmp_path, GOOD, row)
+    read = functools.partial(stream_prompts, report=ReadReport(), reverse=True)
+    assert "line 2" in refused(path, lambda path: list(read(path)))
 
 
 @pytest.mark.parametrize(

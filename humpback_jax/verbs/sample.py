@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from humpback_jax.answer import Job, answer_file, answer_prompts
+from humpback_jax.answer import Job, answer_file, answer_prompts, usable_prompts
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
 from humpback_jax.models import load_model
 from humpback_jax.progress import timed_lines
-from humpback_jax.rows import ReadReport, check_form, single_prompt, stream_prompts, write_rows
+from humpback_jax.rows import ReadReport, check_form, single_prompt, write_rows
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.verbs.arguments import Result, adapted, chosen_compute
 
@@ -59,7 +59,7 @@ def sample(arguments: argparse.Namespace) -> Result:
         prompts = (
             [single_prompt(arguments.prompt)]
             if arguments.prompt is not None
-            else list(stream_prompts(Path(arguments.prompts), report, arguments.skip_bad))
+            else list(usable_prompts(reader, Path(arguments.prompts), job, report))
         )
         rows = answer_prompts(reader, prompts, job)
         count = len(rows)
