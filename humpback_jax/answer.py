@@ -117,7 +117,11 @@ def _survey(reader: Inference, path: Path, job: Job, report: ReadReport) -> tupl
 
 
 def usable_prompts(reader: Inference, path: Path, job: Job, report: ReadReport) -> Iterator[Prompt]:
-    """The rows that can be answered; others are errors, or counted with `skip_bad`."""
+    """The rows that can be answered; others are counted with `job.skip_bad`, or else errors.
+
+    Raises:
+      HumpbackError: names the row.
+    """
     for prompt in stream_prompts(path, report, job.skip_bad, job.reverse):
         try:
             text, _, decoding = _request(reader, prompt, 0, job)
@@ -125,8 +129,7 @@ def usable_prompts(reader: Inference, path: Path, job: Job, report: ReadReport) 
         except HumpbackError:
             if not job.skip_bad:
                 raise
-            reason = "cannot be answered"
-            report.bad[reason] = report.bad.get(reason, 0) + 1
+            report.skip("cannot be answered")
             report.rows -= 1
             continue
         yield prompt
@@ -157,10 +160,13 @@ def _request(
     reader: Inference, prompt: Prompt, draw: int, job: Job
 ) -> tuple[str, np.ndarray, Decoding]:
     template = reader.model.template
-    if job.reverse:
-        text = template.backward_prompt(prompt.messages[-1]["content"])
-    else:
-        text = template.forward_prompt(prompt.messages, job.tags)
+    try:
+        if job.reverse:
+            text = template.backward_prompt(prompt.messages[-1]["content"])
+        else:
+            text = template.forward_prompt(prompt.messages, job.tags)
+    except HumpbackError as error:
+        raise HumpbackError(f"record {prompt.id}: {error}") from error
     return text, record_key(job.seed, "sample", prompt.id, draw), _decoding(prompt, job)
 
 

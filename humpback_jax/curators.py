@@ -7,7 +7,6 @@ without generating. All see the pair without source tags.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,8 @@ import numpy as np
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.evaluation.statistics import mid_ranks
-from humpback_jax.inference import Inference
+from humpback_jax.inference import Inference, holds
+from humpback_jax.models import LanguageModel
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.text.rubric import SCORES, parse_score, score_token_ids
 from humpback_jax.text.template import Template
@@ -218,24 +218,31 @@ def _pmi(
     return ratings
 
 
-def rating_forms(
-    curator: str, template: Template, pair: PairText, max_new_tokens: int
-) -> list[tuple[str, int]]:
-    """(text, tokens written after it) that the window has to hold for a pair to be rated.
+def require_rateable(model: LanguageModel, curator: str, pair: PairText) -> None:
+    """Checks that the window of a model holds all texts that `rate` makes of a pair.
 
-    Args:
-      max_new_tokens: of the reasoned rubric.
+    Raises:
+      HumpbackError: it does not, or the model's chat template refuses the pair.
     """
+    written = int(curator == "rubric")  # one token at least; the others only read
+    for text in _texts(curator, model.template, pair):
+        if not holds(model, text, written):
+            raise HumpbackError(
+                f"{len(model.tokenizer.encode(text))} tokens, the model's window holds "
+                f"{model.config.max_position_embeddings}."
+            )
+
+
+def _texts(curator: str, template: Template, pair: PairText) -> list[str]:
     x, y = pair.instruction, pair.response
     match curator:
         case "rubric":
-            return [(template.rubric_prompt(x, y), max_new_tokens)]
+            return [template.rubric_prompt(x, y)]
         case "rubric_likelihood":
-            return [(template.rubric_likelihood_prompt(x, y), 1)]
+            return [template.rubric_likelihood_prompt(x, y)]
         case "combined":
-            parts = [rating_forms(part, template, pair, max_new_tokens) for part in COMBINED]
-            return list(itertools.chain(*parts))
-    return [(template.forward(_chat(pair)).text, 0), (template.response_alone(y).text, 0)]
+            return [text for part in COMBINED for text in _texts(part, template, pair)]
+    return [template.forward(_chat(pair)).text, template.response_alone(y).text]
 
 
 def _chat(pair: PairText) -> list[dict[str, str]]:

@@ -173,10 +173,6 @@ class Inference:
         for index, done in self.replicas.stream(requests(), self.shared_by(opening)):
             yield index, _generation(tokenizer, done, stops.pop(index, ()))
 
-    def holds(self, text: str, written: int) -> bool:
-        """Whether the window holds a text and so many tokens after it."""
-        return holds(self.model, text, written)
-
     def check(self, record_id: str, prompt: str, decoding: Decoding) -> None:
         """Raises HumpbackError for what `stream` cannot draw.
 

@@ -9,11 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from humpback_jax.curators import COMBINED, PairText, Rating, Scored, combine, rate
+from humpback_jax.curators import (
+    COMBINED,
+    PairText,
+    Rating,
+    Scored,
+    combine,
+    rate,
+    require_rateable,
+)
+from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
 from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
-from humpback_jax.records import Example
 from humpback_jax.rows import ReadReport, stream_examples
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.shards import Shards, shard_sizes
@@ -38,13 +46,13 @@ def rate_file(
     there, and holds the two values of each in memory for that.
 
     Raises:
-      HumpbackError: an unusable row (named, before anything is computed), or a pair longer than
-        the model's window.
+      HumpbackError: a row that is no pair, or a pair that the model's window or template does not
+        take; named, and before anything is computed.
     """
     report = ReadReport()
     digest, total = hashlib.sha256(), 0
-    for example in stream_examples(path, "seed", report, skip_bad):
-        digest.update(repr(example).encode())
+    for pair in _usable(judge, path, curator, report, skip_bad):
+        digest.update(repr(pair).encode())
         total += 1
     named = [judge.model.hash, judge.compute.sampling_formats, curator, repr(decoding), seed]
     named += [digest.hexdigest(), SHARD_ROWS]
@@ -54,12 +62,11 @@ def rate_file(
     ours = {number: rows for number, rows in sizes if judge.share.takes(number)}
     done = sum(rows for number, rows in ours.items() if number in shards.done)
     progress = Progress("score", sum(ours.values()), say, done)
-    examples = stream_examples(path, "seed", ReadReport(), skip_bad)
+    usable = _usable(judge, path, curator, ReadReport(), skip_bad)
     wanted = ours.keys() - shards.done
-    for number, chunk in enumerate(_chunks(examples)):
+    for number, pairs in enumerate(_chunks(usable)):
         if number not in wanted:
             continue
-        pairs = [PairText(e.id, e.instruction, e.response) for e in chunk]
         ratings = rate(curator, judge, pairs, decoding, seed, Scored())
         if judge.share.leads:
             shards.write(number, map(_row, pairs, ratings))
@@ -70,8 +77,27 @@ def rate_file(
     return rated, report
 
 
-def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    while chunk := list(itertools.islice(examples, SHARD_ROWS)):
+def _usable(
+    judge: Inference, path: Path, curator: str, report: ReadReport, skip_bad: bool
+) -> Iterator[PairText]:
+    """The pairs that can be rated; other rows are counted with `skip_bad`, or else errors."""
+    for example in stream_examples(path, "seed", report, skip_bad, pairs=True):
+        pair = PairText(example.id, example.instruction, example.response)
+        try:
+            require_rateable(judge.model, curator, pair)
+        except HumpbackError as error:
+            if not skip_bad:
+                raise HumpbackError(
+                    f"record {pair.id} cannot be rated: {error} Mend the row, or pass --skip-bad."
+                ) from error
+            report.skip("cannot be rated")
+            report.rows -= 1
+            continue
+        yield pair
+
+
+def _chunks(pairs: Iterator[PairText]) -> Iterator[list[PairText]]:
+    while chunk := list(itertools.islice(pairs, SHARD_ROWS)):
         yield chunk
 
 

@@ -53,6 +53,10 @@ class ReadReport:
     bad: dict[str, int] = dataclasses.field(default_factory=dict)
     renamed: int = 0
 
+    def skip(self, reason: str) -> None:
+        """Counts a row that is left out."""
+        self.bad[reason] = self.bad.get(reason, 0) + 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -81,6 +85,7 @@ def stream_examples(
     report: ReadReport,
     skip_bad: bool = False,
     distinct_ids: bool = True,
+    pairs: bool = False,
 ) -> Iterator[Example]:
     """Training or evaluation rows from a file of any kind that `raw_rows` reads.
 
@@ -92,6 +97,7 @@ def stream_examples(
       report: filled in as rows are read.
       skip_bad: count unusable rows by reason instead of stopping at the first.
       distinct_ids: number equal ids, for which all ids are kept in memory.
+      pairs: a row is unusable unless it is one request and its response, without anything before.
 
     Raises:
       HumpbackError: names file, row and field, and says what to do.
@@ -100,6 +106,8 @@ def stream_examples(
     for place, row in _rows(path, report, skip_bad):
         try:
             form, messages, text = _parse(row)
+            if pairs:
+                _require_pair(messages)
         except _BadRow as error:
             _reject(path, place, str(error), report, skip_bad)
             continue
@@ -230,8 +238,7 @@ def _rows(path: Path, report: ReadReport, skip_bad: bool) -> Iterator[tuple[str,
 def _reject(path: Path, place: str, reason: str, report: ReadReport, skip_bad: bool) -> None:
     if not skip_bad:
         raise HumpbackError(f"{path}, {place}: {reason}. Mend the row, or pass --skip-bad.")
-    label = reason.partition(":")[0]
-    report.bad[label] = report.bad.get(label, 0) + 1
+    report.skip(reason.partition(":")[0])
 
 
 def _counts(report: ReadReport) -> str:
@@ -275,6 +282,15 @@ def _completed_turns(row: Row) -> tuple[Message, ...]:
     """TRL's conversational prompt and completion: of these, the completion alone is learnt."""
     prompt = [dataclasses.replace(turn, supervised=False) for turn in _turns(row, "prompt")]
     return _training_turns([*prompt, *_plain_turns(row, "completion")], "completion")
+
+
+def _require_pair(messages: tuple[Message, ...]) -> None:
+    roles = [message.role for message in messages]
+    if roles != ["user", "assistant"]:
+        raise _BadRow(
+            "not a pair: it takes one request and its response, with no system text and no earlier "
+            f"turns; found {', '.join(roles) or 'plain text'}"
+        )
 
 
 def _prompt_turns(row: Row) -> list[Message]:

@@ -182,6 +182,25 @@ def test_a_prompt_that_fills_the_window_is_found_before_any_work_or_skipped(tmp_
     assert (count, report.rows, report.bad) == (5, 5, {"cannot be answered": 1})
 
 
+def test_a_prompt_that_the_chat_template_refuses_is_named_or_skipped(tmp_path):
+    model = load_model("tiny-random")
+    tokenizer = model.tokenizer.with_chat_template(
+        "{% if 'forbidden' in messages[-1]['content'] %}{{ raise_exception('no!') }}{% endif %}"
+        "{{ messages[-1]['content'] }}"
+    )
+    template = Template.for_tokenizer(tokenizer)
+    strict = Inference(
+        dataclasses.replace(model, tokenizer=tokenizer, template=template),
+        choose_compute("float32", 8),
+    )
+    path = write(tmp_path / "in.jsonl", [*prompts(1), {"id": "odd", "prompt": "forbidden"}])
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(HumpbackError, match=r"record odd: .*no!"):
+        answer_file(strict, path, out, None, JOB, lambda line: None)
+    job = dataclasses.replace(JOB, skip_bad=True)
+    assert answer_file(strict, path, out, None, job, lambda line: None)[0] == 1
+
+
 def test_rows_that_are_printed_are_read_and_skipped_as_those_of_a_file(
     tmp_path, capsys, monkeypatch
 ):

@@ -8,7 +8,7 @@ import json
 from humpback_jax.artifacts import Artifact, Row, Stage
 from humpback_jax.config import effective_fields
 from humpback_jax.evaluation.meters import copy_rate, echoes
-from humpback_jax.inference import Generation, Inference
+from humpback_jax.inference import Generation, Inference, holds
 from humpback_jax.records import NO_ROOM, Candidate, Segment, stable_id
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
@@ -78,7 +78,7 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
 
 def _fits(reader: Inference, response: str, decoding: Decoding) -> bool:
     prompt = reader.model.template.backward_prompt(response)
-    return reader.holds(prompt, decoding.max_new_tokens)
+    return holds(reader.model, prompt, decoding.max_new_tokens)
 
 
 def gate(candidate: Candidate, template: Template, min_chars: int, max_chars: int) -> str | None:

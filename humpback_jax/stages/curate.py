@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, Stage
-from humpback_jax.curators import COMBINED, PairText, Rating, Scored, combine, rate, rating_forms
+from humpback_jax.curators import (
+    COMBINED,
+    PairText,
+    Rating,
+    Scored,
+    combine,
+    rate,
+    require_rateable,
+)
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
 from humpback_jax.records import Candidate, Pair, Score
@@ -18,7 +26,6 @@ from humpback_jax.stages.augment import gate
 from humpback_jax.stages.context import Context
 
 VERSION = 1
-TOO_LONG = '{"unrated": "longer than the model\'s window"}'  # the detail of such a pair's score
 
 
 def rubric_decoding(section: Any) -> Decoding:
@@ -70,16 +77,13 @@ def score_stage(
     size = section.shard_rows
     shards = [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
-    def rateable(reader: Inference, pair: PairText) -> bool:
-        forms = rating_forms(curator, reader.model.template, pair, decoding.max_new_tokens)
-        return all(reader.holds(text, written) for text, written in forms)
-
     def make(index: int) -> list[Row]:
         reader = context.inference(judge)
-        fitting = [pair for pair in shards[index] if rateable(reader, pair)]
-        rated = rate(curator, reader, fitting, decoding, config.seed, Scored())
+        refused = {p.id: reason for p in shards[index] if (reason := _refusal(reader, curator, p))}
+        asked = [pair for pair in shards[index] if pair.id not in refused]
+        rated = rate(curator, reader, asked, decoding, config.seed, Scored())
         found = {rating.id: rating for rating in rated}
-        ratings = [found.get(p.id, Rating(p.id, curator, None, TOO_LONG)) for p in shards[index]]
+        ratings = [found.get(p.id) or refused[p.id] for p in shards[index]]
         template_hash = reader.model.template.content_hash()
         context.say(f"{name}: shard {index + 1} of {len(shards)}")
         return [
@@ -91,6 +95,15 @@ def score_stage(
     return context.folder.rows(
         name, "scores", stage, [judge, candidates], len(shards), make, _histogram, shard_rows=size
     )
+
+
+def _refusal(reader: Inference, curator: str, pair: PairText) -> Rating | None:
+    """The rating without a value of a pair that cannot be asked about, None for others."""
+    try:
+        require_rateable(reader.model, curator, pair)
+    except HumpbackError as error:
+        return Rating(pair.id, curator, None, json.dumps({"unrated": str(error)}))
+    return None
 
 
 def _combined_scores(context: Context, name: str, parts: dict[str, Artifact]) -> Artifact:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from humpback_jax.curators import PairText, rating_forms
+from humpback_jax.curators import PairText, require_rateable
 from humpback_jax.errors import HumpbackError
 from humpback_jax.evaluation.meters import with_promotion
 from humpback_jax.inference import holds
@@ -24,7 +24,8 @@ def fitting_pairs(
     longest = max((pair.instruction for pair in pairs), key=len, default="")
     fitting, too_long = [], []
     for pair in pairs:
-        if all(holds(base, *form) for form in _forms(base, config, pair, longest)):
+        fits = all(holds(base, *form) for form in _forms(base, config, pair))
+        if fits and _rateable(base, config, pair, longest):
             fitting.append(pair)
         else:
             too_long.append(pair.id)
@@ -38,20 +39,21 @@ def fitting_pairs(
     return fitting, too_long
 
 
-def _forms(
-    base: LanguageModel, config: Any, pair: Example, instruction: str
-) -> Iterator[tuple[str, int]]:
-    """(text, tokens written after it) of what evaluation, answers and meters make of a pair.
-
-    Args:
-      instruction: the longest of all: the meter gives a pair that of another one.
-    """
+def _forms(base: LanguageModel, config: Any, pair: Example) -> Iterator[tuple[str, int]]:
+    """(text, tokens written after it) of what evaluation and answers make of a pair, and M_yx."""
     template, chat = base.template, pair.chat()
     for tags in (*config.evaluate.tags, "both"):
         yield template.forward(chat, tags).text, 0
         yield template.forward_prompt(chat[:-1], tags), config.evaluate.answer_tokens
     yield template.backward_prompt(pair.response), config.augment.max_new_tokens
-    promoted = with_promotion(pair.response, pair.id)
-    for curator in {config.curate.curator, *config.meters.curators}:
-        rated = PairText(pair.id, instruction, promoted)
-        yield from rating_forms(curator, template, rated, config.curate.max_new_tokens)
+
+
+def _rateable(base: LanguageModel, config: Any, pair: Example, instruction: str) -> bool:
+    """Whether the meters' curators can rate the pair, also with the longest instruction of all."""
+    broken = PairText(pair.id, instruction, with_promotion(pair.response, pair.id))
+    try:
+        for curator in {config.curate.curator, *config.meters.curators}:
+            require_rateable(base, curator, broken)
+    except HumpbackError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def score(arguments: argparse.Namespace) -> Result:
         arguments.skip_bad,
         timed_lines(),
     )
+    if report.bad:
+        print(f"skipped rows: {report.bad}", file=sys.stderr)
     return {
         "rows": report.rows,
         "rated": rated,
