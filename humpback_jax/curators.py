@@ -228,7 +228,7 @@ def require_rateable(model: LanguageModel, curator: str, pair: PairText) -> None
     for text in _texts(curator, model.template, pair):
         if not holds(model, text, written):
             raise HumpbackError(
-                f"{len(model.tokenizer.encode(text))} tokens, the model's window holds "
+                f"{len(model.tokenizer.encode(text)) + written} tokens, the model's window holds "
                 f"{model.config.max_position_embeddings}."
             )
 
