@@ -16,6 +16,10 @@ IS_NEW_ENOUGH = 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for name in python3 python3.12 python3.13 python3.11 python; do \
   $$name -c $(IS_NEW_ENOUGH) 2>/dev/null && echo $$name && break; done)
 
+# Most of a quick test is compilation and the start of processes, which one processor does. A third
+# worker would want memory that a laptop has not.
+WORKERS := 2
+
 # A stamp is newer than setup.py and constraints.txt when .venv holds what they ask for.
 HAS_PYTHON := $(VENV)/.has-python
 HAS_PACKAGE := $(VENV)/.has-package
@@ -30,7 +34,7 @@ demo: $(HAS_PACKAGE)
 	$(BIN)/humpback run --config=configs/smollm2_demo.py --workdir=runs/demo --json
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(HAS_TESTS)
 	$(BIN)/python -m pytest -q -m slow

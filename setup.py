@@ -59,7 +59,10 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.9,<0.5"],
     "bench": ["trl>=1,<2", "accelerate>=1.10", "torch>=2.9"],
     "llamacpp": ["llama-cpp-python>=0.3.16"],
-    "test": ["pytest>=8.3", "hypothesis>=6.130", "torch==2.13.0", "peft>=0.18", "trl>=1,<2"],
+    "test": [
+        *("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.130"),
+        *("torch==2.13.0", "peft>=0.18", "trl>=1,<2"),
+    ],
     "dev": ["ruff>=0.14", "mypy>=1.18"],
 }
 
