@@ -3,9 +3,10 @@
 #
 #   tpu_scripts/run_on_vm.sh --config=configs/humpback.py:llama2_7b --workdir=runs/humpback
 #
-# Run it from the root of a clone, on the VM. The same command again continues the run.
+# Run it on the VM, in a clone. The same command again continues the run. For slices of several
+# hosts there is run_on_slice.sh.
 set -euo pipefail
 
-python3 -m venv .venv
-.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[tpu]'
-exec .venv/bin/humpback run "$@"
+clone=$(cd "$(dirname "$0")/.." && pwd)
+"$clone/tpu_scripts/install.sh"
+exec "$clone/.venv/bin/humpback" run "$@"
