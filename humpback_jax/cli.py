@@ -227,7 +227,11 @@ def build_parser() -> argparse.ArgumentParser:
     ahead.add_argument("--topology", help="KIND:SHAPE, e.g. v5e:2x4 or v5p:2x2x1")
     ahead.add_argument("--model", default=None, help="instead of a config's; random:SHAPE is known")
     ahead.add_argument("--programs", default="train,prefill,decode", help="some of these")
-    ahead.add_argument("--rows", type=int, default=1, help="that a device trains on at a time")
+    ahead.add_argument(
+        "--rows",
+        type=int,
+        help="that a device trains on at a time; else the most that a batch of the config can take",
+    )
     ahead.add_argument("--lora", type=int, help="rank of an adapter; 0: full tuning")
     ahead.add_argument(
         "--suggest",

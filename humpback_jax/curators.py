@@ -1,4 +1,4 @@
-"""Ratings of (instruction, response) pairs by a model: four curators, one row form.
+"""Ratings of (instruction, response) pairs by a model: five curators, one row form.
 
 `rubric` is the paper's reasoned rating (section 2.3); the likelihood curators read the same model
 without generating. All see the pair without source tags.

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,15 +24,27 @@ from humpback_jax.aot.estimate import (
 )
 from humpback_jax.aot.hlo import bytes_by_kind, collectives
 from humpback_jax.aot.memory import Compiled, bytes_report, compile_program, held_bytes
-from humpback_jax.aot.suggest import shapes
+from humpback_jax.aot.programs import described, training_plan
+from humpback_jax.aot.suggest import candidates, flags, predicted_costs, shapes, unfilled_line
+from humpback_jax.aot.summary import summary_lines
 from humpback_jax.aot.table import check_lines, table_lines, write_page
-from humpback_jax.aot.train import TrainPlan, abstract_state, lower_step, plan_training
+from humpback_jax.aot.train import (
+    TrainPlan,
+    abstract_state,
+    lower_step,
+    most_rows,
+    plan_training,
+)
+from humpback_jax.config import default_config, set_field
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.kernels import Kernels
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.model.shapes import SHAPES
 from humpback_jax.parallel.topology import CHIPS
+from humpback_jax.training.examples import ExampleIndex
+from humpback_jax.training.order import BatchOrder
+from humpback_jax.training.packing import plan_packing
 from humpback_jax.training.trainer import TrainSpec
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +162,77 @@ def test_the_kinds_of_bytes_do_not_add_up_or_forget_the_optimizer() -> None:
     assert report["fits"]
 
 
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(1, 9))
+def test_a_run_computes_more_rows_at_a_time_than_were_compiled_for_it(
+    examples: int, parts: int, accumulation: int
+) -> None:
+    """Of examples of which no two share a row."""
+    lengths = np.full(examples, 100, np.int32)
+    index = ExampleIndex(
+        np.arange(examples, dtype=np.uint64), lengths, lengths, np.zeros_like(lengths), ("seed",)
+    )
+    order = BatchOrder(index.keys, examples, 0)
+    packed = plan_packing(index, order, 1, 128, accumulation, parts)
+    assert packed.micro_rows == parts * most_rows(examples, parts, accumulation)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({}, 32),  # the step table's largest batch
+        ({"accumulation": "3"}, 11),
+        ({"epochs": "1", "batch_examples": "10"}, 10),
+        ({"steps": "5", "batch_examples": "10", "accumulation": "2"}, 5),
+    ],
+)
+def test_aot_compiles_one_row_where_a_batch_of_the_config_takes_more(
+    fields: dict[str, str], rows: int
+) -> None:
+    config = default_config()
+    for name, value in fields.items():
+        set_field(config, f"train.{name}", [value])
+    plan = training_plan(config, SHAPES["tiny"], jax.devices()[:1], None)
+    assert plan.rows == rows
+    (text, *_) = _train_lines(plan)
+    assert f"the most that batches of {plan.run.batch_examples} examples take" in text
+    asked = training_plan(config, SHAPES["tiny"], jax.devices()[:1], 3)
+    assert asked.rows == 3
+    assert "the most" not in " ".join(_train_lines(asked))
+
+
+def _train_lines(plan: TrainPlan) -> list[str]:
+    report = {**described(plan), "bytes_per_device": 1, "bytes_by_kind": {}, "hbm_bytes": 1}
+    lines = list(summary_lines({"train": {**report, "fits": False, "compile_s": 1.0}}))
+    return lines[1:]
+
+
+def test_suggested_rows_are_not_those_of_a_run_with_the_suggested_flags() -> None:
+    run = TrainSpec(1, batch_examples=20, row_tokens=64)
+    plans = list(candidates(SHAPES["tiny"], run, jax.devices()[:1], CHIPS["v5e"], limited=True))
+    ways = {(plan.rows, plan.micro_batches) for plan in plans}
+    assert ways == {(1, 20), (2, 10), (4, 5), (7, 3), (10, 2)}
+    for plan in plans:
+        assert most_rows(20, 1, plan.micro_batches) == plan.rows
+        assert f"--config.train.accumulation={plan.micro_batches}" in flags(described(plan))
+    of_any_batch = candidates(SHAPES["tiny"], run, jax.devices()[:1], CHIPS["v5e"])
+    assert {(plan.rows, plan.micro_batches) for plan in of_any_batch} == {
+        (rows, 1) for rows in (1, 2, 4, 8, 16)
+    }
+
+
+def test_micro_batches_look_free_to_the_search() -> None:
+    once = predicted_costs(plan_of(2, rows=2))
+    four = predicted_costs(plan_of(2, rows=2, accumulation=4))
+    assert four.flops == pytest.approx(4 * once.flops)
+    assert once.memory < four.memory < 4 * once.memory, "one update"
+
+
+def test_a_slice_that_a_batch_does_not_fill_is_praised_for_all_of_its_rows() -> None:
+    report = {"mesh": {"data": 1, "fsdp": 64, "tensor": 2}, "rows": 1, "micro_batches": 1}
+    assert "32 of the 64 rows" in unfilled_line(report, 32)
+    assert unfilled_line(report, 64) == ""
+
+
 @given(st.sampled_from([1, 2, 4, 8, 16, 32, 64, 256]), st.sampled_from(["tinyllama", "llama2_70b"]))
 def test_a_suggested_mesh_cuts_heads_or_leaves_chips_idle(chips: int, name: str) -> None:
     config = SHAPES[name]
@@ -168,6 +253,21 @@ def test_the_page_shows_another_table_than_the_file_holds(tmp_path: Path) -> Non
     assert copy.read_text(encoding="utf-8") == page
     assert len(list(table_lines(rows))) <= 32
     assert len(list(check_lines(rows))) == 5
+    text = " ".join(page.split())
+    worst = max(abs(row["off"]) for name, row in rows.items() if name.startswith("published"))
+    assert f"All are within {worst:.0%}".replace("%", " %") in text
+    full = [row.get("train", row) for row in rows.values()]
+    full = [row for row in full if not row["lora"]]
+    adding = {row["mesh"]["fsdp"] for row in full if _largest(row) == "all-reduce"}
+    assert adding == {16, 64, 256}
+    assert {row["mesh"]["fsdp"] for row in full} - adding == {4}
+    assert "full tuning with 16, 64 or 256 chips along fsdp, XLA adds up whole gradients" in text
     copy.write_text("no marks", encoding="utf-8")
     with pytest.raises(HumpbackError, match="has no place"):
         write_page(copy, rows)
+
+
+def _largest(row: dict[str, Any]) -> str:
+    """The kind of exchange that sends most."""
+    sent = row["collective_bytes"]
+    return max(sent, key=lambda kind: sent[kind])

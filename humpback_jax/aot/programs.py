@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 from humpback_jax.aot.decode import compile_decode, plan_decode
 from humpback_jax.aot.estimate import Costs, Roofline, needed_flops, step_costs
 from humpback_jax.aot.memory import bytes_report, compile_program
-from humpback_jax.aot.train import TrainPlan, lower_step, plan_training
+from humpback_jax.aot.train import TrainPlan, lower_step, most_rows, plan_training
 from humpback_jax.compute import choose_compute
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.models import load_config
+from humpback_jax.parallel.batches import row_parts
 from humpback_jax.parallel.mesh import parse_mesh
 from humpback_jax.parallel.topology import Chip, tpu_slice
 from humpback_jax.stages.train import train_spec
@@ -26,13 +28,18 @@ CHARS_PER_TOKEN = 3  # of long documents, at least
 
 
 def compile_for(
-    config: Any, model: str | None, topology: str, rows: int = 1, names: Sequence[str] = ALL
+    config: Any,
+    model: str | None,
+    topology: str,
+    rows: int | None = None,
+    names: Sequence[str] = ALL,
 ) -> dict[str, Any]:
     """The programs that train, write and rate as a run of `config` would, on a slice.
 
     Args:
       model: instead of the config's base.
-      rows: of `train.row_tokens` places that each device trains on at a time.
+      rows: of `train.row_tokens` places that each device trains on at a time; None: the most that
+        a batch of the config can take.
       names: of the programs to compile.
 
     Returns:
@@ -59,13 +66,18 @@ def compile_for(
 
 
 def training_plan(
-    config: Any, architecture: LlamaConfig, devices: Sequence[Any], rows: int
+    config: Any, architecture: LlamaConfig, devices: Sequence[Any], rows: int | None
 ) -> TrainPlan:
-    """The step of the config's section `train` on its mesh."""
+    """The step of the config's section `train` on its mesh; `rows` as in `compile_for`."""
     compute = choose_compute("bfloat16", config.compute.batch_size, platform="tpu")
-    batch = config.train.batch_examples
-    run = train_spec(config.train, compute, config.seed, [Pool(np.arange(batch), batch)])
-    return plan_training(architecture, run, devices, parse_mesh(config.compute.mesh), rows)
+    # Where the step table decides on the batch, it is that of the most examples.
+    count = config.train.step_table[-1][0]
+    run = train_spec(config.train, compute, config.seed, [Pool(np.arange(count), count)])
+    plan = plan_training(architecture, run, devices, parse_mesh(config.compute.mesh), rows or 1)
+    if rows is not None:
+        return plan
+    most = most_rows(run.batch_examples, row_parts(plan.mesh), plan.micro_batches)
+    return dataclasses.replace(plan, rows=most, at_worst=True)
 
 
 def compile_train(plan: TrainPlan, chip: Chip) -> dict[str, Any]:
@@ -97,6 +109,8 @@ def described(plan: TrainPlan) -> dict[str, Any]:
         "mesh": {axis: int(size) for axis, size in plan.mesh.shape.items()},
         "chips": plan.mesh.size,
         "rows": plan.rows,
+        "at_worst": plan.at_worst,
+        "batch_examples": plan.run.batch_examples,
         "row_tokens": plan.run.row_tokens,
         "micro_batches": plan.micro_batches,
         "tokens": plan.tokens,

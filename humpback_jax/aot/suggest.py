@@ -16,7 +16,7 @@ from humpback_jax.aot.estimate import (
 )
 from humpback_jax.aot.memory import held_bytes
 from humpback_jax.aot.programs import compile_train, training_plan
-from humpback_jax.aot.train import TrainPlan, abstract_state, plan_training
+from humpback_jax.aot.train import TrainPlan, abstract_state, most_rows, plan_training
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import count_parameters
@@ -47,8 +47,10 @@ def suggest_for(
     architecture = load_config(model or config.base.model)
     devices, chip = tpu_slice(topology)
     run = training_plan(config, architecture, devices, rows=1).run
-    best = suggest(architecture, run, devices, chip, COMPILED, say)
+    best = suggest(architecture, run, devices, chip, COMPILED, say, limited=True)
     say(f"best: rows={best['rows']} {flags(best)}")
+    if line := unfilled_line(best, run.batch_examples):
+        say(line)
     return {
         "topology": topology,
         "chips": len(devices),
@@ -63,12 +65,14 @@ def suggest(
     chip: Chip,
     compiled: int = COMPILED,
     say: Callable[[str], None] = lambda line: None,
+    limited: bool = False,
 ) -> dict[str, Any]:
     """The plan with the most estimated tokens a second among the compiled ones that fit.
 
     Args:
-      run: everything but the mesh and remat is taken from it.
+      run: everything but mesh, remat and, where `limited`, accumulation is taken from it.
       compiled: stops after so many plans that fit.
+      limited: see `candidates`.
 
     Returns:
       what `compile_train` reports of the best plan, with "tried", the plans compiled.
@@ -77,7 +81,7 @@ def suggest(
       HumpbackError: no plan fits.
     """
     ranked = sorted(
-        candidates(config, run, devices, chip), key=lambda plan: -promised_rate(plan, chip)
+        candidates(config, run, devices, chip, limited), key=lambda p: -promised_rate(p, chip)
     )
     best: dict[str, Any] | None = None
     tried: list[dict[str, Any]] = []
@@ -104,17 +108,37 @@ def suggest(
 
 
 def candidates(
-    config: LlamaConfig, run: TrainSpec, devices: Sequence[Any], chip: Chip
+    config: LlamaConfig,
+    run: TrainSpec,
+    devices: Sequence[Any],
+    chip: Chip,
+    limited: bool = False,
 ) -> Iterator[TrainPlan]:
-    """Plans that should fit: all divisions of the chips that cut neither heads nor a width."""
+    """Plans that should fit: all divisions of the chips that cut neither heads nor a width.
+
+    Args:
+      limited: a device has no more rows at a time than a batch of `run.batch_examples` can take
+        with the plan's accumulation; else as many as it holds, whatever the batch is.
+    """
     budget = chip.memory * (1 - KEPT_FREE)
     for shape in shapes(len(devices), config):
+        ways = [(rows, run.accumulation) for rows in ROWS]
+        if limited:
+            ways = _packings(run.batch_examples, shape.data * shape.fsdp)
         for remat in SEARCHED:
-            for rows in ROWS:
-                spec = dataclasses.replace(run, remat=remat)
+            for rows, accumulation in ways:
+                spec = dataclasses.replace(run, remat=remat, accumulation=accumulation)
                 plan = plan_training(config, spec, devices, shape, rows)
                 if predicted_bytes(plan) <= budget:
                     yield plan
+
+
+def _packings(examples: int, parts: int) -> list[tuple[int, int | None]]:
+    """(rows, accumulation), such that a run with that accumulation computes so many rows at most,
+    for as many rows as `ROWS` says, or fewer.
+    """
+    counts = sorted({most_rows(examples, parts, rows) for rows in ROWS}, reverse=True)
+    return [(most_rows(examples, parts, count), count) for count in counts]
 
 
 def shapes(chips: int, config: LlamaConfig) -> Iterator[MeshShape]:
@@ -135,7 +159,8 @@ def predicted_bytes(plan: TrainPlan) -> float:
     config, run = plan.config, plan.run
     tensor = axis_size(plan.mesh, "tensor")
     state = abstract_state(plan)
-    held = held_bytes(state) + held_bytes(state.trainable)
+    sums = 1 if plan.micro_batches == 1 else 2  # of the step, and of a micro-batch
+    held = held_bytes(state) + sums * held_bytes(state.trainable)
     tokens = plan.rows * run.row_tokens
     width, inner = config.hidden_size, config.intermediate_size / tensor
     heads = config.num_attention_heads * config.head_dim / tensor
@@ -185,8 +210,9 @@ def predicted_costs(plan: TrainPlan) -> Costs:
     if run.lora is None:
         added += 2 * 4 * count_parameters(config) / (fsdp * tensor) * (data - 1) / data
     sent = {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": added}
-    costs = Costs(flops, read + activations, sent) + loss_costs(plan) + update_costs(plan)
-    return costs + attention_costs(plan).times(layers)
+    micro_batch = Costs(flops, read + activations, sent) + loss_costs(plan)
+    micro_batch += attention_costs(plan).times(layers)
+    return micro_batch.times(plan.micro_batches) + update_costs(plan)
 
 
 def layer_weights(config: LlamaConfig) -> float:
@@ -201,6 +227,18 @@ def flags(report: dict[str, Any]) -> str:
     return (
         f"--config.compute.mesh={mesh} --config.train.remat={report['remat']} "
         f"--config.train.accumulation={report['micro_batches']}"
+    )
+
+
+def unfilled_line(report: dict[str, Any], examples: int) -> str:
+    """What to say where a batch of so many examples cannot fill the rows of a step; else ""."""
+    parts = report["mesh"]["data"] * report["mesh"]["fsdp"]
+    rows = report["micro_batches"] * report["rows"] * parts
+    if rows <= examples:
+        return ""
+    return (
+        f"A batch of {examples} examples fills at most {examples} of the {rows} rows of a step, "
+        "which tokens/s and MFU count as full."
     )
 
 

@@ -30,12 +30,19 @@ def memory_line(name: str, entry: dict[str, Any]) -> str:
 
 
 def _train_lines(entry: dict[str, Any]) -> Iterator[str]:
+    examples = f" (the most that batches of {entry['batch_examples']} examples take)"
     yield (
         f"mesh {mesh_text(entry['mesh'])}, {entry['micro_batches']} times {entry['rows']} rows of "
-        f"{entry['row_tokens']} tokens a device, {entry['tokens']:,} tokens a step, remat "
-        f"{entry['remat']}" + (f", adapter of rank {entry['lora']}" if entry["lora"] else "")
+        f"{entry['row_tokens']} tokens a device{examples if entry['at_worst'] else ''}, "
+        f"{entry['tokens']:,} tokens a step, remat {entry['remat']}"
+        + (f", adapter of rank {entry['lora']}" if entry["lora"] else "")
     )
     if not entry["fits"]:
+        if entry["at_worst"]:
+            yield (
+                "--suggest finds an accumulation with which every batch fits; --rows=N compiles "
+                "for batches that pack better"
+            )
         return
     parts = {name: 1e3 * seconds for name, seconds in entry["est_parts"].items()}
     yield (

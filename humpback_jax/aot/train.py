@@ -31,13 +31,15 @@ class TrainPlan:
 
     Attributes:
       run: the run's settings, with the mesh of all chips.
-      rows: of `run.row_tokens` places that a device computes at a time, all of them supervised:
-        the most that a batch can ask for.
+      rows: of `run.row_tokens` places that a device computes at a time, all of them supervised.
+      at_worst: whether these are the most that a batch of the run can take (`most_rows`), and not
+        a number that was asked for.
     """
 
     config: LlamaConfig
     run: TrainSpec
     rows: int
+    at_worst: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -71,6 +73,18 @@ def plan_training(
     """
     mesh = make_mesh(shape or MeshShape(data=1, fsdp=len(devices)), devices)
     return TrainPlan(config, dataclasses.replace(run, mesh=mesh), rows)
+
+
+def most_rows(examples: int, parts: int, accumulation: int) -> int:
+    """Rows that a device computes at a time, at most: those of a batch in which no two examples
+    share a row.
+
+    Of accumulation and rows each is what this function makes of the other.
+
+    Args:
+      parts: devices with rows of their own (`row_parts`).
+    """
+    return -(-examples // (parts * accumulation))
 
 
 def lower_step(plan: TrainPlan) -> tuple[jax.stages.Lowered, TrainState, Batch]:

@@ -22,6 +22,8 @@ def aot(arguments: argparse.Namespace) -> Result:
         return fill_table(Path(arguments.table), arguments.only, timed_lines())
     if not arguments.topology:
         raise HumpbackError("aot needs --topology=KIND:SHAPE, e.g. v5p:2x2x1, or --table=FILE.")
+    if arguments.rows is not None and arguments.rows < 1:
+        raise HumpbackError(f"--rows={arguments.rows} has to be 1 or more.")
     config = chosen_config(arguments)
     if arguments.lora is not None:
         set_field(config, "train.lora.rank", [str(arguments.lora)])
