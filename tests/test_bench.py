@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import platform
 import sys
+from importlib.metadata import version
 
 import jax
 import numpy as np
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from humpback_jax.bench import gpu, rate, roofline
 from humpback_jax.bench.limits import copy_bandwidth, matmul_rate, prefill_flops
 from humpback_jax.bench.pairs import PairsJob, read_pairs
-from humpback_jax.bench.process import Compilations
+from humpback_jax.bench.process import Compilations, cpu_model, measure_apart, with_versions
 from humpback_jax.bench.score import best_of, gains
 from humpback_jax.bench.workload import Case, choose_cases, texts
 from humpback_jax.cli import main
@@ -109,8 +112,9 @@ def test_ours_and_transformers_do_the_same_work_and_the_results_are_written(
     assert ours["new_tokens"] == theirs["new_tokens"]
     assert result["ratio"]["hf"] == pytest.approx(ours["rows_per_s"] / theirs["rows_per_s"])
     assert 0 < result["matmul_share"] == ours["matmul_share"]
-    assert ours["programs"] <= 8
+    assert 0 < ours["programs"] <= 8
     assert ours["shared_tokens"] > 0
+    assert result["environment"]["packages"]["torch"] == version("torch")
 
 
 @pytest.mark.slow
@@ -213,6 +217,32 @@ def test_a_response_s_own_likelihood_is_computed_once_for_all_its_instructions(
     assert not twice["once"] and twice["tokens_computed"] == 2 * twice["tokens_needed"]
 
 
+def test_two_copies_on_a_cpu_count_no_program_that_scores(tmp_path) -> None:
+    """In a process of its own, as `humpback bench score` measures: there, a CPU is two devices."""
+    job().save(tmp_path / "job.json")
+    found = measure_apart("rate", tmp_path / "job.json", "rubric_likelihood")
+    assert 0 < found["programs"] <= 2
+    environment = found["environment"]
+    if os.cpu_count() > 1:
+        assert len(environment["devices"]) == 2
+    assert environment["cpu"]
+
+
+def test_a_table_does_not_say_on_what_processor_and_with_which_peers_it_was_measured(
+    tmp_path, monkeypatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: Fast Processor 9\n\nprocessor\t: 1\n")
+    assert cpu_model(info) == "Fast Processor 9"
+    info.write_text("processor\t: 0\nCPU architecture: 8\n")
+    monkeypatch.setattr(platform, "processor", lambda: "aarch64")
+    assert cpu_model(info) == cpu_model(tmp_path / "none") == "aarch64"
+    here = {"packages": {"numpy": "1"}}
+    found = with_versions(here, ["torch", "trl"])["packages"]
+    assert found == {"numpy": "1", "torch": version("torch"), "trl": version("trl")}
+    assert with_versions(here, []) == here
+
+
 def test_compilations_are_counted() -> None:
     found = Compilations()
     step = jax.jit(lambda x: x * 3 + len(str(found)))
@@ -276,6 +306,7 @@ def test_bench_score_prints_a_table_and_writes_every_curator_s_figures(tmp_path,
     for name, figures in curators.items():
         assert any(line.startswith(name) for line in lines)
         assert figures["compiled_while_timed"] == 0
+        assert figures["programs"] > 0
         assert figures["rows_per_s"] == pytest.approx(5 / figures["seconds"])
     assert curators["rubric"]["new_tokens"] <= 5 * 8
     parts = (curators[name]["scored_tokens"] for name in ("pmi", "rubric_likelihood"))

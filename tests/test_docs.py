@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,9 @@ def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
         for precision in ("float32", "bfloat16"):
             rates = [f"{rate:.2f}" for name, rate in system["all_rows_per_s"] if name == precision]
             assert f"{' and '.join(rates)} in {precision}" in page
+        spread = [_spread(system, precision) for precision in ("float32", "bfloat16")]
+        assert all(0.02 <= apart < 0.055 for apart in spread)
+    assert "the two rounds of a system differ by 2 to 5 %" in page
     full, adapter = (
         json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
         for name in ("cpu_train", "cpu_train_lora")
@@ -93,6 +97,28 @@ def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:
         f"`transformers` {with_drafts['peers']['hf']['rows_per_s']:.2f}."
     )
     assert quoted in " ".join(page.split())
+
+
+def _spread(system: dict[str, Any], precision: str) -> float:
+    """How much faster the better of a system's rounds is."""
+    rates = [rate for name, rate in system["all_rows_per_s"] if name == precision]
+    return max(rates) / min(rates) - 1
+
+
+def test_the_page_on_speed_hides_that_nothing_was_rated_or_that_the_machine_was_busy() -> None:
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split())
+    result = json.loads((ROOT / "benchmarks" / "cpu_score.json").read_text())
+    curators = result["ours"]["curators"]
+    assert curators["rubric"]["rated"] == 0
+    assert f"For none of the {result['workload']['rows']} pairs did the reasoned rubric" in text
+    rounds = {name: figures["all_rows_per_s"] for name, figures in curators.items()}
+    slow = {name: rates.index(min(rates)) for name, rates in rounds.items()}
+    assert slow == {"rubric": 0, "rubric_likelihood": 1, "pmi": 1, "combined": 1}
+    shares = [min(rates) / max(rates) for rates in rounds.values()]
+    assert "the first round of `rubric` and the second of the others" in text
+    assert f"{min(shares):.0%} to {max(shares):.0%}".replace("%", " %") in text
+    assert curators["pmi"]["prefill_ratio"] < curators["rubric_likelihood"]["prefill_ratio"]
+    assert "its `prefill_ratio` is no higher for that" in text
 
 
 @pytest.mark.slow

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from humpback_jax.bench.limits import matmul_rate, prefill_flops
-from humpback_jax.bench.process import peak_bytes
+from humpback_jax.bench.process import describe_machine, peak_bytes
 from humpback_jax.bench.workload import Workload
 from humpback_jax.compute import choose_compute, use_compilation_cache, use_cores
-from humpback_jax.environment import describe_environment
 from humpback_jax.inference import Inference
 from humpback_jax.models import load_model
 from humpback_jax.sampling.engine import Completion, Request, Work
@@ -67,7 +66,7 @@ def measure(workload: Workload, precision: str, slots: int) -> dict[str, Any]:
         "ready_s": ready,
         "peak_bytes": peak_bytes() - before,
         "programs": reader.replicas.programs(),
-        "environment": describe_environment(),
+        "environment": describe_machine(),
         "outputs": [completion.tokens.tolist() for completion in done],
     }
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from humpback_jax.environment import describe_environment
 from humpback_jax.errors import HumpbackError
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def measure_apart(module: str, *options: str | Path, seconds: float | None = None) -> Any:
@@ -53,6 +59,28 @@ def check_peer(peer: str, packages: Mapping[str, Sequence[str]], extra: str) -> 
         raise HumpbackError(
             f"--vs={peer} needs {' and '.join(absent)}: pip install 'humpback-jax[{extra}]'."
         )
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a figure was measured with and on: a run's environment, and the processor's name."""
+    return {**describe_environment(), "cpu": cpu_model()}
+
+
+def cpu_model(info: Path = CPU_INFO) -> str:
+    """The processor's name, as Linux tells it on x86, else what Python knows."""
+    with contextlib.suppress(OSError):
+        for line in info.read_text(encoding="utf-8").splitlines():
+            field, _, value = line.partition(":")
+            if field.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def with_versions(environment: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """An environment whose packages name those of the peers, too."""
+    owners = importlib.metadata.packages_distributions()
+    versions = {owners[name][0]: importlib.metadata.version(owners[name][0]) for name in modules}
+    return {**environment, "packages": {**environment["packages"], **versions}}
 
 
 def leave_the_device_to_others() -> None:

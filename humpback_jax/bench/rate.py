@@ -13,10 +13,9 @@ from typing import Any
 from humpback_jax.bench.limits import matmul_rate, prefill_flops
 from humpback_jax.bench.ours import timed_generation
 from humpback_jax.bench.pairs import PairsJob
-from humpback_jax.bench.process import Compilations, peak_bytes
+from humpback_jax.bench.process import Compilations, describe_machine, peak_bytes
 from humpback_jax.compute import choose_compute, use_compilation_cache, use_cores
 from humpback_jax.curators import PairText, Rating, Scored, rate
-from humpback_jax.environment import describe_environment
 from humpback_jax.inference import Inference, Opening
 from humpback_jax.models import load_model
 from humpback_jax.sampling.likelihood import WIDTHS, Query, programs, shared_tokens
@@ -66,15 +65,16 @@ def measure(job: PairsJob, curator: str) -> dict[str, Any]:
     ratings = rate(curator, judge, job.pairs, decoding, 0, scored)
     seconds = time.perf_counter() - started
     asked, work = judge.asked, judge.replicas.work
+    scoring = programs(model.config, judge.precision, judge.replicas.engines[0].mesh)
     figures: dict[str, Any] = {
         "seconds": seconds,
         "rows_per_s": len(job.pairs) / seconds,
         "rated": sum(rating.value is not None for rating in ratings),
         "ready_s": ready,
         "peak_bytes": peak_bytes() - before,
-        "programs": judge.replicas.programs() + programs(model.config, judge.precision),
+        "programs": judge.replicas.programs() + scoring,
         "compiled_while_timed": compilations.count - compiled,
-        "environment": describe_environment(),
+        "environment": describe_machine(),
     }
     if curator == "rubric":
         figures |= _tokens(work.prompt_tokens, work.shared_tokens, work.new_tokens, 0, seconds)

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from humpback_jax.bench.comparison import Comparison
-from humpback_jax.bench.process import check_peer, leave_the_device_to_others, measure_apart
+from humpback_jax.bench.process import (
+    check_peer,
+    leave_the_device_to_others,
+    measure_apart,
+    with_versions,
+)
 from humpback_jax.bench.workload import Case, Workload, backward_workload
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import is_random, load_model
@@ -60,8 +65,13 @@ def bench_sample(
             found = _measure(case, path, _systems(comparison), comparison.rounds, say)
             compared[case.name] = _compare(found, workload)
     environment = [result["ours"].pop("environment") for result in compared.values()]
-    main = compared[cases[0].name]
-    return {**main, "main_case": cases[0].name, "cases": compared, "environment": environment[0]}
+    modules = [name for peer in comparison.peers for name in PACKAGES[peer]]
+    return {
+        **compared[cases[0].name],
+        "main_case": cases[0].name,
+        "cases": compared,
+        "environment": with_versions(environment[0], modules),
+    }
 
 
 def _check_peers(peers: Sequence[str], model_name: str) -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from humpback_jax.bench.limits import matmul_rate, training_matmul_rate
-from humpback_jax.bench.process import peak_bytes
+from humpback_jax.bench.process import describe_machine, peak_bytes
 from humpback_jax.bench.training_job import TrainingJob
 from humpback_jax.compute import choose_compute, use_compilation_cache
-from humpback_jax.environment import describe_environment
 from humpback_jax.model.flops import training_flops
 from humpback_jax.model.lora import PROJECTIONS, lora_spec
 from humpback_jax.models import load_model
@@ -68,7 +67,7 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
         "gflops": flops / seconds / 1e9,
         "matmul_share": flops / seconds / training_matmul_rate(model.config, rows, dtype),
         "forward_matmul_share": flops / seconds / matmul_rate(model.config, rows, dtype),
-        "environment": describe_environment(),
+        "environment": describe_machine(),
     }
 
 

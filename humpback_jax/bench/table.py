@@ -35,8 +35,8 @@ def sample_lines(result: Result) -> list[str]:
 
 def score_lines(result: Result) -> list[str]:
     """A row for each curator, and what the comparisons between them say."""
-    header = ["curator", "rows/s", "seconds", "tokens/s", "prompt", "unshared", "new", "scored"]
-    rows = [[*header, "x prefill", "matmul", "programs", "peak MB"]]
+    header = ["curator", "rows/s", "rated", "seconds", "tokens/s", "prompt", "unshared", "new"]
+    rows = [[*header, "scored", "x prefill", "matmul", "peak MB"]]
     ours = result["ours"]
     for curator, figures in ours["curators"].items():
         ratio, share = figures.get("prefill_ratio"), figures.get("matmul_share")
@@ -44,13 +44,13 @@ def score_lines(result: Result) -> list[str]:
             [
                 curator,
                 f"{figures['rows_per_s']:.2f}",
+                str(figures["rated"]),
                 f"{figures['seconds']:.2f}",
                 f"{figures['tokens_per_s']:.0f}",
                 *(str(figures[f"{name}_tokens"]) for name in ("prompt", "unshared", "new")),
                 str(figures["scored_tokens"]),
                 "" if ratio is None else f"{ratio:.2f}",
                 "" if share is None else f"{share:.0%}",
-                str(figures["programs"]),
                 f"{figures['peak_bytes'] / 1e6:.0f}",
             ]
         )

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from humpback_jax.bench.comparison import Comparison
-from humpback_jax.bench.process import check_peer, leave_the_device_to_others, measure_apart
+from humpback_jax.bench.process import (
+    check_peer,
+    leave_the_device_to_others,
+    measure_apart,
+    with_versions,
+)
 from humpback_jax.bench.training_job import TrainingJob, TrainingWorkload, training_rows
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import export_hf, load_model
@@ -58,7 +63,8 @@ def bench_train(workload: TrainingWorkload, comparison: Comparison, say: Say) ->
             [result["setting"], result["precision"], _rate(result)] for result in results
         ]
     ours = best.pop("ours")
-    environment = ours.pop("environment")
+    modules = [name for peer in comparison.peers for name in PACKAGES[peer]]
+    environment = with_versions(ours.pop("environment"), modules)
     lengths = sorted(len(ids) for _, ids, _ in chosen)
     return {
         "ours": ours,
