@@ -13,7 +13,11 @@ import pytest
 
 from humpback_jax.bench.table import sample_lines, score_lines, train_lines
 from humpback_jax.cli import build_parser, config_overrides, main
-from humpback_jax.config import default_config, set_field
+from humpback_jax.compute import choose_compute
+from humpback_jax.config import default_config, load_config, set_field
+from humpback_jax.curators import CURATORS
+from humpback_jax.stages.train import train_spec
+from humpback_jax.verbs.train import _fit_to_file, _section
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +38,44 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(commands) >= 5
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
+
+
+def test_the_readme_claims_of_the_loop_what_its_table_does_not_show() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| M\\_[12] .*\| [-+.\d]+ \\\[([-+.\d]+), ([-+.\d]+)\\\] \|$", text, re.M)
+    assert len(found) == 2
+    no_better = all(float(low) <= 0 <= float(high) for low, high in found)
+    assert no_better == ("M_1 and M_2 did not beat M_0 here" in text)
+    words = {4: "four", 5: "five", 6: "six"}
+    assert f"the {words[len(CURATORS)]} ways to rate a pair" in text
+
+
+def test_the_pages_on_training_name_other_defaults_than_those_of_the_verb() -> None:
+    arguments = build_parser().parse_args(["train", "--data=x", "--out=y"])
+    arguments.overrides = {}
+    section = _section(default_config(), arguments, [], [])
+    _fit_to_file(section, 100, {})
+    assert (section.epochs, section.batch_examples, section.on_long) == (1.0, 8, "error")
+    assert default_config().train.on_long == "drop"
+    training, data = (
+        " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
+        for name in ("training.md", "data.md")
+    )
+    assert "`epochs=1` instead of the paper's table of steps, `batch_examples` of 8" in training
+    assert "`on_long=error`" in training
+    assert "A config drops them by default; `train` without `--config` refuses them." in data
+
+
+def test_the_demo_compares_its_steps_with_others_than_the_paper_s() -> None:
+    config = load_config(f"{ROOT / 'configs' / 'smollm2_demo.py'}")
+    rows = config.data.seed_limit, config.data.seed_limit + 11  # of the README: trained on
+    compute = choose_compute("float32", 1)
+    steps = [train_spec(config.train, compute, 0, count).steps for count in rows]
+    assert steps == [7, 9]
+    paper = train_spec(default_config().train, compute, 0, 3200)
+    assert paper.steps == 500
+    text = (ROOT / "configs" / "smollm2_demo.py").read_text(encoding="utf-8")
+    assert "7B and 500 steps or more: here, 7 to 9" in text
 
 
 # Each command of the page on speed runs on random weights, where it does not read a GGUF file.
@@ -137,8 +179,6 @@ def test_every_command_on_the_page_on_speed_runs(
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
 def test_every_config_says_what_it_shows_and_takes_tiny(config: str) -> None:
-    from humpback_jax.config import load_config
-
     text = (ROOT / "configs" / config).read_text(encoding="utf-8")
     for part in ("What it shows:", "Launch:", "Expected"):
         assert part in text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -232,6 +233,16 @@ def test_a_schedule_s_rates_are_not_those_of_transformers(warmup) -> None:
         assert ours[:warmup] == pytest.approx([1e-3 * step / 10 for step in range(warmup)])
     rate = learning_rate(dataclasses.replace(spec, schedule="wsd"), steps)
     assert float(rate(79)) == pytest.approx(1e-3) and float(rate(100)) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(("warmup", "half"), [(0, 30_000), (10, 40)])
+def test_an_inverse_root_is_not_at_half_where_the_page_on_training_says(warmup, half) -> None:
+    rate = learning_rate(OptimizerSpec(1e-3, warmup_steps=warmup, schedule="inverse_sqrt"), 100)
+    assert float(rate(warmup)) == pytest.approx(1e-3)
+    assert float(rate(warmup + 1)) < float(rate(warmup))
+    assert float(rate(half)) == pytest.approx(5e-4)
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    assert "half at four times the warm-up" in page and "half after 30,000" in page
 
 
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])

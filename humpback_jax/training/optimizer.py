@@ -14,7 +14,7 @@ from humpback_jax.errors import HumpbackError
 
 OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor", "lion")
 SCHEDULES = ("linear", "cosine", "constant", "wsd", "inverse_sqrt")
-UNWARMED_SCALE = 10_000  # steps in which "inverse_sqrt" without a warm-up stays constant (T5)
+UNWARMED_SCALE = 10_000  # steps of a warm-up that "inverse_sqrt" goes on from where there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,10 @@ def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
 
     With a warm-up the rate first rises linearly from 0, and the rest spans what remains. "wsd"
     (warm-up, stable, decay; Hu et al., 2024) is constant, and linear in its last `decay_share`.
-    "inverse_sqrt" is first * sqrt(w / s) from the end of the w steps of warm-up on; like
-    "constant", it does not know of a last rate.
+    "inverse_sqrt" is first * sqrt(w / s) from the end of the w steps of warm-up on. Without a
+    warm-up it falls from the first step on, first * sqrt(w / (w + s)) with w = 10,000, as that of
+    transformers does; T5's own would stay constant for w steps. Like "constant", it does not know
+    of a last rate.
     """
     remaining = max(steps - spec.warmup_steps, 1)
     first, last = spec.learning_rate, spec.end_learning_rate
