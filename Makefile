@@ -37,7 +37,7 @@ test: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(HAS_TESTS)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist loadfile
 
 lint: $(HAS_TESTS)
 	$(BIN)/ruff check .

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -46,10 +46,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_comes_within_a_second_and_loads_no_jax() -> None:
-    started = time.monotonic()
-    result = run("--help")
-    assert result.returncode == 0
-    assert time.monotonic() - started < 1.0
+    # By its own time on the processor: other tests may keep it waiting.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run("--help").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     code = (
         "import sys, humpback_jax.cli as c; c.build_parser();"
         "assert not {'jax', 'torch', 'transformers', 'numpy'} & set(sys.modules)"
