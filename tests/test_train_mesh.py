@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -12,14 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from test_mesh import several, start_several
 
 from humpback_jax.checkpoint import load_params
 from humpback_jax.errors import HumpbackError, Preempted
 from humpback_jax.model.llama import flatten
 from humpback_jax.models import load_checkpoint
+from humpback_jax.parallel import preemption
 from humpback_jax.parallel.mesh import parse_mesh, training_mesh
 from humpback_jax.parallel.preemption import StopSignal
 
@@ -180,6 +184,52 @@ def test_a_preempted_run_loses_a_step(
     several(hosts, [*common, f"--out={tmp_path / 'unbroken'}"], devices)
     ours, theirs = weights(tmp_path / "model"), weights(tmp_path / "unbroken")
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
+
+
+@pytest.mark.slow
+def test_two_hosts_that_go_on_from_a_stop_are_deaf_to_the_next_one(
+    tmp_path: Path,
+) -> None:
+    """A machine that is taken away twice: all steps since the first time would be lost."""
+    command = [*TRAIN, f"--data={data_file(tmp_path)}", f"--out={tmp_path / 'model'}"]
+    command += ["--config.train.steps=400", "--config.compute.mesh=fsdp=2"]
+    log = tmp_path / "model" / "metrics.jsonl"
+    processes = start_several(2, command, 1)
+    preempt(processes, processes[-1], log)
+    stopped = steps_in(log)[-1]
+    processes = start_several(2, command, 1)
+    assert processes[0].stdout is not None
+    assert any("train: batches of" in line for line in processes[0].stdout)
+    preempt(processes, processes[-1], log)
+    assert stopped < steps_in(log)[-1] < stopped + 50
+
+
+class SyncManager:
+    """JAX's, of one process: it is told while no call is under way that the machine goes away."""
+
+    def __init__(self) -> None:
+        self.last, self.agreed = 0, 0
+
+    def reached(self, call: int) -> bool:
+        self.last = call
+        return call == self.agreed
+
+    def told(self) -> None:
+        self.agreed = self.last + 1
+
+
+@pytest.mark.parametrize("called", [0, 3])
+def test_a_host_that_goes_on_from_step_50_waits_for_step_1_to_stop(
+    called: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = SyncManager()
+    monkeypatch.setattr(preemption, "_CALLS", itertools.count(1))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", manager.reached)
+    stop = preemption.StopSignal()
+    assert not any(stop.reached(51 + step) for step in range(called))
+    manager.told()
+    assert stop.reached(51 + called)
 
 
 def test_sigterm_while_the_model_is_saved_loses_the_model_or_starts_the_next_stage() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -10,6 +11,10 @@ from typing import Any
 import jax
 
 from humpback_jax.errors import Preempted
+
+# JAX agrees on the number of a call, the first one being 1: of a run that goes on from step 50, the
+# steps themselves would never be the agreed number.
+_CALLS = itertools.count(1)
 
 
 class StopSignal:
@@ -42,12 +47,15 @@ class StopSignal:
         self._asked = True
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after `step`; several processes all learn it after the same one."""
+        """Whether to stop after `step`; several processes all learn it after the same one.
+
+        They have to call this equally often.
+        """
         if jax.process_count() == 1:
             return self._asked
         from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        return bool(multihost_utils.reached_preemption_sync_point(next(_CALLS)))
 
     def obey(self, done: str) -> None:
         """Stops here if SIGTERM came too late for `reached`, which is to say during the end.
