@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import jax
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
@@ -46,7 +47,8 @@ def write_shard(folder: Path, source: str, batches: Iterable[TokenizedBatch]) ->
     Raises:
       HumpbackError: the place cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    # In containers, the processes of a job have the same number.
+    temporary = folder.with_name(f".{folder.name}.{jax.process_index()}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import os
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from test_mesh import start_several
@@ -51,6 +54,11 @@ WIDTH = 256
 @functools.cache
 def base() -> LanguageModel:
     return load_model("tiny-random")
+
+
+def base_batch() -> TokenizedBatch:
+    mask = np.arange(9) > 3
+    return TokenizedBatch((TokenizedExample("one", np.arange(9, dtype=np.int32), mask),), ())
 
 
 def settings(**changes: Any) -> Any:
@@ -308,6 +316,69 @@ def test_a_host_waits_for_one_that_has_refused_a_row(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [1, 1], errors
     assert "Row r7" in errors[0] and "failed in process 0; its message says why" in errors[1]
     assert time.monotonic() - start < 60
+
+
+def test_a_process_of_the_same_number_on_another_machine_spoils_the_shard_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In containers, the processes of a job are often all number 1."""
+    batch = base_batch()
+
+    def meanwhile() -> Iterator[TokenizedBatch]:
+        yield batch
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_index", lambda: 1)
+            write_shard(tmp_path / "00000", "seed", [batch, batch])
+        yield batch
+
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    write_shard(tmp_path / "00000", "seed", meanwhile())
+    assert len(TokenStore([tmp_path / "00000"])) == 2 * len(batch.examples)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000"]
+
+
+SAME_NUMBER = """
+import os, sys, time
+from pathlib import Path
+os.getpid = lambda: 1
+replace = Path.replace
+def slowly(path, to):
+    time.sleep(1)
+    return replace(path, to)
+Path.replace = slowly
+from humpback_jax.parallel.processes import join_processes, leave_processes
+join_processes()
+from humpback_jax.config import default_config
+from humpback_jax.models import load_model
+from humpback_jax.stages.tokens import RowFile, Tokenization, token_store
+folder, base = Path(sys.argv[1]), load_model("tiny-random")
+way = Tokenization(base, default_config().train, "forward")
+store, _ = token_store([RowFile("seed", folder / "rows.jsonl")], way, folder / "tokens", print)
+print(len(store))
+leave_processes()
+"""
+
+
+def test_hosts_whose_processes_have_the_same_number_fall_over_each_others_files(
+    tmp_path: Path,
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    for process in start_several(2, [str(tmp_path)], 1, ["-c", SAME_NUMBER]):
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        assert int(output.split()[-1]) == len(ROWS)
+
+
+def test_a_restart_writes_what_is_written_already(tmp_path: Path) -> None:
+    file = written(tmp_path, "rows.jsonl")
+    stored(file, tmp_path / "tokens")
+    (manifest,) = tmp_path.rglob("store.json")
+    before = manifest.stat()
+    stored(file, tmp_path / "tokens")
+    assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == (
+        before.st_ino,
+        before.st_mtime_ns,
+    )
 
 
 SLOW_TO_END = """

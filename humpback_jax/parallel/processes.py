@@ -119,10 +119,12 @@ def on_host(tree: Any) -> Any:
 
 
 def first_alone(what: str, make: Callable[[], Made]) -> Made:
-    """Process 0 makes something, and the others after it."""
-    if jax.process_index() > 0:
-        wait_for_all(what)
-        return make()
-    made = make()
-    wait_for_all(what)
-    return made
+    """Process 0 makes something, and the others after it.
+
+    Raises:
+      HumpbackError: that of `make`, or that process 0 has one.
+    """
+    if jax.process_index() == 0:
+        return all_or_none(what, make)
+    all_or_none(what, lambda: None)
+    return make()

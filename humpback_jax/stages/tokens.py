@@ -14,7 +14,7 @@ import jax
 from humpback_jax.artifacts import write_json
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import LanguageModel
-from humpback_jax.parallel.processes import all_or_none
+from humpback_jax.parallel.processes import all_or_none, first_alone
 from humpback_jax.progress import Say
 from humpback_jax.records import Example, stable_id
 from humpback_jax.rows import ReadReport, stream_examples
@@ -139,8 +139,14 @@ def _make(folder: Path, file: RowFile, tokenization: Tokenization, say: Say) -> 
     found = all_or_none(f"tokenising {file.path}", our_part)
     if _missing(folder, found):  # the others do not write here
         _pass(folder, file, tokenization, say, lambda number: True)
-    write_json(manifest, found)
+    first_alone(f"noting {file.path} as tokenised", lambda: _note(manifest, found))
     return found
+
+
+def _note(manifest: Path, found: dict[str, Any]) -> None:
+    """Writes the manifest unless it is there, for instance because processes share the folder."""
+    if not manifest.exists() or json.loads(manifest.read_text("utf-8")) != found:
+        write_json(manifest, found)
 
 
 def _missing(folder: Path, manifest: dict[str, Any]) -> bool:
