@@ -234,9 +234,13 @@ class ResumeFolder:
         self._states.wait()
         self._best.wait()
 
-    def restore(self, state: TrainState) -> TrainState | None:
-        """The newest readable state of the form of `state`, where `state` lies, whatever lay where
-        and in which layout when it was saved; None where there is none.
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest readable state in the form of `like`, whatever lay where and in which layout
+        when it was saved; None where there is none.
+
+        Args:
+          like: a state, or shapes and where they lie (`state.abstract_state`). Of two states, one
+            may not fit: no array should be there yet.
 
         Raises:
           HumpbackError: the folder belongs to another run.
@@ -249,8 +253,8 @@ class ResumeFolder:
                 continue
             self._check_owner(about)
             try:
-                found = self._read(self._states, step, state._replace(frozen={}))
-                return found._replace(frozen=state.frozen)
+                found = self._read(self._states, step, like._replace(frozen={}))
+                return found._replace(frozen=like.frozen)
             except HumpbackError as error:
                 _fall_back(error)
         return None
@@ -280,8 +284,11 @@ class ResumeFolder:
         self._check_owner(about)
         return float(about["validation_nll"])
 
-    def restore_best(self, state: TrainState) -> TrainState:
-        """`state` with the step and the parameters that `save_best` was given last.
+    def restore_best(self, like: TrainState) -> TrainState:
+        """The step and the parameters that `save_best` was given last; nothing of the optimizer's.
+
+        Args:
+          like: see `restore`.
 
         Raises:
           HumpbackError: they cannot be read.
@@ -290,8 +297,8 @@ class ResumeFolder:
         steps = self._best.steps()
         if not steps:
             raise HumpbackError("no loss on the validation rows was a finite number.")
-        best = self._read(self._best, steps[-1], state._replace(frozen={}, optimizer=()))
-        return best._replace(frozen=state.frozen, optimizer=state.optimizer)
+        best = self._read(self._best, steps[-1], like._replace(frozen={}, optimizer=()))
+        return best._replace(frozen=like.frozen)
 
     def delete(self) -> None:
         """Removes the state; called once the trained model is safe."""
@@ -315,10 +322,10 @@ class ResumeFolder:
                 "folder, or delete this one to start over."
             )
 
-    def _read(self, states: Numbered, step: int, state: TrainState) -> TrainState:
+    def _read(self, states: Numbered, step: int, like: TrainState) -> TrainState:
         import jax
 
-        expected = abstract_stacked(state)
+        expected = abstract_stacked(like)
         flat = _flat(expected)
 
         def where_ours_lies(stored: Any) -> Any:
@@ -336,7 +343,7 @@ class ResumeFolder:
         leaves = [tree["optimizer"][name] for name in sorted(tree["optimizer"])]
         optimizer = jax.tree.unflatten(jax.tree.structure(expected.optimizer), leaves)
         return laid_out_like(
-            state, TrainState(tree["step"], _unnamed(tree["trainable"]), {}, optimizer)
+            like, TrainState(tree["step"], _unnamed(tree["trainable"]), {}, optimizer)
         )
 
 

@@ -109,8 +109,8 @@ def test_layers_come_back_in_another_order_from_the_other_layout() -> None:
     kernel = stacked.trainable["layers"]["q"]["kernel"]
     assert kernel.shape == (11, 2, 3)
     assert kernel[:, 0, 0].tolist() == list(range(11))
-    assert same(laid_out_like(apart, stacked), apart)
     assert same(stacked_state(stacked), stacked)
+    assert same(laid_out_like(apart, stacked), apart)
 
 
 def test_T30_a_folder_of_another_run_is_refused_and_says_what_differs(tmp_path) -> None:

@@ -454,13 +454,20 @@ def unflatten(flat: dict[tuple[Any, ...], Any]) -> Params:
     return params
 
 
-def unstack_layers(params: Params) -> Params:
-    """Layout "scan" -> "unrolled": layers.X [L, ...] becomes layers.i.X [...] for each layer i."""
+def _slices(leaf: Any) -> list[Any]:
+    return [leaf[index] for index in range(leaf.shape[0])]
+
+
+def unstack_layers(params: Params, split: Callable[[Any], list[Any]] = _slices) -> Params:
+    """Layout "scan" -> "unrolled": layers.X [L, ...] becomes layers.i.X [...] for each layer i.
+
+    `split` makes the leaves of all layers of one.
+    """
     flat: dict[tuple[Any, ...], Any] = {}
     for path, leaf in flatten(params).items():
         if path[0] == "layers":
-            for index in range(leaf.shape[0]):
-                flat["layers", index, *path[1:]] = leaf[index]
+            for index, own in enumerate(split(leaf)):
+                flat["layers", index, *path[1:]] = own
         else:
             flat[path] = leaf
     return unflatten(flat)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import XLA, Kernels
@@ -68,7 +68,11 @@ class StepSpec:
 
 
 def initial_state(
-    spec: StepSpec, base: Params, optimizer: optax.GradientTransformation, seed: int
+    spec: StepSpec,
+    base: Params,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    saved: TrainState | None = None,
 ) -> TrainState:
     """A copy of the base weights in the training layout, with fresh optimizer state.
 
@@ -77,6 +81,8 @@ def initial_state(
     Args:
       base: stacked, on the host or a device. On a mesh, no device ever holds all of it.
       seed: of a new adapter.
+      saved: what a stopped run left, of the form of `abstract_state`: goes on from there. Beside
+        it, nothing but `frozen` is made.
     """
     mesh = spec.mesh
     where = None if mesh is None else state_shardings(spec, optimizer)
@@ -89,13 +95,35 @@ def initial_state(
         return with_magnitudes(_arranged(split_adapter(fresh)[1], spec.layout), frozen)
 
     frozen: Params = {}
+    if spec.lora is not None:
+        frozen = _int8_base(spec, base) if spec.lora.base == "int8" else _float32_base(spec, base)
+    if saved is not None:
+        return saved._replace(frozen=frozen)
     if spec.lora is None:
         params = _float32_base(spec, base)
     else:
-        frozen = _int8_base(spec, base) if spec.lora.base == "int8" else _float32_base(spec, base)
         params = jax.jit(fresh_adapter, out_shardings=where and where.trainable)(frozen)
     kept = jax.jit(optimizer.init, out_shardings=where and where.optimizer)(params)
     return TrainState(step, params, frozen, kept)
+
+
+def abstract_state(spec: StepSpec, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes of an `initial_state` but for `frozen`, which is empty, and where its arrays lie."""
+    shapes = abstract_params(spec.config, "float32", spec.layout, spec.lora)
+    if spec.lora is not None:
+        _, shapes = split_adapter(shapes)
+    step, kept = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(optimizer.init, shapes)
+    state = TrainState._make((step, shapes, {}, kept))
+    if spec.mesh is None:
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        where = jax.tree.map(lambda _: here, state)
+    else:
+        where = state_shardings(spec, optimizer)._replace(frozen={})
+    return jax.tree.map(_placed, state, where)
+
+
+def _placed(shape: Any, where: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
 
 def _float32_base(spec: StepSpec, base: Params) -> Params:
@@ -197,19 +225,21 @@ def stacked_state(state: TrainState) -> TrainState:
 def abstract_stacked(state: TrainState) -> TrainState:
     """Shapes of `stacked_state`, and where its arrays lie."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
-        jax.eval_shape(_stack_all, state),
-        _stack_all(shardings, _stacked_sharding),
-    )
+    where = _stack_all(shardings, _stacked_sharding)
+    return jax.tree.map(_placed, jax.eval_shape(_stack_all, state), where)
 
 
 def laid_out_like(state: TrainState, stacked: TrainState) -> TrainState:
-    """`stacked` in the layout of `state`, where `state` lies: undoes `stacked_state`."""
+    """`stacked` in the layout of `state`, where `state` lies: undoes `stacked_state`.
+
+    Takes the arrays of `stacked` apart one by one and deletes them: where a state just fits, two
+    do not.
+    """
     if not _kept_apart(state.trainable):
         return stacked
-    where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(_unstack_all, out_shardings=where)(stacked)
+    return _each_tree(
+        lambda tree: unstack_layers(tree, _taken_apart) if isinstance(tree, dict) else tree, stacked
+    )
 
 
 def _stack_all(state: TrainState, stack: Callable[[list[Any]], Any] = jnp.stack) -> TrainState:
@@ -220,8 +250,11 @@ def _stack_all(state: TrainState, stack: Callable[[list[Any]], Any] = jnp.stack)
     return _each_tree(stacked, state)
 
 
-def _unstack_all(state: TrainState) -> TrainState:
-    return _each_tree(lambda tree: unstack_layers(tree) if isinstance(tree, dict) else tree, state)
+def _taken_apart(leaf: jax.Array) -> list[jax.Array]:
+    where = [_sharding_apart(leaf.sharding)] * len(leaf)
+    apart = jax.block_until_ready(jax.jit(list, out_shardings=where)(leaf))
+    leaf.delete()
+    return apart
 
 
 def _kept_apart(params: Params) -> bool:
@@ -238,3 +271,10 @@ def _stacked_sharding(layers: list[Any]) -> Any:
     if isinstance(first, NamedSharding):
         return NamedSharding(first.mesh, PartitionSpec(None, *first.spec))
     return first
+
+
+def _sharding_apart(stacked: Sharding) -> Sharding:
+    """The inverse of `_stacked_sharding`."""
+    if isinstance(stacked, NamedSharding):
+        return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+    return stacked

@@ -28,7 +28,7 @@ from humpback_jax.training.mixture import Share, loss_weights, pools_of, shares_
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
 from humpback_jax.training.order import BatchOrder
 from humpback_jax.training.packing import PackingPlan, packed_rows, place_batch, plan_packing
-from humpback_jax.training.state import TrainState, finished_params, initial_state
+from humpback_jax.training.state import TrainState, abstract_state, finished_params, initial_state
 from humpback_jax.training.step import StepSpec, make_train_step
 from humpback_jax.training.trace import StepTrace
 from humpback_jax.training.utilization import Utilization, peak_flops
@@ -94,13 +94,13 @@ class Resume(Protocol):
 
     def save(self, state: TrainState) -> None: ...
 
-    def restore(self, state: TrainState) -> TrainState | None: ...
+    def restore(self, like: TrainState) -> TrainState | None: ...
 
     def save_best(self, state: TrainState, nll: float) -> None: ...
 
     def best_nll(self) -> float: ...
 
-    def restore_best(self, state: TrainState) -> TrainState: ...
+    def restore_best(self, like: TrainState) -> TrainState: ...
 
     def wait(self) -> None: ...
 
@@ -176,15 +176,17 @@ def train(
         step_spec = _step_spec(config, spec, plan, shares)
         optimizer = make_optimizer(spec.optimizer, spec.steps)
         jitted, step_fn = make_train_step(step_spec, optimizer), None
-        state = initial_state(step_spec, base, optimizer, spec.seed)
+        like = abstract_state(step_spec, optimizer)
         dropout_key = jax.random.key(spec.seed)
         if validation:
             validate = make_validation(step_spec, validation, plan.micro_rows)
-    best = math.inf
+    best, saved = math.inf, None
     if resume is not None:
         with goodput.phase("checkpoint"):
-            state = resume.restore(state) or state
+            saved = resume.restore(like)
             best = resume.best_nll() if spec.select == "best" else best
+    with goodput.phase("setup"):
+        state = initial_state(step_spec, base, optimizer, spec.seed, saved)
     history: list[dict[str, Any]] = []
 
     def report(row: dict[str, Any]) -> None:
@@ -252,7 +254,10 @@ def train(
                 resume.wait()
     if resume is not None and spec.select == "best":
         with goodput.phase("checkpoint"):
-            state = resume.restore_best(state)
+            frozen = state.frozen
+            del state  # makes room
+            state = resume.restore_best(like)._replace(frozen=frozen)
+    state = state._replace(optimizer=())  # makes room
     params, adapter = finished_params(state, step_spec, base)
     took = goodput.seconds()
     return Trained(
