@@ -13,9 +13,10 @@ skipped when that one is done.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,7 @@ def run(
       HumpbackError: bad input, a meter that stops the run, nothing selected. What is done stays.
     """
     started = time.monotonic()
-    context = prepare(config, workdir, fresh=fresh, say=say, profile=profile)
-    with sole_user(workdir):
-        # Until their turn comes, the names of an earlier run may stand for another config.
-        for earlier in ("summary.json", "manifest.json"):
-            (workdir / earlier).unlink(missing_ok=True)
-        write_json(workdir / "config.json", json.loads(config.to_json()))
-        write_json(workdir / "environment.json", describe_environment())
+    with opened(config, workdir, fresh=fresh, say=say, profile=profile) as context:
         summary = {
             "status": "done",
             "workdir": str(workdir),
@@ -98,6 +93,19 @@ def rounds(context: Context) -> Row:
         "models": _evaluate(context, models),
         "meters": {"curation": curation_meter, "backward": backward_meter.details},
     }
+
+
+@contextlib.contextmanager
+def opened(config: Any, workdir: Path, **settings: Any) -> Iterator[Context]:
+    """A run in its folder, which no other run enters meanwhile; see `prepare` for `settings`."""
+    context = prepare(config, workdir, **settings)
+    with sole_user(workdir):
+        # Until their turn comes, the names of an earlier run may stand for another config.
+        for earlier in ("summary.json", "manifest.json"):
+            (workdir / earlier).unlink(missing_ok=True)
+        write_json(workdir / "config.json", json.loads(config.to_json()))
+        write_json(workdir / "environment.json", describe_environment())
+        yield context
 
 
 def prepare(

@@ -96,7 +96,8 @@ def test_training_killed_after_a_saved_state_goes_on_from_there(
     workdir = tmp_path / "run"
     process = start(workdir)
     deadline = time.monotonic() + 10 * duration
-    while not list(workdir.glob("resume/*/*/commit_success.txt")):
+    # Orbax writes under another name first.
+    while not list(workdir.glob(f"resume/*/{'[0-9]' * 8}/commit_success.txt")):
         assert process.poll() is None and time.monotonic() < deadline, "no state was ever saved"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -170,7 +171,7 @@ def test_fresh_never_goes_on_from_an_earlier_attempts_state(
         patch.setattr(loop, "MetricsLog", Dying)
         with pytest.raises(Killed):
             loop.run(tiny_config(), tmp_path / "run", say=lambda text: None)
-    earlier = sorted((tmp_path / "run" / "resume").glob("*/*/commit_success.txt"))
+    earlier = sorted((tmp_path / "run" / "resume").glob(f"*/{'[0-9]' * 8}/commit_success.txt"))
     assert earlier, "no state was saved"
     (tmp_path / "run" / "metrics.jsonl").unlink()
     loop.run(tiny_config(), tmp_path / "run", fresh=True, say=lambda text: None)

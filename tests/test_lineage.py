@@ -15,7 +15,7 @@ from tiny_run import tiny_config, train_again
 from humpback_jax.corpus.documents import read_documents
 from humpback_jax.errors import HumpbackError
 from humpback_jax.lineage import Lineage, batches, trace_id
-from humpback_jax.loop import prepare
+from humpback_jax.loop import opened
 from humpback_jax.records import Example
 from humpback_jax.run_view import RunView
 from humpback_jax.stages.evaluate import evaluate_stage
@@ -158,10 +158,10 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
     write_rows(folder / "documents.jsonl", texts[:12])
     config.corpus.documents = (str(folder / "documents.jsonl"),)
     config.train.update({"steps": 4, "eval_every": 0})
-    context = prepare(config, folder / "run", say=lambda text: None)
-    corpus_stage(context)
-    model = train_stage(context, "round_0/M_0", context.seed, "forward", [], "S_a")
-    evaluate_stage(context, "M_0", model)
+    with opened(config, folder / "run", say=lambda text: None) as context:
+        corpus_stage(context)
+        model = train_stage(context, "round_0/M_0", context.seed, "forward", [], "S_a")
+        evaluate_stage(context, "M_0", model)
     return Lineage(RunView(folder / "run"))
 
 

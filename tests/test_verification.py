@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from humpback_jax.artifacts import read_parquet, rows_hash, write_json, write_parquet
@@ -78,7 +79,7 @@ def damaged(copied: Callable[[], Path]) -> str:
     edit_manifest(folder, "answers/base", lambda entry: entry["fields"].update(tags="both"))
     edit_manifest(folder, "round_1/pairs", lambda entry: entry.update(parents=["f" * 64]))
     model = load_checkpoint(run.folder("round_0/M_0"))
-    nudged = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-3), model.params)
+    nudged = jax.tree.map(lambda leaf: leaf + np.float32(1e-3), model.params)
     changed = type(model)(
         model.name, model.config, nudged, model.tokenizer, model.template, model.tags
     )
