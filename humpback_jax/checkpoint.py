@@ -5,10 +5,18 @@ The v1 interface lives under `experimental` in the pinned Orbax; only this file 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
+import json
+import logging
 import math
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +24,7 @@ import numpy as np
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import Params, flatten, unflatten
+from humpback_jax.parallel.processes import all_or_none, as_first_sees
 from humpback_jax.training.state import (
     TrainState,
     abstract_stacked,
@@ -24,6 +33,7 @@ from humpback_jax.training.state import (
 )
 
 SEPARATOR = "."
+FREEING_TRIES = 100  # of 0.1 s
 
 
 def save_params(folder: Path, params: Params) -> None:
@@ -100,21 +110,46 @@ def load_params(folder: Path, shapes: Mapping[tuple[str, ...], Any] | None = Non
 
 def _load(folder: Path, like: Callable[[Any], Any]) -> Any:
     """The tree that was saved; `like` makes of its shapes and dtypes what it is to be read as."""
-    import orbax.checkpoint.experimental.v1 as ocp
-
-    wanted = like(_metadata(folder).metadata)
-    with _readable(folder):
-        return ocp.load(folder.absolute(), wanted)
+    return _arrays(folder, like(_shapes(folder)))
 
 
-def _metadata(folder: Path) -> Any:
-    """Orbax's: shapes and dtypes in `.metadata`, and what we stored in `.custom_metadata`."""
+def _shapes(folder: Path) -> Any:
+    """Shapes and dtypes of the tree that was saved."""
     import orbax.checkpoint.experimental.v1 as ocp
 
     with _readable(folder):
         if holds_params(folder):
-            return ocp.metadata(folder.absolute())
-    raise HumpbackError(f"{folder}: no complete Orbax checkpoint stands there.")
+            stored = ocp.metadata(folder.absolute()).metadata
+            if stored is not None:
+                return stored
+            # Orbax has only logged why. Its handler raises it, in a thread without an event loop.
+            (inner,) = [file.parent for file in folder.absolute().glob("*/_METADATA")]
+            with ThreadPoolExecutor(1) as thread:
+                reading = ocp.handlers.PyTreeHandler().metadata(inner)
+                return thread.submit(asyncio.run, reading).result()
+    raise Damaged(f"{folder}: no complete Orbax checkpoint stands there.")
+
+
+def _arrays(folder: Path, wanted: Any) -> Any:
+    """The tree that was saved. Of several processes, each reads its own part by itself: where one
+    of them fails, Orbax would let the others wait for it.
+    """
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    context, own = ocp.Context(), ocp.multihost.process_index()
+    context.multiprocessing.active_processes = {own}
+    context.multiprocessing.primary_host = own
+    with _readable(folder), context:
+        return ocp.load(folder.absolute(), wanted)
+
+
+class Damaged(HumpbackError):
+    """Part of a checkpoint is missing or garbled, whoever reads it, and whenever."""
+
+
+# TensorStore's, of which the rest speak of the machine; and Python's.
+DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE")
+ABSENCE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 @contextlib.contextmanager
@@ -122,7 +157,28 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise many unrelated types
-        raise HumpbackError(f"{folder}: the checkpoint cannot be read ({error}).") from error
+        causes = list(_causes(error))
+        root = f"{type(causes[-1]).__name__}: {causes[-1]}".splitlines()[0]
+        why = root.split(" [tensorstore_spec=")[0]
+        what = f"{folder}: the checkpoint cannot be read ({why})."
+        if all(map(_may_be_damage, causes)):
+            raise Damaged(what) from error
+        advice = "That is no damage: mend it, and run the same command again."
+        raise HumpbackError(f"{what} {advice}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _may_be_damage(error: BaseException) -> bool:
+    """Not a lack of memory or rights, or a disk or an accelerator that does not answer."""
+    if isinstance(error, OSError):
+        return isinstance(error, ABSENCE)
+    code = re.match(r"[A-Z_]+(?=: )", str(error))
+    return not isinstance(error, MemoryError | RuntimeError) and (code is None or code[0] in DAMAGE)
 
 
 class Numbered:
@@ -135,6 +191,7 @@ class Numbered:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self._writing: tuple[int, Any] | None = None
+        self._given_up: set[int] = set()
 
     def write(self, step: int, tree: Any, about: dict[str, Any]) -> None:
         """Returns once the arrays are copied to the host: they may then be donated.
@@ -148,9 +205,10 @@ class Numbered:
         import orbax.checkpoint.experimental.v1 as ocp
 
         self.wait()
-        path = self.folder / f"{step:08d}"
+        self._given_up.discard(step)
+        path = self._path(step).absolute()
         with self._writable(step):
-            written = ocp.save_async(path.absolute(), tree, overwrite=True, custom_metadata=about)
+            written = ocp.save_async(path, tree, overwrite=True, custom_metadata=about)
         self._writing = step, written
 
     def wait(self) -> None:
@@ -167,10 +225,10 @@ class Numbered:
         with self._writable(step):
             written.result()
         if jax.process_index() == 0:
-            # Later ones are what a run could not go on from.
-            kept = [other for other in self.steps() if other <= step][-self.keep :]
-            for other in set(self.steps()) - set(kept):
-                shutil.rmtree(self.folder / f"{other:08d}", ignore_errors=True)
+            whole = [other for other in self.steps() if other not in self._given_up]
+            older = [other for other in whole if other <= step][: -self.keep]
+            for other in {*older, *self._given_up} - {step}:
+                shutil.rmtree(self._path(other), ignore_errors=True)
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -184,13 +242,33 @@ class Numbered:
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
+    def give_up(self, steps: Iterable[int]) -> None:
+        """Removes these once another one is complete, unless they are written again."""
+        self._given_up.update(steps)
+
     def about(self, step: int) -> dict[str, Any]:
-        """What was stored with a checkpoint."""
-        return _metadata(self.folder / f"{step:08d}").custom_metadata or {}
+        """What was stored with a checkpoint.
+
+        Raises:
+          HumpbackError: it cannot be read; `Damaged` if it never can.
+        """
+        with _readable(self._path(step)):
+            # Orbax would call a file empty that it may not read.
+            text = (self._path(step) / "_CHECKPOINT_METADATA").read_text("utf-8")
+            return dict(json.loads(text)["custom_metadata"])
 
     def read(self, step: int, like: Callable[[Any], Any]) -> Any:
-        """The arrays; see `_load`."""
-        return _load(self.folder / f"{step:08d}", like)
+        """The arrays; see `_load`. All processes raise what one of them has to raise.
+
+        Raises:
+          HumpbackError: see `about`.
+        """
+        path = self._path(step)
+        wanted = all_or_none(f"{path}: reading it", lambda: like(_shapes(path)), Damaged)
+        return all_or_none(f"{path}: reading it", lambda: _arrays(path, wanted), Damaged)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
 
 
 class ResumeFolder:
@@ -243,20 +321,24 @@ class ResumeFolder:
             may not fit: no array should be there yet.
 
         Raises:
-          HumpbackError: the folder belongs to another run.
+          HumpbackError: the folder belongs to another run, all of its states are damaged, or one
+            that is not cannot be read now.
         """
-        for step in reversed(self._states.steps()):
+        import jax
+
+        steps, before = as_first_sees(self._states.steps()), len(jax.live_arrays())
+        for step in reversed(steps):
             try:
-                about = self._states.about(step)
-            except HumpbackError as error:
-                _fall_back(error)
-                continue
-            self._check_owner(about)
-            try:
-                found = self._read(self._states, step, like._replace(frozen={}))
-                return found._replace(frozen=like.frozen)
-            except HumpbackError as error:
-                _fall_back(error)
+                return self._read(self._states, step, like)
+            except Damaged as error:
+                print(f"warning: {error} Falling back to the one before.")
+            self._states.give_up([step])
+            _free_what_was_read(before)
+        if steps:
+            raise HumpbackError(
+                f"{self.folder}: all states there, of steps {', '.join(map(str, steps))}, are "
+                "damaged. Delete that folder to start over."
+            )
         return None
 
     def save_best(self, state: TrainState, nll: float) -> None:
@@ -268,6 +350,8 @@ class ResumeFolder:
         step = int(state.step)
         about = {"step": step, "validation_nll": nll, **self.belongs_to}
         best = stacked_state(state._replace(frozen={}, optimizer=()))
+        self._best.wait()
+        self._best.give_up(self._best.steps())
         self._best.write(step, _flat(best), about)
 
     def best_nll(self) -> float:
@@ -277,12 +361,13 @@ class ResumeFolder:
           HumpbackError: the folder belongs to another run.
         """
         self._best.wait()
-        steps = self._best.steps()
+        steps = as_first_sees(self._best.steps())
         if not steps:
             return math.inf
-        about = self._best.about(steps[-1])
-        self._check_owner(about)
-        return float(about["validation_nll"])
+        return all_or_none(
+            f"{self.folder}: reading the best loss",
+            lambda: float(self._own_about(self._best, steps[-1])["validation_nll"]),
+        )
 
     def restore_best(self, like: TrainState) -> TrainState:
         """The step and the parameters that `save_best` was given last; nothing of the optimizer's.
@@ -294,11 +379,10 @@ class ResumeFolder:
           HumpbackError: they cannot be read.
         """
         self._best.wait()
-        steps = self._best.steps()
+        steps = as_first_sees(self._best.steps())
         if not steps:
             raise HumpbackError("no loss on the validation rows was a finite number.")
-        best = self._read(self._best, steps[-1], like._replace(frozen={}, optimizer=()))
-        return best._replace(frozen=like.frozen)
+        return self._read(self._best, steps[-1], like._replace(optimizer=()))
 
     def delete(self) -> None:
         """Removes the state; called once the trained model is safe."""
@@ -313,7 +397,8 @@ class ResumeFolder:
             self.folder.rename(deleted)
         shutil.rmtree(deleted, ignore_errors=True)
 
-    def _check_owner(self, about: Mapping[str, Any]) -> None:
+    def _own_about(self, states: Numbered, step: int) -> dict[str, Any]:
+        about = states.about(step)
         other = [name for name, value in self.belongs_to.items() if about.get(name) != value]
         if other:
             raise HumpbackError(
@@ -321,16 +406,21 @@ class ResumeFolder:
                 f"another {', '.join(other)}. Run that command again to finish it, choose another "
                 "folder, or delete this one to start over."
             )
+        return about
 
     def _read(self, states: Numbered, step: int, like: TrainState) -> TrainState:
         import jax
 
-        expected = abstract_stacked(like)
+        expected = abstract_stacked(like._replace(frozen={}))
         flat = _flat(expected)
 
         def where_ours_lies(stored: Any) -> Any:
+            self._own_about(states, step)
             if jax.tree.map(_shape, stored) != jax.tree.map(_shape, flat):
-                raise HumpbackError(f"{self.folder}: this state belongs to another kind of run.")
+                raise HumpbackError(
+                    f"{self.folder}: the state there, of step {step}, is of another kind of run. "
+                    "Choose another folder, or delete this one to start over."
+                )
             return jax.tree.map(
                 lambda leaf, ours: jax.ShapeDtypeStruct(
                     leaf.shape, leaf.dtype, sharding=ours.sharding
@@ -342,13 +432,28 @@ class ResumeFolder:
         tree = states.read(step, where_ours_lies)
         leaves = [tree["optimizer"][name] for name in sorted(tree["optimizer"])]
         optimizer = jax.tree.unflatten(jax.tree.structure(expected.optimizer), leaves)
-        return laid_out_like(
-            like, TrainState(tree["step"], _unnamed(tree["trainable"]), {}, optimizer)
-        )
+        found = TrainState(tree["step"], _unnamed(tree["trainable"]), {}, optimizer)
+        return laid_out_like(like, found)._replace(frozen=like.frozen)
 
 
-def _fall_back(error: HumpbackError) -> None:
-    print(f"warning: {error} Falling back to the one before.")
+def _free_what_was_read(before: int) -> None:
+    """Waits a little until there are as few arrays as before a read that failed.
+
+    Reads under way end after it; what they have read and their errors hold each other. That nobody
+    asked for these errors is not said, page after page.
+    """
+    import jax
+
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    logger.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        for _ in range(FREEING_TRIES):
+            gc.collect()
+            if len(jax.live_arrays()) <= before:
+                break
+            time.sleep(0.1)
+    finally:
+        logger.disabled, sys.unraisablehook = False, hook
 
 
 def _flat(state: TrainState) -> dict[str, Any]:

@@ -183,21 +183,43 @@ def test_weights_written_before_a_kill_are_taken_for_the_model_that_was_there(
 def test_after_damage_each_new_state_is_deleted_for_the_sake_of_damaged_ones(
     keep, tmp_path
 ) -> None:
-    """A run whose states are all damaged starts over, below their numbers."""
-    resume, state = ResumeFolder(tmp_path, keep=keep), fresh()
+    """A run that falls back goes on below their numbers."""
+    resume, state = ResumeFolder(tmp_path, keep=3), fresh()
 
     def save(step: int) -> None:
         resume.save(state._replace(step=state.step + step))
         resume.wait()
 
-    for step in (20, 30):
+    for step in (5, 20, 30):
         save(step)
-    for file in tmp_path.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
+    for number in ("00000020", "00000030"):
+        for file in (tmp_path / number).rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+    resume = ResumeFolder(tmp_path, keep=keep)
+    assert int(resume.restore(state).step) == 5
     save(10)
-    assert int(resume.restore(state).step) == 10
-    assert [path.name for path in tmp_path.iterdir()] == ["00000010"]
+    assert int(ResumeFolder(tmp_path).restore(state).step) == 10
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["00000005", "00000010"][-keep:]
+
+
+def test_a_state_that_nothing_says_is_damaged_is_deleted_for_its_number(tmp_path) -> None:
+    resume, state = ResumeFolder(tmp_path, keep=1), fresh()
+    for step in (20, 10):
+        resume.save(state._replace(step=state.step + step))
+        resume.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000010", "00000020"]
+
+
+def test_the_best_of_an_abandoned_way_is_taken_for_the_best_of_this_one(tmp_path) -> None:
+    """A run that fell back finds better parameters earlier than it did before."""
+    resume, state = ResumeFolder(tmp_path), fresh()
+    for step, nll in ((8, 1.5), (6, 1.25)):
+        resume.save_best(state._replace(step=state.step + step), nll)
+    assert ResumeFolder(tmp_path).best_nll() == 1.5, "the second one is not complete yet"
+    resume.wait()
+    assert ResumeFolder(tmp_path).best_nll() == 1.25
 
 
 def test_a_trained_model_for_which_there_is_no_room_is_called_a_defect(tmp_path) -> None:

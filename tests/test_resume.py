@@ -7,21 +7,29 @@ states are whole.
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
+import re
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
-from test_trainer import EXAMPLES, SPEC, VARIANTS, Stop, base, step_spec, stop_after
+from test_mesh import start_several
+from test_trainer import EXAMPLES, SPEC, VARIANTS, Stop, base, run, step_spec, stop_after
 from tiny_llama import from_torch, torch_llama
 
 import humpback_jax
 from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.errors import HumpbackError
 from humpback_jax.parallel.mesh import make_mesh, parse_mesh
 from humpback_jax.training.optimizer import make_optimizer
-from humpback_jax.training.state import abstract_state, initial_state
+from humpback_jax.training.state import StepSpec, TrainState, abstract_state, initial_state
 from humpback_jax.training.trainer import train
 
 PACKAGE = str(Path(humpback_jax.__file__).parent)
@@ -106,3 +114,212 @@ def test_what_is_read_has_another_form_than_what_is_trained(variant, mesh, optim
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert ours.sharding.is_equivalent_to(theirs.sharding, theirs.ndim)
+
+
+OURS = {"model": "a"}
+
+
+def two_states(folder: Path) -> ResumeFolder:
+    """Those after steps 2 and 4."""
+    resume = ResumeFolder(folder, belongs_to=OURS)
+    with pytest.raises(Stop):
+        run(dataclasses.replace(SPEC, resume_every=2), resume=resume, on_metrics=stop_after(5))
+    return resume
+
+
+def like() -> TrainState:
+    return abstract_state(step_spec(SPEC), make_optimizer(SPEC.optimizer, SPEC.steps))
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def garble(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    for place in range(0, len(data), max(1, len(data) // 7)):
+        data[place] ^= 0x55
+    file.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "emptied": lambda file: os.truncate(file, 0),
+    "garbled": garble,
+    "deleted": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_some_damage_stops_a_run_that_could_go_on_from_the_state_before(damage, tmp_path) -> None:
+    two_states(tmp_path / "whole")
+    found: dict[str, int] = {}
+    for file in files_in(tmp_path / "whole" / "00000004"):
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "whole", copy)
+        DAMAGES[damage](copy / "00000004" / file)
+        state = ResumeFolder(copy, belongs_to=OURS).restore(like())
+        found[file.name] = int(state.step) if state else 0
+        shutil.rmtree(copy)
+    assert set(found.values()) == {2, 4}, found
+    assert found["_METADATA"] == found["_CHECKPOINT_METADATA"] == 2
+
+
+def test_a_run_all_of_whose_states_are_damaged_starts_over_and_deletes_them(tmp_path) -> None:
+    two_states(tmp_path)
+    for file in tmp_path.rglob("d/*"):
+        os.truncate(file, 0)
+    before = files_in(tmp_path)
+    spec = dataclasses.replace(SPEC, resume_every=2)
+    with pytest.raises(HumpbackError, match=rf"{tmp_path}: all states there, of steps 2, 4.*elete"):
+        run(spec, resume=ResumeFolder(tmp_path, belongs_to=OURS))
+    assert files_in(tmp_path) == before
+
+
+def never_ends(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file.name)
+
+
+def fails(file: Path) -> None:
+    """A read of it ends with EIO."""
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "trouble"),
+    [
+        ("_CHECKPOINT_METADATA", fails),
+        ("*/_METADATA", fails),
+        ("*/manifest.ocdbt", never_ends),
+        ("*/d/*", never_ends),
+        ("*/ocdbt.process_0/d/*", never_ends),
+    ],
+)
+def test_a_disk_that_does_not_answer_costs_the_newest_state(pattern, trouble, tmp_path) -> None:
+    resume = two_states(tmp_path)
+    (file,) = (tmp_path / "00000004").glob(pattern)
+    trouble(file)
+    with pytest.raises(HumpbackError, match=r"00000004: .* cannot be read.*no damage: mend it"):
+        resume.restore(like())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        PermissionError(13, "Permission denied"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes."),
+        ValueError("PERMISSION_DENIED: Error reading local file"),
+    ],
+    ids=repr,
+)
+def test_a_lack_of_memory_or_of_rights_makes_a_run_start_over(error, tmp_path, monkeypatch) -> None:
+    resume = two_states(tmp_path)
+    before = files_in(tmp_path)
+
+    def load(*arguments: Any) -> Any:
+        raise Exception("while reading an array") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp, "load", load)
+        with pytest.raises(HumpbackError, match=r"00000004: .*no damage: mend it, and run"):
+            run(dataclasses.replace(SPEC, resume_every=2), resume=resume)
+    assert files_in(tmp_path) == before
+    assert int(resume.restore(like()).step) == 4
+
+
+def test_what_was_read_of_a_damaged_state_takes_the_room_of_the_one_before(
+    tmp_path, monkeypatch
+) -> None:
+    """Its reads go on in the background for a while: the state is large enough for that."""
+    config, params = from_torch(torch_llama(hidden_size=512, intermediate_size=2048))
+    step, optimizer = StepSpec(config, "scan", SPEC.precision, 1), optax.adamw(1.0)
+    state, resume = initial_state(step, params, optimizer, 0), ResumeFolder(tmp_path)
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    for number in (2, 4):
+        resume.save(state._replace(step=state.step + number))
+        resume.wait()
+    del state
+    (file,) = (tmp_path / "00000004").glob("*/ocdbt.process_0/d/*")
+    os.truncate(file, file.stat().st_size * 97 // 100)
+    peak = Peak(monkeypatch)
+    gc.disable()
+    try:
+        found = resume.restore(abstract_state(step, optimizer))
+    finally:
+        gc.enable()
+        sys.setprofile(None)
+    assert found is not None and int(found.step) == 2
+    assert peak.bytes < 1.1 * state_bytes
+
+
+TOGETHER = """
+import os, sys, time
+from pathlib import Path
+from humpback_jax.parallel.processes import join_processes, leave_processes, wait_for_all
+join_processes()
+import jax
+import optax
+import orbax.checkpoint.experimental.v1 as ocp
+from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.errors import HumpbackError
+from humpback_jax.model.linear import Precision
+from humpback_jax.models import load_model
+from humpback_jax.parallel.mesh import make_mesh, parse_mesh
+from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
+from humpback_jax.training.state import StepSpec, abstract_state, initial_state
+
+base, folder = load_model("tiny-random"), Path(sys.argv[1])
+optimizer = make_optimizer(OptimizerSpec(), 9)
+mesh = make_mesh(parse_mesh("fsdp=2"), jax.devices())
+spec = StepSpec(base.config, "unrolled", Precision(), 1, mesh=mesh)
+state, like = initial_state(spec, base.params, optimizer, 0), abstract_state(spec, optimizer)
+
+def save(step):
+    resume.save(state._replace(step=state.step + step))
+    resume.wait()
+
+def restored():
+    start = time.monotonic()
+    try:
+        found = int(resume.restore(like).step)
+    except HumpbackError as error:
+        found = str(error)
+    print(f"found after {time.monotonic() - start:.1f} s:", found, flush=True)
+
+def fails(*arguments):
+    raise MemoryError
+
+resume = ResumeFolder(folder, keep=3)
+for step in (2, 4, 6):
+    save(step)
+if jax.process_index() == 1:
+    (file,) = folder.glob("00000006/*/ocdbt.process_1/d/*")
+    os.truncate(file, file.stat().st_size // 2)
+    (folder / "00000004/_CHECKPOINT_METADATA").write_text("")
+wait_for_all("damage")
+restored()
+save(3)
+restored()
+load, ocp.load = ocp.load, fails if jax.process_index() == 1 else ocp.load
+restored()
+ocp.load = load
+restored()
+leave_processes()
+"""
+
+
+def test_a_host_waits_for_one_that_has_passed_over_a_damaged_state(tmp_path) -> None:
+    """Each reads its own part of a state: the parts of the others may be whole."""
+    processes = start_several(2, [str(tmp_path)], 1, ["-c", TOGETHER])
+    for number, process in enumerate(processes):
+        output, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-3000:]
+        found = re.findall("^found after (.*) s: (.*)$", output, re.MULTILINE)
+        assert [step for _, step in found[:2] + found[3:]] == ["2", "3", "3"]
+        own = "cannot be read (MemoryError: ). That is no damage"
+        assert (own if number else "failed in process 1; its message says why") in found[2][1]
+        assert max(float(seconds) for seconds, _ in found) < 60
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000003"]

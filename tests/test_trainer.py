@@ -120,10 +120,10 @@ def test_a_state_of_another_optimizer_or_model_is_not_taken_up(tmp_path) -> None
     resume = ResumeFolder(tmp_path / "resume")
     with pytest.raises(Stop):
         run(spec, resume=resume, on_metrics=stop_after(3))
-    adapted = dataclasses.replace(spec, **VARIANTS["adapter"])
-    rows: list[dict] = []
-    run(adapted, resume=resume, on_metrics=rows.append)
-    assert rows[0]["step"] == 1
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(HumpbackError, match=r"of step 2, is of another kind of run.*delete"):
+        run(dataclasses.replace(spec, **VARIANTS["adapter"]), resume=resume)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_only_the_newest_states_are_kept_and_none_once_deleted(tmp_path) -> None:

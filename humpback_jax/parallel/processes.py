@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -82,11 +82,16 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def all_or_none(what: str, make: Callable[[], Made]) -> Made:
+def all_or_none(
+    what: str, make: Callable[[], Made], mild: type[HumpbackError] = HumpbackError
+) -> Made:
     """Every process makes something; where one of them fails, none of them waits for it.
 
+    Args:
+      mild: errors of this class count less: they are raised where no process has another one.
+
     Raises:
-      HumpbackError: that of `make`, or that another process has one.
+      HumpbackError: that of `make`, or that another process has one, or one that counts more.
     """
     if jax.process_count() == 1:
         return make()
@@ -97,12 +102,29 @@ def all_or_none(what: str, make: Callable[[], Made]) -> Made:
         made = make()
     except HumpbackError as error:
         made = error
-    failed = multihost_utils.process_allgather(np.array(isinstance(made, HumpbackError)))
+    weight = 0
     if isinstance(made, HumpbackError):
+        weight = 1 if isinstance(made, mild) else 2
+    weights = multihost_utils.process_allgather(np.array(weight))
+    if not isinstance(made, HumpbackError) and not weights.any():
+        return made
+    if isinstance(made, HumpbackError) and weight == weights.max():
         raise made
-    if failed.any():
-        raise HumpbackError(f"{what} failed in process {failed.argmax()}; its message says why.")
-    return made
+    kind = mild if weights.max() == 1 else HumpbackError
+    raise kind(f"{what} failed in process {weights.argmax()}; its message says why.")
+
+
+def as_first_sees(numbers: Sequence[int]) -> list[int]:
+    """The numbers of process 0, in every process: to others, a folder may look older."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    count = int(broadcast_one_to_all(np.int32(len(numbers))))
+    if not count:
+        return []
+    ours = numbers if jax.process_index() == 0 else [0] * count
+    return [int(number) for number in broadcast_one_to_all(np.array(ours, np.int32))]
 
 
 def on_host(tree: Any) -> Any:
