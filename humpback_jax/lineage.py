@@ -17,7 +17,7 @@ from humpback_jax.run_view import RunView, round_of, short_name
 from humpback_jax.sampling.engine import Shape
 from humpback_jax.training.examples import keys_of, numbered
 from humpback_jax.training.mixture import parse_mixture, pools_of, shares_of
-from humpback_jax.training.order import BatchOrder
+from humpback_jax.training.order import BatchOrder, draws_of
 
 # By kind, what can be traced; of a row, `KIND:ID` asks for that kind alone.
 NAMES = {
@@ -68,7 +68,9 @@ def batches(run: RunView, model: str) -> list[list[tuple[str, str]]]:
     keys = keys_of(identities)
     names, sources = numbered([source for source, _ in identities])
     pools = pools_of(keys, sources, shares_of(names, parse_mixture(section.mixture)))
-    spec = train_spec(section, Compute(Precision(), "scan", Shape()), fields["seed"], pools)
+    spec = train_spec(
+        section, Compute(Precision(), "scan", Shape()), fields["seed"], draws_of(pools)
+    )
     if spec.steps != (done := run.details(model)["steps"]):
         raise HumpbackError(
             f"{model} was trained in {done} steps, but its data.parquet and settings give "

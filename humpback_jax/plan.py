@@ -27,7 +27,7 @@ from humpback_jax.stages.train import Direction, render, tokenized_examples, tra
 from humpback_jax.text.template import Rendered, Tags
 from humpback_jax.training.examples import TrainingExample, index_of
 from humpback_jax.training.mixture import parse_mixture, pools_of, shares_of
-from humpback_jax.training.order import BatchOrder
+from humpback_jax.training.order import BatchOrder, draws_of
 from humpback_jax.training.packing import plan_packing
 
 # Cost of a trained and of a decoded token in forward passes of one token. Arithmetic gives 3 for
@@ -172,7 +172,7 @@ class _Planner:
         pools = pools_of(
             index.keys, index.sources, shares_of(index.names, parse_mixture(section.mixture))
         )
-        spec = train_spec(section, self.context.compute, seed, pools)
+        spec = train_spec(section, self.context.compute, seed, draws_of(pools))
         order = BatchOrder(index.keys, spec.batch_examples, seed, pools)
         packing = plan_packing(index, order, spec.steps, spec.row_tokens, spec.accumulation)
         tokens = sum(int(index.lengths[order.indices(step)].sum()) for step in range(spec.steps))

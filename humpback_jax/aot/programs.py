@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from humpback_jax.aot.decode import compile_decode, plan_decode
 from humpback_jax.aot.estimate import Costs, Roofline, needed_flops, step_costs
@@ -21,7 +20,6 @@ from humpback_jax.parallel.batches import row_parts
 from humpback_jax.parallel.mesh import parse_mesh
 from humpback_jax.parallel.topology import Chip, tpu_slice
 from humpback_jax.stages.train import train_spec
-from humpback_jax.training.order import Pool
 
 ALL = ("train", "prefill", "decode")
 CHARS_PER_TOKEN = 3  # of long documents, at least
@@ -72,7 +70,7 @@ def training_plan(
     compute = choose_compute("bfloat16", config.compute.batch_size, platform="tpu")
     # Where the step table decides on the batch, it is that of the most examples.
     count = config.train.step_table[-1][0]
-    run = train_spec(config.train, compute, config.seed, [Pool(np.arange(count), count)])
+    run = train_spec(config.train, compute, config.seed, count)
     plan = plan_training(architecture, run, devices, parse_mesh(config.compute.mesh), rows or 1)
     if rows is not None:
         return plan

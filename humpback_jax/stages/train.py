@@ -30,7 +30,7 @@ from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.loss import Objective
 from humpback_jax.training.mixture import parse_mixture, pools_of, shares_of, source_counts
 from humpback_jax.training.optimizer import OptimizerSpec
-from humpback_jax.training.order import Pool
+from humpback_jax.training.order import draws_of
 from humpback_jax.training.trainer import Trained, TrainSpec, train
 from humpback_jax.weights.hashing import corner_hash
 
@@ -178,7 +178,8 @@ def tune(
     """
     index = index_of(examples)
     shares = shares_of(index.names, parse_mixture(section.mixture))
-    spec = train_spec(section, compute, seed, pools_of(index.keys, index.sources, shares))
+    pools = pools_of(index.keys, index.sources, shares)
+    spec = train_spec(section, compute, seed, draws_of(pools))
     spec = dataclasses.replace(spec, mesh=training_mesh(compute.mesh))
     return train(
         base.config,
@@ -284,19 +285,18 @@ def _forward(template: Template, example: Example) -> Rendered:
     return template.forward(example.chat(), TAGS_BY_SOURCE.get(example.source, "none"))
 
 
-def train_spec(section: Any, compute: Compute, seed: int, pools: Sequence[Pool]) -> TrainSpec:
-    """The section's settings for epochs that draw from these pools.
+def train_spec(section: Any, compute: Compute, seed: int, draws: int) -> TrainSpec:
+    """The section's settings for so many draws an epoch (`order.draws_of`).
 
-    The number of draws decides the steps, where the section names epochs, and batch and steps,
-    where its step table gives both.
+    They decide the steps, where the section names epochs, and batch and steps, where its step table
+    gives both.
     """
-    count = sum(pool.draws for pool in pools)
     steps, batch = section.steps, section.batch_examples
     if not steps and section.epochs:
         # Enough for every draw to be seen; less a bit, for 0.1 * 30 is more than 3.
-        steps = max(math.ceil(section.epochs * count / batch - 1e-9), 1)
+        steps = max(math.ceil(section.epochs * draws / batch - 1e-9), 1)
     if not steps:
-        rows = [row for row in section.step_table if row[0] >= count] or [section.step_table[-1]]
+        rows = [row for row in section.step_table if row[0] >= draws] or [section.step_table[-1]]
         _, batch, steps = rows[0]
     return TrainSpec(
         steps=steps,

@@ -23,6 +23,11 @@ class Pool:
     draws: int
 
 
+def draws_of(pools: Sequence[Pool]) -> int:
+    """How many examples an epoch takes from all pools."""
+    return sum(pool.draws for pool in pools)
+
+
 class BatchOrder:
     """Batch t as a function of (seed, t): a window over the epochs' orders, one after another.
 
@@ -42,7 +47,7 @@ class BatchOrder:
         """`keys`: those of an `ExampleIndex`. `pools`: None draws each example once an epoch."""
         self._keys, self._size, self._seed = keys, batch_examples, seed
         self._pools = [Pool(np.arange(len(keys)), len(keys))] if pools is None else list(pools)
-        self.epoch_examples = sum(pool.draws for pool in self._pools)
+        self.epoch_examples = draws_of(self._pools)
         if batch_examples > self.epoch_examples:
             raise HumpbackError(
                 f"{self.epoch_examples} training examples are fewer than one batch "
