@@ -199,7 +199,8 @@ class Inference:
 def holds(model: LanguageModel, text: str, written: int) -> bool:
     """Whether the window of a model holds a text and so many tokens after it."""
     window = model.config.max_position_embeddings
-    if len(text.encode()) + SPECIAL + written <= window:  # no token is shorter than a byte
+    # No token is shorter than a character; only of others than ASCII may a tokenizer make more.
+    if text.isascii() and len(text) + SPECIAL + written <= window:
         return True
     return len(model.tokenizer.encode(text)) + written <= window
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from humpback_jax import rate_file
 from humpback_jax.cli import main
 from humpback_jax.compute import choose_compute
 from humpback_jax.curators import CURATORS
 from humpback_jax.errors import HumpbackError
-from humpback_jax.inference import Inference
+from humpback_jax.inference import Inference, holds
 from humpback_jax.models import load_model
 from humpback_jax.rows import ReadReport
 from humpback_jax.sampling.sampler import Decoding
@@ -151,3 +152,12 @@ def test_the_rows_that_score_left_out_are_told(tmp_path, capsys, monkeypatch):
     arguments = ["score", "--model=tiny-random", f"--data={path}", "--skip-bad"]
     assert main([*arguments, f"--out={tmp_path / 'out.jsonl'}", "--curator=pmi"]) == 0
     assert "skipped rows: {'not a pair': 1}" in capsys.readouterr().err
+
+
+def test_a_text_that_its_tokenizer_writes_out_longer_is_found_too_long_before_its_turn():
+    model = load_model("tiny-random")
+    ligature = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"  # 3 bytes, in NFKC 33
+    assert holds(model, ligature * 200, 0)
+    model.tokenizer.backend.normalizer = normalizers.NFKC()
+    assert len(model.tokenizer.encode(ligature * 200)) > model.config.max_position_embeddings
+    assert not holds(model, ligature * 200, 0)
