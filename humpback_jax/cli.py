@@ -246,10 +246,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--model", required=True)
     _add_adapter(export)
     export.add_argument(
-        "--format", choices=("hf", "peft"), default="hf", help="peft: the adapter alone"
+        "--format",
+        choices=("hf", "peft", "gguf"),
+        default="hf",
+        help="peft: the adapter alone; gguf: one file, as llama.cpp loads",
     )
     export.add_argument("--base", help="what a PEFT folder is to call its base model")
-    export.add_argument("--out", required=True)
+    export.add_argument("--out", required=True, help="a folder, or a file NAME.gguf")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
 
     bring = verb("import", "turn a model into one of our checkpoints")

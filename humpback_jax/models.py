@@ -201,11 +201,36 @@ def export_peft(
     _export_tokenizer(folder, model)
 
 
+def export_gguf(path: Path, model: LanguageModel, dtype: str | None = None) -> list[str]:
+    """Weights, config and tokenizer as one GGUF file, which llama.cpp loads.
+
+    Args:
+      dtype: of the matrices; None keeps each one's own.
+
+    Returns:
+      what is different in llama.cpp nevertheless, as sentences.
+
+    Raises:
+      HumpbackError: the tokenizer or the position scaling has no equal in llama.cpp.
+    """
+    from humpback_jax.text.gguf_vocabulary import gguf_fields
+    from humpback_jax.weights.gguf_export import save_gguf
+
+    tokenizer = _exported_tokenizer(model)
+    fields, notes = gguf_fields(tokenizer, model.config.vocab_size, model.stop_ids)
+    save_gguf(path, model.config, model.params, fields, Path(model.name).name, dtype)
+    return notes
+
+
 def _export_tokenizer(folder: Path, model: LanguageModel) -> None:
+    _exported_tokenizer(model).save(folder)
+
+
+def _exported_tokenizer(model: LanguageModel) -> Tokenizer:
+    """With a chat template that does by itself what ours does with the model's tags."""
     from humpback_jax.text.template import baked_chat_template
 
-    source = baked_chat_template(model.template, model.tags)
-    model.tokenizer.with_chat_template(source).save(folder)
+    return model.tokenizer.with_chat_template(baked_chat_template(model.template, model.tags))
 
 
 def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:

@@ -153,8 +153,8 @@ def test_what_cannot_be_adapted_here_is_refused_by_name(name, saved, tmp_path) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{STEM}.lora_A.weight") is None or t, "lora_A.weight missing"),
-        (lambda t: t.pop(f"{STEM}.lora_B.weight") is None or t, "lora_B.weight missing"),
+        (lambda t: t.pop(f"{STEM}.lora_A.weight") is None or t, "lora_A.weight' missing"),
+        (lambda t: t.pop(f"{STEM}.lora_B.weight") is None or t, "lora_B.weight' missing"),
         (
             lambda t: {n: x for n, x in t.items() if "up_proj" not in n},
             r"up_proj.lora_A.*up_proj.lora_B.*missing",

@@ -41,11 +41,25 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
+def llama3_stretch(config: LlamaConfig) -> np.ndarray:
+    """How many times longer Llama 3.1's scaling makes each wave, float32 [head_dim / 2]."""
+    plain = _plain_frequencies(config)
+    keep = _llama3_keep(plain, config.rope_parameters)
+    return (1 / (keep + (1 - keep) / config.rope_parameters["factor"])).astype(np.float32)
+
+
+def _plain_frequencies(config: LlamaConfig) -> np.ndarray:
+    return np.float32(1.0) / np.float32(config.rope_theta) ** _exponents(config)
+
+
+def _exponents(config: LlamaConfig) -> np.ndarray:
+    return np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+
+
 def _frequencies(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, float]:
     """Angular frequencies, broadcastable to [B, T, head_dim / 2], and the factor on cos and sin."""
     scaling = config.rope_parameters
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    plain = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
+    plain = _plain_frequencies(config)
     match config.rope_type:
         case "default":
             return jnp.asarray(plain), 1.0
@@ -57,17 +71,22 @@ def _frequencies(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, 
             frequencies, factor = _yarn(config, plain, scaling)
             return jnp.asarray(frequencies), factor
         case "dynamic":
-            return _dynamic(config, positions, exponents, scaling), 1.0
+            return _dynamic(config, positions, _exponents(config), scaling), 1.0
         case unknown:
             raise AssertionError(f"rope type {unknown!r} passed LlamaConfig's check")
 
 
 def _llama3(plain: np.ndarray, scaling: dict[str, float]) -> np.ndarray:
     """Llama 3.1: slow waves are stretched by `factor`, fast ones kept, those between blended."""
+    keep = _llama3_keep(plain, scaling)
+    return (plain * (keep + (1 - keep) / scaling["factor"])).astype(np.float32)
+
+
+def _llama3_keep(plain: np.ndarray, scaling: dict[str, float]) -> np.ndarray:
+    """By wave: 1 for one that is kept, 0 for one that is stretched, between them a blend."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (plain * (keep + (1 - keep) / scaling["factor"])).astype(np.float32)
+    return np.clip((turns - low) / (high - low), 0.0, 1.0)
 
 
 def _yarn(

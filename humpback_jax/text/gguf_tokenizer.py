@@ -23,12 +23,14 @@ from humpback_jax.weights.gguf_special import special_ids
 # How a byte-level vocabulary cuts text before merging, by `tokenizer.ggml.pre`. The expressions
 # are facts of the models: GPT-2 cuts at words, numbers and punctuation; StarCoder's relatives cut
 # each digit off first; Llama 3 and Qwen 2 have expressions of their own.
-_GPT2 = frozenset({"gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion"})
-_DIGITS_GPT2 = frozenset(
-    {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+_GPT2 = ("gpt-2", "gpt2", "mpt", "olmo", "jais", "trillion")
+_DIGITS_GPT2 = (
+    *("smollm", "starcoder", "refact", "command-r"),
+    *("codeshell", "exaone", "minerva-7b"),
 )
-_LLAMA3 = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx", "pixtral"})
-_QWEN2 = frozenset({"qwen2", "deepseek-r1-qwen", "stablelm2"})
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx", "pixtral")
+_QWEN2 = ("qwen2", "deepseek-r1-qwen", "stablelm2")
+PRE_TOKENIZERS = tuple(names[0] for names in (_GPT2, _DIGITS_GPT2, _LLAMA3, _QWEN2))
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
@@ -44,8 +46,11 @@ def tokenizer_from_gguf(path: str | Path) -> Tokenizer:
     Raises:
       HumpbackError: not a GGUF file, no tokenizer in it, or a kind that is not known here.
     """
-    where = str(path)
-    fields = read_gguf_header(path).metadata
+    return tokenizer_from_fields(read_gguf_header(path).metadata, str(path))
+
+
+def tokenizer_from_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
+    """As `tokenizer_from_gguf`, of a file's metadata; `where` names them in errors."""
     kind = _need(fields, "tokenizer.ggml.model", where)
     tokens = _need(fields, "tokenizer.ggml.tokens", where)
     if kind == "llama":
@@ -125,7 +130,7 @@ def _byte_level(
         ignore_merges=pre in _LLAMA3,
     )
     backend = tokenizers.Tokenizer(core)
-    backend.pre_tokenizer = _pre_tokenizer(pre, where)
+    backend.pre_tokenizer = pre_tokenizer(pre, where)
     backend.decoder = decoders.ByteLevel()
     kinds = fields.get("tokenizer.ggml.token_type", [])
     control = [t for t, kind in zip(tokens, kinds, strict=False) if kind == CONTROL]
@@ -135,7 +140,13 @@ def _byte_level(
     return backend
 
 
-def _pre_tokenizer(pre: str, where: str) -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer(pre: str, where: str) -> pre_tokenizers.PreTokenizer:
+    """How the vocabularies are cut for which `tokenizer.ggml.pre` is `pre`.
+
+    Raises:
+      HumpbackError: that is not known; names the file `where`.
+    """
+
     def split(expression: str) -> list[pre_tokenizers.PreTokenizer]:
         return [
             pre_tokenizers.Split(Regex(expression), behavior="isolated"),
@@ -151,7 +162,7 @@ def _pre_tokenizer(pre: str, where: str) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Sequence(split(_LLAMA3_SPLIT))
     if pre in _QWEN2:
         return pre_tokenizers.Sequence(split(_QWEN2_SPLIT))
-    known = ", ".join(sorted(_GPT2 | _DIGITS_GPT2 | _LLAMA3 | _QWEN2))
+    known = ", ".join(sorted((*_GPT2, *_DIGITS_GPT2, *_LLAMA3, *_QWEN2)))
     raise HumpbackError(
         f"{where}: the pre-tokenizer tokenizer.ggml.pre={pre!r} is unknown, and a guess would give "
         f"wrong tokens without a sign of it. Known: {known}. Use the model's Hugging Face folder."

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from humpback_jax.errors import HumpbackError
 
 SPACE = "▁"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # piece types; GGUF uses the same numbers
+# Types of pieces; GGUF uses the same numbers.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2  # the file format's model types
 
 

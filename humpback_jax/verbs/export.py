@@ -6,20 +6,31 @@ import argparse
 from pathlib import Path
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.models import export_hf, export_peft, load_model
+from humpback_jax.models import export_gguf, export_hf, export_peft, load_model
 from humpback_jax.verbs.arguments import Result, adapted, writable_folder
+
+GGUF = ".gguf"
 
 
 def export(arguments: argparse.Namespace) -> Result:
-    """A model, or its adapter alone, as a folder that `transformers` or `peft` loads."""
-    if arguments.base and arguments.format != "peft":
+    """A model for `transformers` or llama.cpp, or its adapter alone for `peft`."""
+    out, kind = Path(arguments.out), arguments.format
+    if arguments.base and kind != "peft":
         raise HumpbackError("--base names the base model of --format=peft.")
+    if out.suffix == GGUF and kind != "gguf":
+        raise HumpbackError(f"--out={out} is a GGUF file by its name; say --format=gguf.")
     model = adapted(load_model(arguments.model), arguments.adapter)
-    out = Path(arguments.out)
-    writable_folder(out)
-    if arguments.format == "peft":
+    folder = out.parent if out.suffix == GGUF else out
+    writable_folder(folder)
+    notes: list[str] = []
+    if kind == "gguf":
+        out = out if out.suffix == GGUF else out / f"model{GGUF}"
+        notes = export_gguf(out, model, arguments.dtype)
+    elif kind == "peft":
         export_peft(out, model, arguments.base, arguments.dtype)
     else:
         export_hf(out, model, arguments.dtype)
+    for note in notes:
+        print(f"note: {note}")
     print(f"exported {arguments.model} to {out}")
-    return {"out": str(out), "format": arguments.format, "hash": model.hash}
+    return {"out": str(out), "format": kind, "hash": model.hash, "notes": notes}

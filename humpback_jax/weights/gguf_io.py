@@ -35,18 +35,23 @@ def load_gguf(path: Path, dtype: str = "float32") -> tuple[LlamaConfig, Params]:
     factors = None if rope_factors is None else _values(path, ROPE_FACTORS, rope_factors, data)
     config = config_from_gguf(path, header, factors)
     _check_tensors(path, config, tensors)
-    heads_of: dict[LeafPath, int] = {
-        ("layers", "attn", "q"): config.num_attention_heads,
-        ("layers", "attn", "k"): config.num_key_value_heads,
-    }
 
     def read(tensor: FileTensor) -> np.ndarray:
         values = _values(path, tensor.gguf, tensors[tensor.gguf], data)
-        heads = heads_of.get(tensor.path[:-1])
+        heads = rotated_heads(config, tensor)
         return values if heads is None else _to_rotate_half(values, heads)
 
     dtypes = dict.fromkeys(leaf_shapes(config), np.dtype(dtype))
     return config, assemble(config, dtypes, read)
+
+
+def rotated_heads(config: LlamaConfig, tensor: FileTensor) -> int | None:
+    """Number of heads in a tensor whose rows llama.cpp has in another order; None of others."""
+    of_module: dict[LeafPath, int] = {
+        ("layers", "attn", "q"): config.num_attention_heads,
+        ("layers", "attn", "k"): config.num_key_value_heads,
+    }
+    return of_module.get(tensor.path[:-1])
 
 
 def _values(path: Path, name: str, entry: TensorEntry, data: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,7 @@ def special_ids(path: str | Path, metadata: Mapping[str, Any], vocab_size: int) 
         return None  # some converters write -1 where a model has no such token
 
     tokens = metadata.get("tokenizer.ggml.tokens") or ()
-    kinds = metadata.get("tokenizer.ggml.token_type") or ()
-    told = zip(tokens, kinds, strict=False)
-    by_text = [i for i, (t, kind) in enumerate(told) if kind == _CONTROL and t in _TURN_ENDS]
+    by_text = _ends_by_text(tokens, metadata.get("tokenizer.ggml.token_type") or ())
     eos = found("eos")
     ends = [eos, found("eot"), found("eom"), *by_text]
     return SpecialIds(
@@ -68,3 +66,38 @@ def special_ids(path: str | Path, metadata: Mapping[str, Any], vocab_size: int) 
         pad=found("padding", needed=False),
         unknown=found("unknown", needed=False),
     )
+
+
+def special_fields(
+    special: SpecialIds, tokens: Sequence[str], kinds: Sequence[int]
+) -> dict[str, int]:
+    """The metadata that `special_ids` reads as `special`.
+
+    Args:
+      tokens, kinds: text and type of every id.
+
+    Raises:
+      HumpbackError: more tokens end answers than a file can say.
+    """
+    known = {special.eos, *_ends_by_text(tokens, kinds)}
+    further = [i for i in special.ends if i not in known]
+    if len(further) > 2:
+        raise HumpbackError(
+            f"A GGUF file has room for three ends of answers, this model has {len(further) + 1}: "
+            f"{', '.join(tokens[i] for i in special.ends)}. Remove some from eos_token_id."
+        )
+    eot, eom = [*further, None, None][:2]
+    named = {
+        "bos": special.bos,
+        "eos": special.eos,
+        "eot": eot,
+        "eom": eom,
+        "padding": special.pad,
+        "unknown": special.unknown,
+    }
+    return {f"tokenizer.ggml.{name}_token_id": i for name, i in named.items() if i is not None}
+
+
+def _ends_by_text(tokens: Sequence[str], kinds: Sequence[int]) -> list[int]:
+    told = zip(tokens, kinds, strict=False)
+    return [i for i, (t, kind) in enumerate(told) if kind == _CONTROL and t in _TURN_ENDS]

@@ -32,6 +32,7 @@ MODULE_NAMES: dict[LeafPath, tuple[str, str]] = {
 }
 # Our leaf -> its suffix in files. Files hold a kernel transposed: [out, in].
 LEAF_SUFFIXES = {"embedding": "weight", "scale": "weight", "kernel": "weight", "bias": "bias"}
+_LISTED = 5  # how many names an error spells out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +95,9 @@ def _file_tensor(path: LeafPath, layer: int | None, shape: tuple[int, ...]) -> F
         shape=shape[::-1] if transposed else shape,
         transposed=transposed,
     )
+
+
+def some_of(listed: list[str]) -> str:
+    """The first of some names, and how many more there are, for a message."""
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return f"{', '.join(repr(name) for name in listed[:_LISTED])}{more}"

@@ -16,11 +16,10 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.llama import Params, flatten, unflatten
 from humpback_jax.model.lora import PATHS, PROJECTIONS, adapter_shapes, lora_spec
-from humpback_jax.weights.names import MODULE_NAMES, LeafPath
+from humpback_jax.weights.names import MODULE_NAMES, LeafPath, some_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_LISTED = 4  # how many tensor names an error spells out
 # Our leaf -> the suffix of its tensor. peft keeps matrices transposed: [out, in].
 SUFFIXES = {
     "lora_a": "lora_A.weight",
@@ -176,13 +175,13 @@ def _check_tensors(
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise HumpbackError(
-            f"{path}: {_some(missing)} missing; every layer of the model needs its adapter on each "
-            "target."
+            f"{path}: {some_of(missing)} missing; every layer of the model needs its adapter on "
+            "each target."
         )
     unknown = sorted(tensors.keys() - expected.keys())
     if unknown:
         raise HumpbackError(
-            f"{path}: there is no place for {_some(unknown)}; only adapters of {_modules()} are "
+            f"{path}: there is no place for {some_of(unknown)}; only adapters of {_modules()} are "
             "known."
         )
     for name, shape in expected.items():
@@ -191,11 +190,6 @@ def _check_tensors(
                 f"{path}: {name} has shape {list(tensors[name].shape)}, this base and rank need "
                 f"{list(shape)}. Was the adapter trained on another model?"
             )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params
 from humpback_jax.weights import names
-from humpback_jax.weights.layout import LayerLeaf, assemble, layer_leaves
+from humpback_jax.weights.layout import assemble
+from humpback_jax.weights.names import some_of
+from humpback_jax.weights.outgoing import OutgoingTensor, outgoing_tensors
 from humpback_jax.weights.stored import Slices, stored_params
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -33,8 +35,6 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_WRITABLE = {dtype.name: dtype for dtype in _DTYPES.values()}
-_LISTED = 5  # how many tensor names an error spells out
 
 
 def tensor_specs(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -117,9 +117,9 @@ def save_hf(
       HumpbackError: `params` is not a complete, merged model of this config, or of another dtype.
     """
     folder = Path(folder)
-    entries = _entries_to_write(config, params, dtype)
+    entries = outgoing_tensors(config, params, dtype)
     shards = _split(entries, max_shard_bytes)
-    main_dtype = next(entry.dtype for entry in entries if entry.name == "model.embed_tokens.weight")
+    main_dtype = next(entry.dtype for entry in entries if entry.tensor.path[0] == "embed")
     files = [
         SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
@@ -214,7 +214,7 @@ def _check_names(folder: Path, config: LlamaConfig, stored: Mapping[str, _Stored
     missing = [name for name in expected if name not in stored]
     if missing:
         raise HumpbackError(
-            f"{folder}: {_some(missing)} missing, by its config.json. Is the copy complete, and "
+            f"{folder}: {some_of(missing)} missing, by its config.json. Is the copy complete, and "
             "does the config belong to these weights?"
         )
     for name, tensor in stored.items():
@@ -267,56 +267,8 @@ def _leaf_dtypes(
     return {path: _DTYPES[tensor.code] for path, tensor in found.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """A tensor to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    leaf: LayerLeaf
-    transposed: bool
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def contents(self) -> memoryview:
-        values = self.leaf.numpy()
-        values = values.T if self.transposed else values
-        contiguous = np.ascontiguousarray(values, dtype=self.dtype)
-        return contiguous.reshape(-1).view(np.uint8).data
-
-
-def _entries_to_write(config: LlamaConfig, params: Params, dtype: str | None) -> list[_Entry]:
-    leaves = layer_leaves(params)
-    entries = []
-    for tensor in names.file_tensors(config):
-        label = f"{'.'.join(tensor.path)} (layer {tensor.layer})"
-        leaf = leaves.pop((tensor.path, tensor.layer), None)
-        if leaf is None:
-            raise HumpbackError(f"The parameters hold no {label}, which the config asks for.")
-        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
-        if leaf.shape != shape:
-            raise HumpbackError(f"{label} has shape {leaf.shape}, but by the config {shape}.")
-        stored_as = _WRITABLE.get(dtype or leaf.dtype.name)
-        if stored_as is None:
-            raise HumpbackError(
-                f"{label} cannot be written as {dtype or leaf.dtype}; a model folder holds one of "
-                f"{', '.join(_WRITABLE)}."
-            )
-        entries.append(_Entry(tensor.hf, tensor.shape, stored_as, leaf, tensor.transposed))
-    if leaves:
-        extra = [".".join(path) for path, _ in leaves]
-        raise HumpbackError(
-            f"A model folder has no place for {_some(extra)} beyond the config's own; merge "
-            "adapters first."
-        )
-    return entries
-
-
-def _split(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
-    shards: list[list[_Entry]] = [[]]
+def _split(entries: list[OutgoingTensor], max_bytes: int) -> list[list[OutgoingTensor]]:
+    shards: list[list[OutgoingTensor]] = [[]]
     room = max_bytes
     for entry in entries:
         if shards[-1] and entry.size > room:
@@ -327,15 +279,15 @@ def _split(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
     return shards
 
 
-def _write_file(path: Path, entries: list[_Entry]) -> None:
+def _write_file(path: Path, entries: list[OutgoingTensor]) -> None:
     # Wider dtypes first, so that every tensor starts at a multiple of its item size.
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in entries:
-        header[entry.name] = {
+        header[entry.tensor.hf] = {
             "dtype": _CODES[entry.dtype],
-            "shape": list(entry.shape),
+            "shape": list(entry.tensor.shape),
             "data_offsets": [position, position + entry.size],
         }
         position += entry.size
@@ -344,16 +296,18 @@ def _write_file(path: Path, entries: list[_Entry]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for entry in entries:
-            file.write(entry.contents())
+            file.write(entry.values().reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _index(files: list[str], shards: list[list[_Entry]]) -> dict[str, Any]:
+def _index(files: list[str], shards: list[list[OutgoingTensor]]) -> dict[str, Any]:
     return {
         "metadata": {"total_size": sum(entry.size for shard in shards for entry in shard)},
         "weight_map": {
-            entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard
+            entry.tensor.hf: file
+            for file, shard in zip(files, shards, strict=True)
+            for entry in shard
         },
     }
 
@@ -405,9 +359,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _some(tensors: list[str]) -> str:
-    listed = ", ".join(repr(name) for name in tensors[:_LISTED])
-    more = f" and {len(tensors) - _LISTED} more" if len(tensors) > _LISTED else ""
-    return f"{listed}{more}"
