@@ -58,7 +58,7 @@ def batches(run: RunView, model: str) -> list[list[tuple[str, str]]]:
     """
     from ml_collections import ConfigDict
 
-    from humpback_jax.stages.train import train_spec
+    from humpback_jax.stages.settings import train_spec
 
     fields = run.entries[model]["fields"]
     data = run.training_data(model)

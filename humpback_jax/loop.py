@@ -35,7 +35,8 @@ from humpback_jax.stages.evaluate import answers_stage, evaluate_stage, results_
 from humpback_jax.stages.heldout import fitting_pairs
 from humpback_jax.stages.measure import backward_meter_stage, curation_meter_stage
 from humpback_jax.stages.sources import corpus_stage, seed_pairs
-from humpback_jax.stages.train import TAGS_BY_SOURCE, train_stage
+from humpback_jax.stages.texts import TAGS_BY_SOURCE
+from humpback_jax.stages.train import train_stage
 from humpback_jax.training.mixture import check_sources, parse_mixture
 
 

@@ -22,8 +22,9 @@ from humpback_jax.sampling.likelihood import WIDTHS, sequence_nll
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import choose, rubric_decoding, scores_name
+from humpback_jax.stages.settings import train_spec
 from humpback_jax.stages.sources import corpus_stage
-from humpback_jax.stages.train import Direction, render, tokenized_examples, train_spec
+from humpback_jax.stages.texts import Direction, render, tokenized_examples
 from humpback_jax.text.template import Rendered, Tags
 from humpback_jax.training.examples import TrainingExample, index_of
 from humpback_jax.training.mixture import parse_mixture, pools_of, shares_of

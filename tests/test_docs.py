@@ -16,7 +16,7 @@ from humpback_jax.cli import build_parser, config_overrides, main
 from humpback_jax.compute import choose_compute
 from humpback_jax.config import default_config, load_config, set_field
 from humpback_jax.curators import CURATORS
-from humpback_jax.stages.train import train_spec
+from humpback_jax.stages.settings import train_spec
 from humpback_jax.verbs.train import _fit_to_file, _section
 
 ROOT = Path(__file__).parent.parent

@@ -30,8 +30,8 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.models import LanguageModel, load_model
 from humpback_jax.rows import read_examples, write_rows
 from humpback_jax.stages import tokens
+from humpback_jax.stages.texts import tokenized_examples
 from humpback_jax.stages.tokens import RowFile, Tokenization, parse_files, token_store
-from humpback_jax.stages.train import tokenized_examples
 from humpback_jax.text.tokenize import TokenizedBatch, TokenizedExample
 from humpback_jax.token_store import TokenStore, write_shard
 from humpback_jax.training.examples import ExampleIndex, index_of

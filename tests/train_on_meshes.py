@@ -34,7 +34,7 @@ from humpback_jax.model.lora import lora_spec  # noqa: E402
 from humpback_jax.models import LanguageModel  # noqa: E402
 from humpback_jax.parallel.mesh import make_mesh, parse_mesh  # noqa: E402
 from humpback_jax.stages.sources import packaged_pairs  # noqa: E402
-from humpback_jax.stages.train import render  # noqa: E402
+from humpback_jax.stages.texts import render  # noqa: E402
 from humpback_jax.text.tokenize import tokenize_batch  # noqa: E402
 from humpback_jax.training.examples import TrainingExample  # noqa: E402
 from humpback_jax.training.optimizer import OptimizerSpec  # noqa: E402

@@ -19,7 +19,7 @@ from humpback_jax.models import load_config
 from humpback_jax.parallel.batches import row_parts
 from humpback_jax.parallel.mesh import parse_mesh
 from humpback_jax.parallel.topology import Chip, tpu_slice
-from humpback_jax.stages.train import train_spec
+from humpback_jax.stages.settings import train_spec
 
 ALL = ("train", "prefill", "decode")
 CHARS_PER_TOKEN = 3  # of long documents, at least

@@ -114,22 +114,8 @@ def abstract_state(plan: TrainPlan) -> TrainState:
 
 
 def _step_spec(plan: TrainPlan) -> StepSpec:
-    run = plan.run
-    return StepSpec(
-        plan.config,
-        run.layout,
-        run.precision,
-        num_sources=2,  # seed and augmented pairs
-        lora=run.lora,
-        dropout=run.dropout,
-        remat=run.remat,
-        longest=min(run.row_tokens, plan.config.max_position_embeddings),
-        kernels=run.kernels,
-        mesh=plan.mesh,
-        objective=run.objective,
-        dropout_ramp=run.dropout_ramp,
-        neftune_alpha=run.neftune_alpha,
-    )
+    longest = min(plan.run.row_tokens, plan.config.max_position_embeddings)
+    return plan.run.of_step(plan.config, 2, longest)  # sources: seed and augmented pairs
 
 
 def _abstract_batch(micro_batches: int, rows: int, tokens: int, mesh: Mesh) -> Batch:

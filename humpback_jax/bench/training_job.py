@@ -15,7 +15,7 @@ from humpback_jax.models import LanguageModel
 from humpback_jax.records import Example
 from humpback_jax.rows import ReadReport, stream_examples
 from humpback_jax.stages.sources import packaged_pairs
-from humpback_jax.stages.train import render
+from humpback_jax.stages.texts import render
 from humpback_jax.text.tokenize import tokenize_batch
 from humpback_jax.training.examples import TrainingExample, keys_of
 from humpback_jax.training.order import BatchOrder

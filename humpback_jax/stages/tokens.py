@@ -18,7 +18,7 @@ from humpback_jax.parallel.processes import all_or_none, first_alone
 from humpback_jax.progress import Say
 from humpback_jax.records import Example, stable_id
 from humpback_jax.rows import ReadReport, stream_examples
-from humpback_jax.stages.train import Direction, none_left, render, token_limit
+from humpback_jax.stages.texts import Direction, none_left, render, token_limit
 from humpback_jax.text.template import Rendered
 from humpback_jax.text.tokenize import Dropped, TokenizedBatch, tokenize_batch
 from humpback_jax.tfds_splits import info_file, is_split

@@ -88,6 +88,33 @@ class TrainSpec:
             if value is not None and value < 1:
                 raise HumpbackError(f"train.{name}={value} must be at least 1.")
 
+    def of_step(
+        self,
+        config: LlamaConfig,
+        num_sources: int,
+        longest: int | None,
+        widths: tuple[int, ...] = (),
+        weights: tuple[float, ...] = (),
+    ) -> StepSpec:
+        """What is static about a step of the run on this model and these rows: see `StepSpec`."""
+        return StepSpec(
+            config,
+            self.layout,
+            self.precision,
+            num_sources,
+            lora=self.lora,
+            dropout=self.dropout,
+            remat=self.remat,
+            longest=longest,
+            kernels=self.kernels,
+            mesh=self.mesh,
+            objective=self.objective,
+            widths=widths,
+            dropout_ramp=self.dropout_ramp,
+            neftune_alpha=self.neftune_alpha,
+            weights=weights,
+        )
+
 
 class Resume(Protocol):
     """Where a run under way is kept (`checkpoint.ResumeFolder`)."""
@@ -173,7 +200,9 @@ def train(
             index, order, spec.steps, spec.row_tokens, spec.accumulation, row_parts(spec.mesh)
         )
         on_plan(plan)
-        step_spec = _step_spec(config, spec, plan, shares)
+        step_spec = spec.of_step(
+            config, len(shares), plan.longest, plan.widths, loss_weights(shares)
+        )
         optimizer = make_optimizer(spec.optimizer, spec.steps)
         jitted, step_fn = make_train_step(step_spec, optimizer), None
         like = abstract_state(step_spec, optimizer)
@@ -273,28 +302,6 @@ def _check_selection(
             "train.select=best needs validation rows, train.eval_every of at least 1, and a folder "
             "to keep the best parameters in."
         )
-
-
-def _step_spec(
-    config: LlamaConfig, spec: TrainSpec, plan: PackingPlan, shares: Sequence[Share]
-) -> StepSpec:
-    return StepSpec(
-        config,
-        spec.layout,
-        spec.precision,
-        len(shares),
-        lora=spec.lora,
-        dropout=spec.dropout,
-        remat=spec.remat,
-        longest=plan.longest,
-        kernels=spec.kernels,
-        mesh=spec.mesh,
-        objective=spec.objective,
-        widths=plan.widths,
-        dropout_ramp=spec.dropout_ramp,
-        neftune_alpha=spec.neftune_alpha,
-        weights=loss_weights(shares),
-    )
 
 
 def _validates(spec: TrainSpec, done: int) -> bool:

@@ -22,15 +22,9 @@ from humpback_jax.parallel.preemption import StopSignal
 from humpback_jax.progress import timed_lines
 from humpback_jax.records import Example
 from humpback_jax.rows import read_examples
+from humpback_jax.stages.texts import TAGS_BY_SOURCE, Direction
 from humpback_jax.stages.tokens import RowFile, Tokenization, parse_files, token_store
-from humpback_jax.stages.train import (
-    TAGS_BY_SOURCE,
-    Direction,
-    progress_line,
-    run_identity,
-    tune,
-    tuned_model,
-)
+from humpback_jax.stages.tune import progress_line, run_identity, tune, tuned_model
 from humpback_jax.text.preview import preview_lines
 from humpback_jax.text.template import Tags
 from humpback_jax.training.goodput import goodput_line
