@@ -216,10 +216,22 @@ def export_gguf(path: Path, model: LanguageModel, dtype: str | None = None) -> l
     from humpback_jax.text.gguf_vocabulary import gguf_fields
     from humpback_jax.weights.gguf_export import save_gguf
 
-    tokenizer = _exported_tokenizer(model)
-    fields, notes = gguf_fields(tokenizer, model.config.vocab_size, model.stop_ids)
+    tokenizer, size = _exported_tokenizer(model), model.config.vocab_size
+    fields, notes = gguf_fields(tokenizer, size, _sample_prompts(model), model.stop_ids)
     save_gguf(path, model.config, model.params, fields, Path(model.name).name, dtype)
+    if tokenizer.chat_template != model.tokenizer.chat_template:
+        notes.append(
+            "the chat template differs from the one this model came with; llama.cpp applies it "
+            "where it runs Jinja (--jinja), else it takes a similar one that it knows."
+        )
     return notes
+
+
+def _sample_prompts(model: LanguageModel) -> list[str]:
+    asked = [{"role": "user", "content": "What is ice?"}]
+    answered = {"role": "assistant", "content": "Frozen water.\n\nIt floats."}
+    turns = [asked, [*asked, answered, {"role": "user", "content": "  1 + 1 = ?"}]]
+    return [model.template.forward_prompt(messages, model.tags) for messages in turns]
 
 
 def _export_tokenizer(folder: Path, model: LanguageModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import flatten, init_params
 from humpback_jax.models import LanguageModel, export_gguf, load_model, save_checkpoint
 from humpback_jax.text.byte_tokenizer import CHAT_TEMPLATE
+from humpback_jax.text.chat import render_chat
 from humpback_jax.text.template import Tags, Template
 from humpback_jax.text.tokenizer import Tokenizer
 from humpback_jax.weights.gguf_io import load_gguf
@@ -62,7 +64,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "llama3": {"rope_theta": 500000.0, "rope_type": "llama3", "rope_scaling": LLAMA3},
     "linear": {"rope_type": "linear", "rope_scaling": {"factor": 2.5}},
-    "yarn": {"rope_type": "yarn", "rope_scaling": YARN | {"beta_fast": 16.0}},
+    "yarn": {"rope_type": "yarn", "rope_scaling": YARN},
 }
 
 
@@ -214,20 +216,76 @@ def test_a_chat_in_llama_cpp_loses_the_tags_or_ends_late(tmp_path) -> None:
     assert written.eos_ids == (2, 0, 40)
     by_itself = Template.for_tokenizer(written).forward_prompt(USER, "none")
     assert by_itself == model.template.forward_prompt(USER, "both")
+    (note,) = export_gguf(tmp_path / "m.gguf", model)
+    assert "--jinja" in note
     many = dataclasses.replace(config, eos_token_ids=(2, 0, 40, 41, 42))
     with pytest.raises(HumpbackError, match="three ends of answers"):
         export_gguf(tmp_path / "m.gguf", dataclasses.replace(model, config=many))
+
+
+def test_answers_run_on_behind_an_end_of_turn_that_llama_cpp_does_not_know(tmp_path) -> None:
+    """<|im_end|> it knows by its text, OpenChat's <|end_of_turn|> only by a field."""
+    tokenizer = byte_level()
+    tokenizer.backend.add_special_tokens(["<|end_of_turn|>"])
+    end = tokenizer.id_of("<|end_of_turn|>")
+    tokenizer = Tokenizer(
+        tokenizer.backend, {"eos_token": "<|endoftext|>"}, extra_eos_ids=[2, end]
+    ).with_chat_template(CHAT_TEMPLATE)
+    export_gguf(tmp_path / "m.gguf", model_of(tokenizer))
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == end
+    assert "tokenizer.ggml.eom_token_id" not in fields
+    assert set(Tokenizer.from_gguf(tmp_path / "m.gguf").eos_ids) == {0, 2, end}
+
+
+def test_a_chat_without_bos_begins_with_some_other_token(tmp_path) -> None:
+    """llama.cpp takes token 11 for BOS where a file of this kind names none."""
+    tokenizer = Tokenizer(
+        byte_level().backend,
+        {"eos_token": "<|im_end|>"},
+        chat_template="{{ bos_token }}" + CHAT_TEMPLATE,
+    )
+    export_gguf(tmp_path / "m.gguf", model_of(tokenizer))
+    template = GGUFReader(tmp_path / "m.gguf").fields["tokenizer.chat_template"].contents()
+    rendered = render_chat(template, USER, {"bos_token": "<wrong>"}, True)
+    assert rendered == model_of(tokenizer).template.forward_prompt(USER, "none")
+
+
+def test_a_models_name_or_a_filler_token_keeps_it_from_loading(tmp_path) -> None:
+    """llama.cpp takes names with phi-3 for Phi 3, whose tokens it then misses; no text is twice."""
+    tokenizer = byte_level()
+    tokenizer.backend.add_special_tokens([f"[PAD{tokenizer.vocab_size + 2}]"])
+    model = dataclasses.replace(model_of(tokenizer), name="runs/my-Phi-3-data")
+    export_gguf(tmp_path / "m.gguf", model)
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["general.name"].contents() == "my-Phi_3-data"
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert len(set(tokens)) == len(tokens) == model.config.vocab_size
+
+
+def test_text_that_only_we_normalise_is_exported_without_a_word(tmp_path) -> None:
+    tokenizer = byte_level()
+    tokenizer.backend.normalizer = normalizers.NFC()
+    (note,) = export_gguf(tmp_path / "m.gguf", model_of(tokenizer))
+    assert "NFC" in note
 
 
 def test_a_tokenizer_that_llama_cpp_cannot_follow_is_written_all_the_same(tmp_path) -> None:
     odd = byte_level(lambda: isolated(r"\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]+"))
     unigram = sentencepiece(tmp_path / "u", model_type="unigram")
     folding = sentencepiece(tmp_path / "n", normalization_rule_name="nmt_nfkc")
-    stripping = byte_level()
-    stripping.backend.add_special_tokens([AddedToken("<|im_end|>", rstrip=True, special=True)])
-    cases = {"no rules": odd, "Unigram": unigram, "the same tokens": folding, "name for": stripping}
-    for message, tokenizer in cases.items():
-        with pytest.raises(HumpbackError, match=message) as caught:
+    stripping, added = byte_level(), sentencepiece(tmp_path / "a")
+    stripping.backend.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
+    added.backend.add_tokens([AddedToken("<|im_start|>", special=False, normalized=True)])
+    cases = [
+        ("no rules known here", odd),
+        ("Unigram", unigram),
+        ("no rules known here.*example", folding),
+        (r"no rules known here.*example to .<\|user\|>", stripping),
+        (r"no rules known here.*example to .<\|im_start\|>", added),
+    ]
+    for message, tokenizer in cases:
+        with pytest.raises(HumpbackError, match=f"(?s){message}") as caught:
             export_gguf(tmp_path / "m.gguf", model_of(tokenizer))
         assert "--format=hf" in str(caught.value)
     with pytest.raises(HumpbackError, match="BPE with 0 merges"):
@@ -240,6 +298,9 @@ def test_a_tokenizer_that_llama_cpp_cannot_follow_is_written_all_the_same(tmp_pa
     [
         ("dynamic", {"factor": 2.0}),
         ("yarn", YARN | {"attention_factor": 0.7}),
+        ("yarn", YARN | {"mscale": 0.8, "mscale_all_dim": 1.2}),
+        ("yarn", YARN | {"beta_fast": 16.0}),
+        ("yarn", YARN | {"beta_slow": 2.0}),
         ("yarn", YARN | {"truncate": False}),
     ],
 )
@@ -248,6 +309,13 @@ def test_position_scaling_that_llama_cpp_lacks_is_dropped(tmp_path, scaling) -> 
     model = model_of(byte_level(), rope_type=kind, rope_scaling=parameters)
     with pytest.raises(HumpbackError, match=f"'{kind}'.*--format=hf"):
         export_gguf(tmp_path / "m.gguf", model)
+
+
+def test_a_yarn_model_that_states_what_is_so_anyway_is_refused(tmp_path) -> None:
+    stated = {"attention_factor": 0.1 * math.log(4) + 1, "beta_fast": 32, "truncate": True}
+    model = model_of(byte_level(), rope_type="yarn", rope_scaling=YARN | stated)
+    export_gguf(tmp_path / "m.gguf", model)
+    assert load_gguf(tmp_path / "m.gguf")[0].rope_parameters == YARN
 
 
 def test_an_export_that_fails_midway_destroys_the_file_it_replaces(tmp_path, monkeypatch) -> None:
@@ -276,6 +344,9 @@ def test_the_exported_file_answers_otherwise_than_the_model(tmp_path, capsys, mo
     assert main([*export, f"--out={out}"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["out"] == str(out / "model.gguf")
     assert main([*export, f"--out={out / 'named.gguf'}"]) == 0
+    (out / "folder.gguf").mkdir()
+    assert main([*export, f"--out={out / 'folder.gguf'}"]) == 0
+    assert (out / "folder.gguf" / "model.gguf").is_file()
     capsys.readouterr()
     answers = []
     for model in (tmp_path / "tuned", out / "model.gguf", out / "named.gguf"):

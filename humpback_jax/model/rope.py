@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -109,10 +110,12 @@ def _yarn(
     ramp = (np.arange(half, dtype=np.float32) - low) / (high - low if high != low else 0.001)
     keep = 1 - np.clip(ramp, 0.0, 1.0)
     frequencies = plain * keep + plain / factor * (1 - keep)
-    return frequencies.astype(np.float32), _yarn_attention_factor(scaling)
+    return frequencies.astype(np.float32), yarn_attention_factor(scaling)
 
 
-def _yarn_attention_factor(scaling: dict[str, float]) -> float:
+def yarn_attention_factor(scaling: Mapping[str, float]) -> float:
+    """By which cosine and sine are multiplied."""
+
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
 

@@ -6,9 +6,8 @@ by trial: what would be written is read back, and has to give the tokens of the 
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from humpback_jax.errors import HumpbackError
@@ -34,31 +33,34 @@ _PROBES = (
     "a  1 b   22\t333\n 4444  x1y22z",
     "(foo)[bar]{baz}... !!! ?! --- ==> == :=\n;;;\n\n# $x @y %z & ~ ` ^ | \\ /",
     "def f(x):\n    return x['k']  # été\n\n\tif y: pass\n",
-    "naïve Ångström e\u0301 ﬁ ß İ straße",
+    "naïve Ångström ﬁ ß İ straße",
     "नमस्ते दुनिया こんにちは、世界。 안녕하세요 你好 مرحبا שלום ไทย",
     "😀👩‍👩‍👧‍👦🇩🇪 “quoted” — dash… \u00a0nbsp\u200bzero\u3000wide",
     "CamelCaseWord snake_case_word UPPER lowerUPPER https://example.org/a?b=c&d=e#f",
     "",
     "x",
 )
+_SHOWN = 60  # characters of a text with other tokens, in a message
 
 
 def gguf_fields(
-    tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int] = ()
+    tokenizer: Tokenizer, vocab_size: int, prompts: Sequence[str], ends: Sequence[int] = ()
 ) -> tuple[dict[str, Any], list[str]]:
     """What a GGUF file says of a tokenizer.
 
     Args:
-      ends: ids that end answers, beside the tokenizer's own.
       vocab_size: rows of the model's embedding, which may have more than there are tokens.
+      prompts: as the model gets them.
+      ends: ids that end answers, beside the tokenizer's own.
 
     Returns:
       (metadata by key, what is different in llama.cpp nevertheless, as sentences).
 
     Raises:
-      HumpbackError: no names of rules give these tokens in llama.cpp.
+      HumpbackError: no rules known here give these tokens in llama.cpp.
     """
-    model = json.loads(tokenizer.backend.to_str())["model"]
+    state = json.loads(tokenizer.backend.to_str())
+    model = state["model"]
     if model["type"] != "BPE" or not model["merges"]:
         raise _not_in_gguf(
             f"its kind is {model['type']} with {len(model.get('merges', ()))} merges"
@@ -72,25 +74,29 @@ def gguf_fields(
         **special_fields(_special_ids(tokenizer, ends), tokens, kinds),
     }
     if tokenizer.chat_template is not None:
-        common["tokenizer.chat_template"] = tokenizer.chat_template
-    prompts, plain = list(_with_special_tokens(tokenizer)), list(_plain_texts(tokenizer))
-    fits = []
+        common["tokenizer.chat_template"] = _without_bos(tokenizer)
+    inside = [*prompts, *_around_added_tokens(tokenizer)]
+    plain = [*_PROBES, *_texts_of_tokens(tokenizer)]
+    fits, misread = [], None
     for rules in _rules(tokenizer, model, tokens):
         fields = {**common, **{f"tokenizer.ggml.{key}": value for key, value in rules.items()}}
         written = tokenizer_from_fields(fields, "the tokenizer")
-        if _difference(tokenizer, written, prompts) is None:
+        difference = _difference(tokenizer, written, inside)
+        if difference is None:
             fits.append((fields, _difference(tokenizer, written, plain)))
-    # Where no rules fit all texts, those do that fit text behind special tokens: of a vocabulary
-    # that has a space before the beginning of texts alone.
+        misread = misread or difference
+    # Where no rules fit all texts, those do that fit prompts and text behind special tokens: of a
+    # vocabulary that has a space before the beginning of texts alone.
     for fields, difference in sorted(fits, key=lambda fit: fit[1] is not None):
         if difference is None:
-            return fields, []
+            return fields, _normalised(state, model)
         if model["byte_fallback"]:
             return fields, [
                 "in llama.cpp, text that begins without a special token has other tokens than "
                 f"here: {difference}. Prompts in the model's chat template do not."
             ]
-    raise _not_in_gguf("no rules that llama.cpp has a name for give the same tokens")
+    example = f", for example to {misread}" if misread else ""
+    raise _not_in_gguf(f"no rules known here give the same tokens in llama.cpp{example}")
 
 
 def _not_in_gguf(why: str) -> HumpbackError:
@@ -100,13 +106,29 @@ def _not_in_gguf(why: str) -> HumpbackError:
     )
 
 
+def _normalised(state: dict[str, Any], model: dict[str, Any]) -> list[str]:
+    if model["byte_fallback"] or state["normalizer"] is None:
+        return []
+    kind = state["normalizer"]["type"]
+    return [f"llama.cpp does not normalise text, which this tokenizer does ({kind})."]
+
+
+def _without_bos(tokenizer: Tokenizer) -> str:
+    """The chat template; where there is no BOS, llama.cpp would hand it some other token's text."""
+    source = tokenizer.chat_template or ""
+    if tokenizer.bos_id is not None or "bos_token" not in source:
+        return source
+    return "{%- set bos_token = '' %}\n" + source  # clients drop the newline after a block
+
+
 def _tokens(
     tokenizer: Tokenizer, model: dict[str, Any], vocab_size: int
 ) -> tuple[list[str], list[int]]:
     """(text of every id, its kind); ids that are no token are filled up."""
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    tokens = [_filler(i, vocabulary) for i in range(vocab_size)]
     kinds = [UNUSED] * vocab_size
-    for text, i in tokenizer.backend.get_vocab(with_added_tokens=True).items():
+    for text, i in vocabulary.items():
         tokens[i] = text
         byte = model["byte_fallback"] and len(text) == 6 and text.startswith("<0x")
         kinds[i] = BYTE if byte else NORMAL
@@ -115,6 +137,13 @@ def _tokens(
     if model["byte_fallback"] and model["unk_token"] is not None:
         kinds[tokens.index(model["unk_token"])] = UNKNOWN
     return tokens, kinds
+
+
+def _filler(i: int, vocabulary: Mapping[str, int]) -> str:
+    text = f"[PAD{i}]"
+    while text in vocabulary:  # llama.cpp refuses to have a text twice
+        text = f"[{text}]"
+    return text
 
 
 def _special_ids(tokenizer: Tokenizer, ends: Sequence[int]) -> SpecialIds:
@@ -159,15 +188,15 @@ def _sentencepiece(model: dict[str, Any], tokens: Sequence[str]) -> Iterable[dic
         yield {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
 
 
-def _with_special_tokens(tokenizer: Tokenizer) -> Iterable[str]:
-    for token in {*tokenizer.special_tokens.values(), *tokenizer.eos_texts}:
+def _around_added_tokens(tokenizer: Tokenizer) -> Iterable[str]:
+    """Every added token with text on both sides."""
+    added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    for token in sorted(added):
         yield from (f"{token}{text}{token}{text}" for text in _PROBES)
 
 
-def _plain_texts(tokenizer: Tokenizer) -> Iterable[str]:
-    """The probes, and every token's own text."""
-    ids = range(tokenizer.vocab_size)
-    return itertools.chain(_PROBES, (tokenizer.decode([i]) for i in ids))
+def _texts_of_tokens(tokenizer: Tokenizer) -> Iterable[str]:
+    return (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
 
 
 def _difference(ours: Tokenizer, theirs: Tokenizer, texts: Sequence[str]) -> str | None:
@@ -178,5 +207,5 @@ def _difference(ours: Tokenizer, theirs: Tokenizer, texts: Sequence[str]) -> str
     )
     for text, (mine, other) in zip(texts, pairs, strict=True):
         if mine.ids != other.ids:
-            return repr(text)
+            return repr(text[:_SHOWN])
     return None

@@ -288,7 +288,8 @@ def baked_chat_template(template: Template, tags: Tags) -> str:
     """
     steps = [frozen_date_prefix(template.chat_template)]
     if template.system is not None:
-        message = json.dumps({"role": "system", "content": template.system})
+        system = {"role": "system", "content": template.system}
+        message = json.dumps(system, ensure_ascii=False)  # llama.cpp's Jinja knows no \u escapes
         steps.append(
             "{%- if messages[0]['role'] != 'system' -%}"
             f"{{%- set messages = [{message}] + messages -%}}"

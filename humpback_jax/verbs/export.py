@@ -17,14 +17,14 @@ def export(arguments: argparse.Namespace) -> Result:
     out, kind = Path(arguments.out), arguments.format
     if arguments.base and kind != "peft":
         raise HumpbackError("--base names the base model of --format=peft.")
-    if out.suffix == GGUF and kind != "gguf":
+    names_file = out.suffix.lower() == GGUF and not out.is_dir()
+    if names_file and kind != "gguf":
         raise HumpbackError(f"--out={out} is a GGUF file by its name; say --format=gguf.")
     model = adapted(load_model(arguments.model), arguments.adapter)
-    folder = out.parent if out.suffix == GGUF else out
-    writable_folder(folder)
+    writable_folder(out.parent if names_file else out)
     notes: list[str] = []
     if kind == "gguf":
-        out = out if out.suffix == GGUF else out / f"model{GGUF}"
+        out = out if names_file else out / f"model{GGUF}"
         notes = export_gguf(out, model, arguments.dtype)
     elif kind == "peft":
         export_peft(out, model, arguments.base, arguments.dtype)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from gguf import GGUFWriter, LlamaFileType
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params
-from humpback_jax.model.rope import llama3_stretch
+from humpback_jax.model.rope import llama3_stretch, yarn_attention_factor
 from humpback_jax.weights.gguf_config import ROPE_FACTORS
 from humpback_jax.weights.gguf_io import rotated_heads
 from humpback_jax.weights.outgoing import OutgoingTensor, outgoing_tensors
@@ -27,8 +29,8 @@ _KINDS = {
     "float16": (Kind.F16, LlamaFileType.MOSTLY_F16),
     "bfloat16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
 }
-# What llama.cpp computes from the factor alone, and has no fields for in a plain llama.
-_YARN_OF_ITS_OWN = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+# llama.cpp reads no fields of a plain llama for these: it takes what they are by default.
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
 def save_gguf(
@@ -57,7 +59,7 @@ def save_gguf(
     outgoing = [_as_stored(entry) for entry in outgoing_tensors(config, params, dtype)]
     matrices = next(entry.dtype.name for entry in outgoing if entry.tensor.path[0] == "embed")
     fields = {
-        "general.name": name,
+        "general.name": _shown_name(name),
         "general.file_type": int(_KINDS[matrices][1]),
         **_model_fields(config),
         **vocabulary,
@@ -86,6 +88,11 @@ def save_gguf(
             os.fsync(file.fileno())
 
 
+def _shown_name(name: str) -> str:
+    """llama.cpp takes any model with "phi3" in its name for Phi 3, and looks for its tokens."""
+    return re.sub("(?i)(phi)-?(?=3)", r"\1_", name)
+
+
 def _model_fields(config: LlamaConfig) -> dict[str, Any]:
     own = {
         "vocab_size": config.vocab_size,
@@ -109,21 +116,30 @@ def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
     scaling = config.rope_parameters
     if config.rope_type in ("default", "llama3"):
         return {}
-    beyond = [name for name in _YARN_OF_ITS_OWN if name in scaling]
-    if config.rope_type not in ("linear", "yarn") or beyond:
-        what = f" with {', '.join(beyond)}" if beyond else ""
+    unknown = _beyond_llama_cpp(config.rope_type, scaling)
+    if unknown:
         raise HumpbackError(
-            f"llama.cpp has no positions scaled by rope type {config.rope_type!r}{what}, so that "
-            "a GGUF file would be another model. Export with --format=hf."
+            f"llama.cpp has no positions scaled by {unknown}, so that a GGUF file would be another "
+            "model. Export with --format=hf."
         )
     fields: dict[str, Any] = {"type": config.rope_type, "factor": float(scaling["factor"])}
     if config.rope_type == "yarn":
         original = scaling.get("original_max_position_embeddings")
         fields["original_context_length"] = int(original or config.max_position_embeddings)
-        for beta in ("beta_fast", "beta_slow"):
-            if scaling.get(beta):
-                fields[f"yarn_{beta}"] = float(scaling[beta])
     return {f"rope.scaling.{key}": value for key, value in fields.items()}
+
+
+def _beyond_llama_cpp(rope_type: str, scaling: Mapping[str, float]) -> str:
+    """What of a position scaling llama.cpp cannot be told; "" if nothing."""
+    if rope_type != "yarn":
+        return "" if rope_type == "linear" else f"rope type {rope_type!r}"
+    given = {name: scaling.get(name) or default for name, default in _YARN_DEFAULTS.items()}
+    given["truncate"] = scaling.get("truncate", True)
+    other = [name for name, default in _YARN_DEFAULTS.items() if given[name] != default]
+    plain = yarn_attention_factor({"factor": scaling["factor"]})
+    if not math.isclose(yarn_attention_factor(scaling), plain):
+        other.append("attention_factor or mscale")
+    return f"rope type 'yarn' with its own {', '.join(other)}" if other else ""
 
 
 def _add_field(writer: GGUFWriter, key: str, value: Any) -> None:

@@ -19,6 +19,8 @@ _TURN_ENDS = frozenset(
         *("<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>"),
     }
 )
+# llama.cpp does not know this one by its text.
+_TO_BE_NAMED = frozenset({"<|end_of_turn|>"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +81,8 @@ def special_fields(
     Raises:
       HumpbackError: more tokens end answers than a file can say.
     """
-    known = {special.eos, *_ends_by_text(tokens, kinds)}
-    further = [i for i in special.ends if i not in known]
+    by_text = {i for i in _ends_by_text(tokens, kinds) if tokens[i] not in _TO_BE_NAMED}
+    further = [i for i in special.ends if i != special.eos and i not in by_text]
     if len(further) > 2:
         raise HumpbackError(
             f"A GGUF file has room for three ends of answers, this model has {len(further) + 1}: "
