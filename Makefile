@@ -17,7 +17,8 @@ PYTHON ?= $(shell for name in python3 python3.12 python3.13 python3.11 python; d
   $$name -c $(IS_NEW_ENOUGH) 2>/dev/null && echo $$name && break; done)
 
 # Most of a quick test is compilation and the start of processes, which one processor does. A third
-# worker would want memory that a laptop has not.
+# worker would want memory that a laptop has not, and so would a second one of the slow tests: two
+# that train the real model at once take more than 24 GB.
 WORKERS := 2
 
 # A stamp is newer than setup.py and constraints.txt when .venv holds what they ask for.
@@ -37,7 +38,7 @@ test: lint
 	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(HAS_TESTS)
-	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(HAS_TESTS)
 	$(BIN)/ruff check .
