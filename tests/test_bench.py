@@ -348,3 +348,14 @@ def test_a_batch_that_does_not_fit_is_left_out_with_the_reason(monkeypatch) -> N
 def test_a_job_of_pairs_is_the_same_after_a_file(tmp_path) -> None:
     job().save(tmp_path / "job.json")
     assert dataclasses.asdict(PairsJob.load(tmp_path / "job.json")) == dataclasses.asdict(job())
+
+
+def test_a_measurement_stopped_for_want_of_memory_fails_with_its_last_warning(
+    tmp_path, monkeypatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho 'warnings.warn(' >&2\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(HumpbackError, match=r"torch_sft was stopped by SIGKILL.*memory"):
+        measure_apart("torch_sft")

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +39,11 @@ def measure_apart(module: str, *options: str | Path, seconds: float | None = Non
         )
     except subprocess.TimeoutExpired as error:
         raise HumpbackError(f"the measurement {module} took more than {seconds:.0f} s.") from error
+    if done.returncode < 0:
+        raise HumpbackError(
+            f"the measurement {module} was stopped by {signal.Signals(-done.returncode).name}, as "
+            "the system does where memory runs out. Lower --batch-size."
+        )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise HumpbackError(f"the measurement {module} failed: {lines[-1]}")
