@@ -40,10 +40,10 @@ def measure_apart(module: str, *options: str | Path, seconds: float | None = Non
     except subprocess.TimeoutExpired as error:
         raise HumpbackError(f"the measurement {module} took more than {seconds:.0f} s.") from error
     if done.returncode < 0:
-        raise HumpbackError(
-            f"the measurement {module} was stopped by {signal.Signals(-done.returncode).name}, as "
-            "the system does where memory runs out. Lower --batch-size."
-        )
+        by = signal.Signals(-done.returncode)
+        hint = ", as the system does where memory runs out: lower --batch-size"
+        hint = hint if by == signal.SIGKILL else ""
+        raise HumpbackError(f"the measurement {module} was stopped by {by.name}{hint}.")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise HumpbackError(f"the measurement {module} failed: {lines[-1]}")
