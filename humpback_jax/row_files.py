@@ -8,6 +8,7 @@ import datetime
 import gzip
 import io
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,10 +136,16 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """A value of a row as JSON has it: times in ISO 8601, bytes as UTF-8 text or else base64."""
+    """A value of a row as JSON has it: times in ISO 8601, bytes as UTF-8 text or else base64.
+
+    What is no number is null: JSON has no NaN and no infinity, and readers other than Python's
+    refuse a file with one.
+    """
     match value:
-        case None | str() | int() | float():
+        case None | str() | int():
             return value
+        case float():
+            return value if math.isfinite(value) else None
         case dict():
             return {name: plain(item) for name, item in value.items()}
         case list() | tuple():

@@ -6,7 +6,9 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import random
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -328,6 +330,19 @@ def test_parquet_rows_with_dates_decimals_and_bytes_are_answered(form, tmp_path)
     ((_, found),) = raw_rows(out)
     assert (found["day"], found["price"], found["raw"]) == ("2024-01-02", "1.5", "/w==")
     assert found["output"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_field_that_is_no_number_makes_no_file_that_other_readers_refuse(form, tmp_path):
+    path = tmp_path / "in.parquet"
+    rows = [{"prompt": "Hi", "score": math.nan, "all": [1.5, math.inf]}, {"prompt": "Ho"}]
+    write_rows(path, rows)
+    out = tmp_path / f"out.{form}"
+    answer_file(reader(), path, out, None, JOB, lambda line: None)
+    if form == "jsonl":
+        assert not re.search("NaN|Infinity", out.read_text())
+    first = next(raw_rows(out))[1]
+    assert (first.get("score"), first["all"]) == (None, [1.5, None])
 
 
 MEASURE = """

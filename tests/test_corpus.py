@@ -18,7 +18,7 @@ from humpback_jax.config import apply_tiny, default_config
 from humpback_jax.corpus.documents import Document, read_documents
 from humpback_jax.corpus.filters import extract_segments, failed_rule, repeats_sentences
 from humpback_jax.corpus.segments import choose, pieces, segments
-from humpback_jax.corpus.structure import headings, read_lines
+from humpback_jax.corpus.structure import after_front_matter, headings, read_lines
 from humpback_jax.errors import HumpbackError
 from humpback_jax.records import Segment
 from humpback_jax.rows import write_rows
@@ -59,7 +59,8 @@ DOCUMENTS = st.lists(
 @given(DOCUMENTS, st.integers(20, 120))
 @settings(max_examples=300)
 def test_every_character_outside_headers_is_in_exactly_one_segment(text, max_chars):
-    found = headings(read_lines(text))
+    lines = read_lines(text)
+    found, begin = headings(lines), after_front_matter(lines)
     covered = [0] * len(text)
     for piece in pieces(text, max_chars):
         assert text[piece.start : piece.end].strip()
@@ -69,7 +70,7 @@ def test_every_character_outside_headers_is_in_exactly_one_segment(text, max_cha
     for place, character in enumerate(text):
         assert covered[place] <= 1
         if not covered[place]:
-            assert character.isspace() or in_header[place]
+            assert character.isspace() or in_header[place] or place < begin
 
 
 @given(DOCUMENTS, st.integers(20, 120))
@@ -144,6 +145,29 @@ def test_headers_are_told_from_code_tables_and_text(text, expected):
 def test_code_after_a_text_line_does_not_hide_the_headers_below():
     text = "# A\n\nRun this:\n```\nx\n```\nand that:\n```\ny\n```\n\n# B\n\nbody\n"
     assert [p.heading for p in pieces(text, 1000)] == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "---\ntitle: Größe\n# a comment\ntags:\n- a\n  b: c\n---\n",
+        "--- \ndate: 2024-01-02\n...\n",
+        '+++\ntitle = "x"\n[extra]\na = 1\n+++\n',
+    ],
+)
+def test_the_fields_above_a_page_are_no_text_to_write_an_instruction_for(fields):
+    body = "\nAn introduction.\n\n# A\n\nSome words.\n"
+    ((intro, _), (section, _)) = segments(Document("d", fields + body, "s"), 100)
+    assert [intro.text, section.text] == ["An introduction.", "Some words."]
+    assert (fields + body).encode()[intro.start : intro.end].decode() == intro.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["---\nA sentence.\n---\n", "---\n- x\n- y\n---\n", "---\na: b\n\nText.\n---\n", "---\na: b"],
+)
+def test_text_between_rules_is_not_taken_for_a_page_s_fields(text):
+    assert [text[p.start : p.end] for p in pieces(text, 100)] == [text.rstrip()]
 
 
 def test_a_section_that_fits_stays_whole_and_a_long_one_is_cut_at_its_children():

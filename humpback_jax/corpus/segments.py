@@ -11,10 +11,16 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from humpback_jax.corpus.documents import Document
-from humpback_jax.corpus.structure import Heading, headings, paragraph_starts, read_lines
+from humpback_jax.corpus.structure import (
+    Heading,
+    after_front_matter,
+    headings,
+    paragraph_starts,
+    read_lines,
+)
 from humpback_jax.records import Segment, stable_id
 
-RULES = "headings-3"
+RULES = "headings-4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +33,18 @@ class Piece:
 
 
 def pieces(text: str, max_chars: int) -> Iterator[Piece]:
-    """Cuts a document; every visible character outside headers lies in exactly one piece.
+    """Cuts a document; each visible character outside headers and front matter is in one piece.
 
     A header's whole subtree is one piece if it fits; else its introduction and each child are
     cut on their own, and a text too long without sub-headers is cut between paragraphs. Short
     pieces come out too: the length filter counts them.
     """
     lines = read_lines(text)
-    found, cuts = headings(lines), list(paragraph_starts(lines))
+    begin = after_front_matter(lines)
+    found = [heading for heading in headings(lines) if heading.start >= begin]
+    cuts = list(paragraph_starts(lines))
     top = found[0].start if found else len(text)
-    yield from _by_paragraphs(text, Piece(0, top, None), cuts, max_chars)
+    yield from _by_paragraphs(text, Piece(begin, top, None), cuts, max_chars)
     ends = _subtree_ends(found, len(text))
     index = 0
     while index < len(found):

@@ -12,6 +12,12 @@ _MARKDOWN = re.compile(r"(#{1,6})\s+(?=\S)")
 _CLOSING_HASHES = re.compile(r"(^|\s)#+$")
 _WRAPPED = 120  # a longer line is a paragraph of its own: pages' text often has no blank lines
 _FENCE = re.compile(r"\s*(?P<mark>`{3,}|~{3,})(?P<info>[^`]*)$")
+_FRONT_MATTER = {
+    "---": ("---", "..."),
+    "+++": ("+++",),
+}  # YAML and TOML: their first and last lines
+_FIELD = re.compile(r"[\w-]+\s*[:=]|\[")
+_OF_FIELD = re.compile(r"[\s#\-\]}]")  # its list, comment or continuation
 _LIST_ITEM = re.compile(r"(\*|-|\+|•|\||#\.|\d+[.)]|\w[.)]|\(\w{1,3}\))(\s|$)")
 
 
@@ -74,6 +80,20 @@ def _opened(before: Sequence[Line], bare: str) -> str:
 def _closes(bare: str, fence: str) -> bool:
     mark = bare.lstrip()
     return len(mark) >= len(fence) and not mark.strip(fence[0])
+
+
+def after_front_matter(lines: Sequence[Line]) -> int:
+    """Where a page's text begins: behind the fields that site generators want at its very top.
+
+    0 where there are none. What has a blank line, or one that is no field, is text between rules.
+    """
+    last = _FRONT_MATTER.get(lines[0].text, ())
+    for number, line in enumerate(lines[1:]):
+        if number and line.text in last:
+            return line.end
+        if not (_FIELD.match(line.text) or (number and _OF_FIELD.match(line.text))):
+            break
+    return 0
 
 
 def headings(lines: Sequence[Line]) -> list[Heading]:

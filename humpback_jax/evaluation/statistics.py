@@ -45,9 +45,13 @@ def paired_difference(
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a positive scores above a negative, ties counting one half."""
-    difference = np.asarray(positive)[:, None] - np.asarray(negative)[None, :]
-    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+    """Probability that a positive scores above a negative, ties counting one half.
+
+    From the positives' ranks among all (Mann and Whitney, 1947), so that n scores take n log n.
+    """
+    ranks = mid_ranks(np.concatenate([positive, negative]))[: len(positive)]
+    above = ranks.sum() - len(positive) * (len(positive) + 1) / 2
+    return float(above / (len(positive) * len(negative)))
 
 
 def mid_ranks(values: np.ndarray) -> np.ndarray:
