@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Generation, Inference
@@ -17,7 +14,8 @@ from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
 from humpback_jax.rows import Prompt, ReadReport, stream_prompts
 from humpback_jax.sampling.sampler import Decoding, record_key
-from humpback_jax.shards import Collector, Row, Shards, shard_sizes
+from humpback_jax.shards import Row, Shards, cut, shard_sizes
+from humpback_jax.streaming import Asked, draw_shards
 from humpback_jax.text.template import Tags
 
 SHARD_ROWS = 256
@@ -79,32 +77,44 @@ def answer_file(
     done = sum(rows for number, rows in left.items() if number in shards.done)
     progress = Progress("sample", sum(left.values()), say, done)
     wanted = left.keys() - shards.done
-    collector: Collector[tuple[Prompt, Row]] = Collector(SHARD_ROWS, wanted.__contains__)
+    usable = cut(usable_prompts(reader, path, job, ReadReport()), SHARD_ROWS)
+    missing = ((number, prompts) for number, prompts in usable if number in wanted)
 
-    def write() -> None:
-        for number, answered in collector.complete():
-            rows = _with_prompt_logprobs(reader, answered, job)
-            if share.leads:
-                shards.write(number, rows)
-
-    for place, draw, prompt, answer in _answers(reader, path, job, collector):
-        collector.add(place, (draw,), (prompt, _row(prompt, draw, answer, job)))
-        write()
+    def count() -> None:
         progress.add(1, lambda seconds: _speed(reader, seconds))
-    write()
+
+    for number, rows in _answered(reader, missing, job, count):
+        if share.leads:
+            shards.write(number, rows)
     shards.join()
     return total * job.draws, report
 
 
 def answer_prompts(reader: Inference, prompts: list[Prompt], job: Job) -> list[Row]:
     """Answers a few prompts; rows as `answer_file` writes them."""
-    wanted = [
-        (place, prompt, draw) for place, prompt in enumerate(prompts) for draw in range(job.draws)
-    ]
-    texts = ((p.id, *_request(reader, p, draw, job)) for _, p, draw in wanted)
-    found = dict(reader.stream(texts, _opening(reader, job)))
-    answered = [(p, _row(p, draw, found[i], job)) for i, (_, p, draw) in enumerate(wanted)]
-    return _with_prompt_logprobs(reader, answered, job)
+    return next(rows for _, rows in _answered(reader, [(0, prompts)], job))
+
+
+def _answered(
+    reader: Inference,
+    shards: Iterable[tuple[int, Sequence[Prompt]]],
+    job: Job,
+    drawn: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, list[Row]]]:
+    """(number, rows) of shards of prompts."""
+    template = reader.model.template
+    opening = template.backward_prompt if job.reverse else template.question
+    asked = (
+        (number, [(prompt, draw) for prompt in prompts for draw in range(job.draws)])
+        for number, prompts in shards
+    )
+    for number, answers in draw_shards(
+        reader, asked, lambda item: _asked(reader, *item, job), opening, drawn
+    ):
+        rows = [_row(prompt, draw, text, job) for (prompt, draw), text in answers]
+        if job.prompt_logprobs:
+            _add_prompt_logprobs(reader, [prompt for (prompt, _), _ in answers], rows, job)
+        yield number, rows
 
 
 def _survey(reader: Inference, path: Path, job: Job, report: ReadReport) -> tuple[str, int]:
@@ -124,7 +134,7 @@ def usable_prompts(reader: Inference, path: Path, job: Job, report: ReadReport) 
     """
     for prompt in stream_prompts(path, report, job.skip_bad, job.reverse):
         try:
-            text, _, decoding = _request(reader, prompt, 0, job)
+            _, text, _, decoding = _asked(reader, prompt, 0, job)
             reader.check(prompt.id, text, decoding)
         except HumpbackError:
             if not job.skip_bad:
@@ -135,30 +145,7 @@ def usable_prompts(reader: Inference, path: Path, job: Job, report: ReadReport) 
         yield prompt
 
 
-def _answers(
-    reader: Inference, path: Path, job: Job, collector: Collector[Any]
-) -> Iterator[tuple[int, int, Prompt, Generation]]:
-    under_way: dict[int, tuple[int, int, Prompt]] = {}
-
-    def requests() -> Iterator[tuple[str, str, np.ndarray, Decoding]]:
-        index = 0
-        for place, prompt in enumerate(usable_prompts(reader, path, job, ReadReport())):
-            if not collector.wants(place):
-                continue
-            collector.expect(place, job.draws)
-            for draw in range(job.draws):
-                under_way[index] = place, draw, prompt
-                index += 1
-                yield prompt.id, *_request(reader, prompt, draw, job)
-        collector.end()
-
-    for index, done in reader.stream(requests(), _opening(reader, job)):
-        yield *under_way.pop(index), done
-
-
-def _request(
-    reader: Inference, prompt: Prompt, draw: int, job: Job
-) -> tuple[str, np.ndarray, Decoding]:
+def _asked(reader: Inference, prompt: Prompt, draw: int, job: Job) -> Asked:
     template = reader.model.template
     try:
         if job.reverse:
@@ -167,12 +154,8 @@ def _request(
             text = template.forward_prompt(prompt.messages, job.tags)
     except HumpbackError as error:
         raise HumpbackError(f"record {prompt.id}: {error}") from error
-    return text, record_key(job.seed, "sample", prompt.id, draw), _decoding(prompt, job)
-
-
-def _opening(reader: Inference, job: Job) -> Any:
-    template = reader.model.template
-    return template.backward_prompt if job.reverse else template.question
+    key = record_key(job.seed, "sample", prompt.id, draw)
+    return prompt.id, text, key, _decoding(prompt, job)
 
 
 def _decoding(prompt: Prompt, job: Job) -> Decoding:
@@ -216,19 +199,15 @@ def _kept(row: Row) -> Row:
     return kept
 
 
-def _with_prompt_logprobs(
-    reader: Inference, answered: Sequence[tuple[Prompt, Row]], job: Job
-) -> list[Row]:
-    """The rows, with what the model says of their prompts if the job asks; each prompt once."""
-    rows = [row for _, row in answered]
-    if not job.prompt_logprobs:
-        return rows
-    texts = {prompt.id: _request(reader, prompt, 0, job)[0] for prompt, _ in answered}
+def _add_prompt_logprobs(
+    reader: Inference, prompts: Sequence[Prompt], rows: Sequence[Row], job: Job
+) -> None:
+    """Adds to the row of each prompt what the model says of its tokens; equal ones once."""
+    texts = {prompt.id: _asked(reader, prompt, 0, job)[1] for prompt in prompts}
     found = reader.text_log_probs(list(texts.items()))
     by_id = dict(zip(texts, found, strict=True))
-    for prompt, row in answered:
+    for prompt, row in zip(prompts, rows, strict=True):
         row["prompt_logprobs"] = [round(float(value), 4) for value in by_id[prompt.id]]
-    return rows
 
 
 def _speed(reader: Inference, seconds: float) -> str:

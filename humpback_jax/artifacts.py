@@ -87,10 +87,33 @@ class RunFolder:
         details: Callable[[list[Row]], Row] = lambda rows: {},
         shard_rows: int = 0,
     ) -> Artifact:
-        """An artifact of rows, made shard by shard; finished shards are not made again.
+        """An artifact of rows, one shard after another; see `streamed`.
 
         Args:
           make: shard index -> its rows; must depend on nothing but the stage and its parents.
+        """
+
+        def one_by_one(missing: Sequence[int]) -> Iterator[tuple[int, Iterable[Row]]]:
+            return ((index, make(index)) for index in missing)
+
+        return self.streamed(name, kind, stage, parents, shards, one_by_one, details, shard_rows)
+
+    def streamed(
+        self,
+        name: str,
+        kind: str,
+        stage: Stage,
+        parents: Sequence[Artifact],
+        shards: int,
+        make: Callable[[Sequence[int]], Iterator[tuple[int, Iterable[Row]]]],
+        details: Callable[[list[Row]], Row] = lambda rows: {},
+        shard_rows: int = 0,
+    ) -> Artifact:
+        """An artifact of rows in shards; finished ones are kept, and not made again.
+
+        Args:
+          make: indices of shards -> (index, rows) of each, in any order; rows must depend on
+            nothing but the stage and its parents.
           details: a summary of all rows for the manifest.
           shard_rows: how many rows of the input go into a shard, where that can be chosen; shards
             of an unfinished artifact that were cut another way are made again.
@@ -102,11 +125,10 @@ class RunFolder:
                 for stale in folder.glob("part-*.parquet"):
                     stale.unlink()
                 write_json(folder / "layout.json", layout)
-            everything: list[Row] = []
-            for index, path in enumerate(_parts(folder, shards)):
-                if not path.exists():
-                    write_parquet(path, make(index))
-                everything.extend(read_parquet(path))
+            parts = _parts(folder, shards)
+            for index, rows in make([i for i, path in enumerate(parts) if not path.exists()]):
+                write_parquet(parts[index], rows)
+            everything = [row for path in parts for row in read_parquet(path)]
             return rows_hash(everything), len(everything), details(everything)
 
         def complete(folder: Path) -> bool:

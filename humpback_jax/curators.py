@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.evaluation.statistics import mid_ranks
-from humpback_jax.inference import Inference, holds
+from humpback_jax.inference import Generation, Inference, holds
 from humpback_jax.models import LanguageModel
-from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.sampling.sampler import Decoding, record_key
+from humpback_jax.streaming import Asked, draw_shards
 from humpback_jax.text.rubric import SCORES, parse_score, score_token_ids
 from humpback_jax.text.template import Template
 
@@ -120,7 +121,8 @@ def rate(
     if new:
         match curator:
             case "rubric":
-                ratings = _rubric(judge, new, decoding, seed)
+                ((_, rated),) = _rubric(judge, [(0, new)], decoding, seed)
+                ratings = [rating for _, rating in rated]
             case "rubric_likelihood":
                 ratings = _rubric_likelihood(judge, new)
             case "pmi" | "pmi_frozen":
@@ -131,25 +133,53 @@ def rate(
     return [scored.ratings[curator, pair] for pair in pairs]
 
 
+def rate_shards(
+    curator: str,
+    judge: Inference,
+    shards: Iterable[tuple[int, Sequence[PairText]]],
+    decoding: Decoding,
+    seed: int,
+    rated: Callable[[int], None] = lambda pairs: None,
+) -> Iterator[tuple[int, list[tuple[PairText, Rating]]]]:
+    """(number of a shard, its pairs in order, each with its rating), in any order of shards.
+
+    Args:
+      shards: (number, pairs), read as they are needed.
+      rated: told how many more pairs are rated.
+    """
+    if curator == "rubric":
+        yield from _rubric(judge, shards, decoding, seed, rated)
+        return
+    for number, pairs in shards:
+        ratings = rate(curator, judge, pairs, decoding, seed, Scored())
+        rated(len(pairs))
+        yield number, list(zip(pairs, ratings, strict=True))
+
+
 def _rubric(
-    judge: Inference, pairs: Sequence[PairText], decoding: Decoding, seed: int
-) -> list[Rating]:
+    judge: Inference,
+    shards: Iterable[tuple[int, Sequence[PairText]]],
+    decoding: Decoding,
+    seed: int,
+    rated: Callable[[int], None] = lambda pairs: None,
+) -> Iterator[tuple[int, list[tuple[PairText, Rating]]]]:
     template = judge.model.template
-    prompts = [(p.id, template.rubric_prompt(p.instruction, p.response)) for p in pairs]
-    texts = judge.generate(
-        prompts,
-        decoding,
-        seed=seed,
-        stage="rubric",
-        opening=lambda text: template.rubric_prompt(text, ""),
-    )
-    ratings = []
-    for pair, generation in zip(pairs, texts, strict=True):
-        score = parse_score(generation.text) if generation.finish_reason == "stop" else None
-        value = None if score is None else float(score)
-        detail = {"text": generation.text, "finish_reason": generation.finish_reason}
-        ratings.append(Rating(pair.id, "rubric", value, json.dumps(detail)))
-    return ratings
+
+    def ask(pair: PairText) -> Asked:
+        prompt = template.rubric_prompt(pair.instruction, pair.response)
+        return pair.id, prompt, record_key(seed, "rubric", pair.id, 0), decoding
+
+    for number, drawn in draw_shards(
+        judge, shards, ask, lambda text: template.rubric_prompt(text, ""), lambda: rated(1)
+    ):
+        yield number, [(pair, _reasoned(pair, generation)) for pair, generation in drawn]
+
+
+def _reasoned(pair: PairText, drawn: Generation) -> Rating:
+    score = parse_score(drawn.text) if drawn.finish_reason == "stop" else None
+    value = None if score is None else float(score)
+    detail = {"text": drawn.text, "finish_reason": drawn.finish_reason}
+    return Rating(pair.id, "rubric", value, json.dumps(detail))
 
 
 def _rubric_likelihood(judge: Inference, pairs: Sequence[PairText]) -> list[Rating]:

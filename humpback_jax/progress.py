@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 Say = Callable[[str], None]
-EVERY = 5.0  # seconds
+EVERY = 5.0  # seconds, or where that is more
+SHARE = 0.02  # of the time since the start, so that a job of days fills no disk with lines
 
 
 def timed_lines() -> Say:
@@ -32,7 +33,8 @@ class Progress:
         """`detail` is given the seconds since the start, and added to the line if one is due."""
         self._done += rows
         now = time.monotonic()
-        if now - self._said < EVERY and self._done < self._total:
+        due = max(EVERY, SHARE * (now - self._started))
+        if now - self._said < due and self._done < self._total:
             return
         self._said = now
         seconds = max(now - self._started, 1e-9)

@@ -13,9 +13,8 @@ from humpback_jax.curators import (
     COMBINED,
     PairText,
     Rating,
-    Scored,
     combine,
-    rate,
+    rate_shards,
     require_rateable,
 )
 from humpback_jax.errors import HumpbackError
@@ -24,7 +23,7 @@ from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
 from humpback_jax.rows import ReadReport, stream_examples
 from humpback_jax.sampling.sampler import Decoding
-from humpback_jax.shards import Shards, shard_sizes
+from humpback_jax.shards import Shards, cut, shard_sizes
 
 SHARD_ROWS = 256
 
@@ -62,19 +61,16 @@ def rate_file(
     ours = {number: rows for number, rows in sizes if judge.share.takes(number)}
     done = sum(rows for number, rows in ours.items() if number in shards.done)
     progress = Progress("score", sum(ours.values()), say, done)
-    usable = _usable(judge, path, curator, ReadReport(), skip_bad)
     wanted = ours.keys() - shards.done
-    for number, pairs in enumerate(_chunks(usable)):
-        if number not in wanted:
-            continue
-        ratings = rate(curator, judge, pairs, decoding, seed, Scored())
+    usable = cut(_usable(judge, path, curator, ReadReport(), skip_bad), SHARD_ROWS)
+    missing = ((number, pairs) for number, pairs in usable if number in wanted)
+    for number, rated in rate_shards(curator, judge, missing, decoding, seed, progress.add):
         if judge.share.leads:
-            shards.write(number, map(_row, pairs, ratings))
-        progress.add(len(pairs))
+            shards.write(number, itertools.starmap(_row, rated))
     shards.wait()
-    rated = sum(row["score"] is not None for row in shards.rows())
+    count = sum(row["score"] is not None for row in shards.rows())
     shards.join(_ranked(shards) if curator == "combined" else None)
-    return rated, report
+    return count, report
 
 
 def _usable(
@@ -94,11 +90,6 @@ def _usable(
             report.rows -= 1
             continue
         yield pair
-
-
-def _chunks(pairs: Iterator[PairText]) -> Iterator[list[PairText]]:
-    while chunk := list(itertools.islice(pairs, SHARD_ROWS)):
-        yield chunk
 
 
 def _ranked(shards: Shards) -> Iterator[dict[str, Any]]:

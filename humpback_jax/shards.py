@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -72,43 +73,13 @@ class Shards:
                     yield json.loads(line)
 
 
-class Collector(Generic[Item]):
-    """Rows, in any form and order, handed on shard by shard as soon as one is complete."""
-
-    def __init__(self, size: int, wants: Callable[[int], bool] = lambda shard: True) -> None:
-        """`size`: rows of a shard. `wants`: says of a shard's number whether its rows will come."""
-        self._size, self._wants = size, wants
-        self._missing: dict[int, int] = {}
-        self._rows: dict[int, dict[tuple[int, ...], Item]] = {}
-        self._ended = False
-
-    def wants(self, place: int) -> bool:
-        """Whether the row at this place of the input is to be computed."""
-        return self._wants(place // self._size)
-
-    def expect(self, place: int, count: int = 1) -> None:
-        """Rows for this place of the input will come; places are announced in order."""
-        shard = place // self._size
-        self._missing[shard] = self._missing.get(shard, 0) + count
-
-    def end(self) -> None:
-        """Nothing more is announced: the last shard may be a short one."""
-        self._ended = True
-
-    def add(self, place: int, rank: Sequence[int], row: Item) -> None:
-        """`rank`: the order among the rows of this place."""
-        shard = place // self._size
-        self._rows.setdefault(shard, {})[place, *rank] = row
-        self._missing[shard] -= 1
-
-    def complete(self) -> Iterator[tuple[int, list[Item]]]:
-        """(number, rows in order) of shards of which no row is missing, each given once."""
-        last = max(self._missing, default=-1)
-        for shard in sorted(self._missing):
-            if self._missing[shard] == 0 and (shard < last or self._ended):
-                found = self._rows.pop(shard, {})
-                del self._missing[shard]
-                yield shard, [found[key] for key in sorted(found)]
+def cut(items: Iterable[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """(number, items) of each shard of `size` items, read as they are asked for."""
+    rest = iter(items)
+    for number in itertools.count():
+        if not (shard := list(itertools.islice(rest, size))):
+            return
+        yield number, shard
 
 
 def shard_sizes(total: int, size: int) -> list[int]:

@@ -11,8 +11,10 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,14 +26,15 @@ from humpback_jax.answer import Job, answer_file, answer_prompts
 from humpback_jax.cli import main
 from humpback_jax.compute import choose_compute
 from humpback_jax.errors import HumpbackError
-from humpback_jax.inference import Inference
+from humpback_jax.inference import Generation, Inference
 from humpback_jax.models import load_model
 from humpback_jax.row_files import raw_rows
 from humpback_jax.rows import ReadReport, single_prompt, stream_prompts, write_rows
 from humpback_jax.sampling.engine import Request
 from humpback_jax.sampling.likelihood import every_token
 from humpback_jax.sampling.sampler import Decoding
-from humpback_jax.shards import Collector
+from humpback_jax.shards import Shards
+from humpback_jax.streaming import Asked, draw_shards
 from humpback_jax.text.template import Template
 
 JOB = Job(Decoding(0.9, 0.95, max_new_tokens=5), seed=3)
@@ -256,31 +259,51 @@ def test_a_prompt_of_one_token_has_no_log_probabilities_and_is_no_error():
     assert [len(row["prompt_logprobs"]) for row in rows] == [0, 1]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 3), st.randoms(use_true_random=False))
-def test_shards_are_handed_on_once_complete_and_in_order_inside(
-    count, size, draws, shuffle: random.Random
-):
-    """Rows arrive in any order within a window of announced places."""
-    skipped = {shard for shard in range(count // size + 1) if shuffle.random() < 0.3}
-    collector, waiting, found = Collector(size, lambda shard: shard not in skipped), [], {}
-    for place in range(count):
-        if collector.wants(place):
-            collector.expect(place, draws)
-            waiting += [(place, draw) for draw in range(draws)]
-        shuffle.shuffle(waiting)
-        while len(waiting) > 10:
-            place_, draw = waiting.pop()
-            collector.add(place_, (draw,), {"at": (place_, draw)})
-            found.update(collector.complete())
-    collector.end()
-    for place, draw in waiting:
-        collector.add(place, (draw,), {"at": (place, draw)})
-    found.update(collector.complete())
-    wanted = [p for p in range(count) if p // size not in skipped]
-    assert set(found) == {p // size for p in wanted}
-    rows = [row["at"] for shard in sorted(found) for row in found[shard]]
-    assert rows == [(place, draw) for place in wanted for draw in range(draws)]
+class Shuffling:
+    """A reader whose texts end in any order, a few prompts after they were read."""
+
+    def __init__(self, shuffle: random.Random) -> None:
+        self.shuffle, self.read = shuffle, 0
+
+    def stream(self, prompts: Iterator[Asked], _: Any) -> Iterator[tuple[int, Generation]]:
+        waiting = []
+        for index, (name, *_rest) in enumerate(prompts):
+            self.read += 1
+            waiting.append((index, Generation(name, 1, 0.0, "stop")))
+            self.shuffle.shuffle(waiting)
+            while len(waiting) > 5:
+                yield waiting.pop()
+        yield from waiting
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 6), max_size=9), st.randoms(use_true_random=False))
+def test_each_text_comes_back_with_its_item_and_each_shard_once_complete(sizes, shuffle):
+    shards = [(3 * n, [f"{n}-{i}" for i in range(size)]) for n, size in enumerate(sizes)]
+    reader: Any = Shuffling(shuffle)
+    ended: list[None] = []
+    found = []
+    for number, drawn in draw_shards(
+        reader, iter(shards), lambda item: (item, "", np.zeros(2), JOB.decoding), None,
+        lambda: ended.append(None),
+    ):  # fmt: skip
+        found.append((number, [item for item, _ in drawn]))
+        assert [text.text for _, text in drawn] == [item for item, _ in drawn]
+        assert reader.read <= len(ended) + 6, "prompts are read before there is room for them"
+    assert sorted(found) == shards
+    assert len(ended) == sum(sizes)
+
+
+def test_no_slot_waits_for_the_end_of_a_shard(tmp_path, monkeypatch):
+    """Shards of as many rows as there are slots would leave most of them empty most of the time."""
+    path = write(tmp_path / "in.jsonl", prompts(120))
+    reader().replicas.forget_work()
+    whole = run(path, tmp_path / "whole.jsonl")
+    expected = reader().replicas.work
+    monkeypatch.setattr(answer, "SHARD_ROWS", 8)
+    reader().replicas.forget_work()
+    assert run(path, tmp_path / "shards.jsonl") == whole
+    assert reader().replicas.work == expected
 
 
 def test_parquet_in_and_out(tmp_path):
@@ -367,7 +390,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     assert peaks[1] < peaks[0] + 40_000, "kilobytes"
 
 
-@pytest.mark.parametrize("curator", ["pmi", "rubric_likelihood", "combined"])
+@pytest.mark.parametrize("curator", ["rubric", "pmi", "rubric_likelihood", "combined"])
 def test_ratings_are_kept_over_a_kill_and_do_not_depend_on_it(tmp_path, monkeypatch, curator):
     monkeypatch.setattr(rate_file, "SHARD_ROWS", 4)
     pairs = [{"instruction": f"Count to {i}.", "response": "1 " * (i + 1)} for i in range(11)]
@@ -382,20 +405,33 @@ def test_ratings_are_kept_over_a_kill_and_do_not_depend_on_it(tmp_path, monkeypa
 
     expected = run_to("whole.jsonl")
     assert [row["response"] for row in expected] == [pair["response"].strip() for pair in pairs]
-    real, calls = rate_file.rate, []
+    asked, real = [], rate_file.rate_shards
 
-    def killed(*arguments):
-        calls.append(arguments[0])
-        if len(calls) == 2:
+    def spied(curator, judge, missing, *rest):
+        def read():
+            for number, pairs in missing:
+                asked.extend(pair.id for pair in pairs)
+                yield number, pairs
+
+        return real(curator, judge, read(), *rest)
+
+    monkeypatch.setattr(rate_file, "rate_shards", spied)
+    keep, kept = Shards.write, []
+
+    def killed(shards, number, rows):
+        if len(kept) == 1:
             raise KeyboardInterrupt
-        return real(*arguments)
+        kept.append(number)
+        keep(shards, number, rows)
 
-    monkeypatch.setattr(rate_file, "rate", killed)
+    monkeypatch.setattr(Shards, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         run_to("out.jsonl")
+    asked.clear()
+    monkeypatch.setattr(Shards, "write", keep)
     assert run_to("out.jsonl") == expected
-    assert len(calls) == 4, "a finished shard is rated again"
+    rest = [row["id"] for n, row in enumerate(expected) if n // 4 != kept[0]]
+    assert asked == rest, "a finished shard is rated again, or one is left out"
     monkeypatch.setattr(rate_file, "SHARD_ROWS", 100)
-    monkeypatch.setattr(rate_file, "rate", real)
     at_once = [row["score"] for row in run_to("at_once.jsonl")]
     assert at_once == pytest.approx([row["score"] for row in expected], abs=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from humpback_jax import loop
+from humpback_jax import curators, loop
 from humpback_jax.artifacts import Artifact, Row, RunFolder, Stage
 from humpback_jax.compute import choose_compute
 from humpback_jax.curators import COMBINED, PairText, Rating, combine
@@ -31,7 +31,7 @@ class Judges:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: dict[str, int] = {}
         self.killed_in = ""
-        monkeypatch.setattr(curate, "rate", self.rate)
+        monkeypatch.setattr(curators, "rate", self.rate)
 
     def rate(self, curator: str, _: Any, pairs: Sequence[PairText], *__: Any) -> list[Rating]:
         if curator == self.killed_in and curator in self.asked:

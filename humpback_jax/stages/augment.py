@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 
 from humpback_jax.artifacts import Artifact, Row, Stage
 from humpback_jax.config import effective_fields
 from humpback_jax.evaluation.meters import copy_rate, echoes
 from humpback_jax.inference import Generation, Inference, holds
+from humpback_jax.progress import Progress
 from humpback_jax.records import NO_ROOM, Candidate, Segment, stable_id
-from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.stages.context import Context
+from humpback_jax.streaming import Asked, draw_shards
 from humpback_jax.text.template import Template
 
 VERSION = 2
@@ -28,44 +31,47 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
     size = section.shard_rows
     shards = [segments[i : i + size] for i in range(0, len(segments), size)]
 
-    def make(index: int) -> list[Row]:
+    def make(missing: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
         reader = context.inference(backward)
         template = reader.model.template
-        fitting = {s.id for s in shards[index] if _fits(reader, s.text, decoding)}
-        prompts = [
-            (s.id, template.backward_prompt(s.text)) for s in shards[index] if s.id in fitting
-        ]
-        texts = reader.generate(
-            prompts,
-            decoding,
-            seed=context.config.seed,
-            stage="augment",
-            opening=template.backward_prompt,
-        )
-        written = dict(zip((name for name, _ in prompts), texts, strict=True))
-        drawn = [written.get(s.id, Generation("", 0, 0.0, NO_ROOM)) for s in shards[index]]
-        context.say(f"augment: shard {index + 1} of {len(shards)}")
-        return [
-            dataclasses.asdict(
-                Candidate(
-                    id=stable_id(backward.hash, segment.id, "0"),
-                    segment_id=segment.id,
-                    instruction=generation.text,
-                    response=segment.text,
-                    raw=generation.text,
-                    draw=0,
-                    finish_reason=generation.finish_reason,
-                    logprob=round(generation.logprob, 4),
-                    tokens=generation.tokens,
-                    model_hash=backward.hash,
-                    template_hash=template.content_hash(),
-                    decoding=json.dumps(dataclasses.asdict(decoding)),
-                )
-            )
-            for segment, generation in zip(shards[index], drawn, strict=True)
-        ]
+        left = sum(len(shards[index]) for index in missing)
+        progress = Progress("augment", len(segments), context.say, len(segments) - left)
 
-    return context.folder.rows(
+        def fitting() -> Iterator[tuple[int, list[Segment]]]:
+            for index in missing:
+                yield index, [s for s in shards[index] if _fits(reader, s.text, decoding)]
+
+        def ask(segment: Segment) -> Asked:
+            prompt = template.backward_prompt(segment.text)
+            key = record_key(context.config.seed, "augment", segment.id, 0)
+            return segment.id, prompt, key, decoding
+
+        def candidate(segment: Segment, drawn: Generation) -> Candidate:
+            return Candidate(
+                id=stable_id(backward.hash, segment.id, "0"),
+                segment_id=segment.id,
+                instruction=drawn.text,
+                response=segment.text,
+                raw=drawn.text,
+                draw=0,
+                finish_reason=drawn.finish_reason,
+                logprob=round(drawn.logprob, 4),
+                tokens=drawn.tokens,
+                model_hash=backward.hash,
+                template_hash=template.content_hash(),
+                decoding=json.dumps(dataclasses.asdict(decoding)),
+            )
+
+        for index, drawn in draw_shards(
+            reader, fitting(), ask, template.backward_prompt, lambda: progress.add(1)
+        ):
+            progress.add(len(shards[index]) - len(drawn))
+            written = {segment.id: text for segment, text in drawn}
+            nothing = Generation("", 0, 0.0, NO_ROOM)
+            rows = [candidate(s, written.get(s.id, nothing)) for s in shards[index]]
+            yield index, [dataclasses.asdict(row) for row in rows]
+
+    return context.folder.streamed(
         "candidates",
         "candidates",
         stage,

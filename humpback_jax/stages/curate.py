@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, Stage
@@ -13,13 +13,13 @@ from humpback_jax.curators import (
     COMBINED,
     PairText,
     Rating,
-    Scored,
     combine,
-    rate,
+    rate_shards,
     require_rateable,
 )
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
+from humpback_jax.progress import Progress
 from humpback_jax.records import Candidate, Pair, Score
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.augment import gate
@@ -77,22 +77,33 @@ def score_stage(
     size = section.shard_rows
     shards = [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
-    def make(index: int) -> list[Row]:
+    def make(missing: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
         reader = context.inference(judge)
-        refused = {p.id: reason for p in shards[index] if (reason := _refusal(reader, curator, p))}
-        asked = [pair for pair in shards[index] if pair.id not in refused]
-        rated = rate(curator, reader, asked, decoding, config.seed, Scored())
-        found = {rating.id: rating for rating in rated}
-        ratings = [found.get(p.id) or refused[p.id] for p in shards[index]]
         template_hash = reader.model.template.content_hash()
-        context.say(f"{name}: shard {index + 1} of {len(shards)}")
-        return [
-            dataclasses.asdict(Score(r.id, curator, r.value, r.detail, judge.hash, template_hash))
-            for r in ratings
-        ]
+        refused: dict[str, Rating] = {}
+        left = sum(len(shards[index]) for index in missing)
+        progress = Progress(name, len(pairs), context.say, len(pairs) - left)
+
+        def asked() -> Iterator[tuple[int, list[PairText]]]:
+            for index in missing:
+                for pair in shards[index]:
+                    if rating := _refusal(reader, curator, pair):
+                        refused[pair.id] = rating
+                yield index, [pair for pair in shards[index] if pair.id not in refused]
+
+        for index, rated in rate_shards(
+            curator, reader, asked(), decoding, config.seed, progress.add
+        ):
+            progress.add(len(shards[index]) - len(rated))
+            found = {pair.id: rating for pair, rating in rated}
+            ratings = [found.get(pair.id) or refused[pair.id] for pair in shards[index]]
+            rows = [
+                Score(r.id, curator, r.value, r.detail, judge.hash, template_hash) for r in ratings
+            ]
+            yield index, [dataclasses.asdict(row) for row in rows]
 
     stage = Stage("score", VERSION, json.loads(json.dumps(fields)))
-    return context.folder.rows(
+    return context.folder.streamed(
         name, "scores", stage, [judge, candidates], len(shards), make, _histogram, shard_rows=size
     )
 
