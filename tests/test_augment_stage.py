@@ -84,7 +84,7 @@ def test_a_kill_between_shards_costs_no_finished_one_and_changes_nothing(tmp_pat
 
 def test_no_slot_waits_for_the_end_of_a_shard_of_reasoned_ratings(tmp_path):
     def scores(name: str, shard_rows: int) -> tuple[list[Row], Work]:
-        made, corpus = context(tmp_path / name, shard_rows)
+        made, _ = context(tmp_path / name, shard_rows)
         made.config.augment.update({"min_chars": 0, "max_chars": 10_000})
         found = made.folder.rows("candidates", "candidates", Stage("c", 1, {}), [], 1, pairs)
         rows = made.folder.read(score_stage(made, 1, made.base_artifact, found, "rubric"))

@@ -123,7 +123,7 @@ def _attend_backward(
     queries, keys, values, context, log_z, examples = residuals
     dtype = keys.dtype
     incoming = _by_block(gradient, keys.shape[1], block)
-    delta = (incoming * context).sum(-1)
+    delta = _product("nbgqk,nbgqk->nbgq", incoming, context)  # a sum takes ten times as long on CPU
     incoming = incoming.astype(dtype)
 
     def meet(

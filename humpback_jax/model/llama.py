@@ -48,10 +48,13 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
+        # Flat, because XLA's CPU backend sums a [1, T, D] of the backward pass at a tenth of the
+        # speed of a [T, D].
+        wide = x.astype(jnp.float32).reshape(-1, x.shape[-1])
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normal = wide * jax.lax.rsqrt(variance + self.epsilon)
-        return (normal * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scaled = normal * self.scale[...].astype(jnp.float32)
+        return scaled.reshape(x.shape).astype(x.dtype)
 
 
 class Attention(nnx.Module):

@@ -18,7 +18,7 @@ from humpback_jax.model.shares import ROWS
 from humpback_jax.parallel.batches import row_parts
 from humpback_jax.parallel.rules import constrain, partition
 
-CHUNK = 512  # positions whose logits exist at one time, on each device
+CHUNK = 512  # positions whose logits exist at one time, on each device, at most
 
 
 class Batch(NamedTuple):
@@ -278,7 +278,7 @@ def _pick(logits: jax.Array, targets: jax.Array, mesh: Mesh | None) -> jax.Array
 
 def _chunks(compute: str, hidden: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """[P, N, ...] -> [ceil(N / CHUNK), P, CHUNK, ...], zero-padded: padding carries weight 0."""
-    size = min(CHUNK, hidden.shape[1])
+    size = _chunk_size(hidden.shape[1])
     count = -(-hidden.shape[1] // size)
     cut = []
     for array in (hidden.astype(compute), *arrays):
@@ -286,6 +286,13 @@ def _chunks(compute: str, hidden: jax.Array, *arrays: jax.Array) -> tuple[jax.Ar
         padded = jnp.pad(array, widths)
         cut.append(jnp.moveaxis(padded.reshape(-1, count, size, *array.shape[2:]), 1, 0))
     return tuple(cut)
+
+
+def _chunk_size(places: int) -> int:
+    """A quarter of the places: half of the last chunk is wasted on average, and each costs a sum
+    over the whole head's gradient.
+    """
+    return min(places, CHUNK, max(places // 4 // 64 * 64, 64))
 
 
 def _used(chunks: Sequence[jax.Array], count: jax.Array) -> jax.Array:
