@@ -14,7 +14,7 @@ from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
 from humpback_jax.rows import Prompt, ReadReport, stream_prompts
 from humpback_jax.sampling.sampler import Decoding, record_key
-from humpback_jax.shards import Row, Shards, cut, shard_sizes
+from humpback_jax.shards import Row, Shards
 from humpback_jax.streaming import Asked, draw_shards
 from humpback_jax.text.template import Tags
 
@@ -69,16 +69,10 @@ def answer_file(
     named = [reader.model.hash, fingerprint, reader.compute.sampling_formats]
     identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
     shards = first_alone("shards", lambda: Shards(out, form, identity))
-    left = {
-        number: rows * job.draws
-        for number, rows in enumerate(shard_sizes(total, SHARD_ROWS))
-        if share.takes(number)
-    }
-    done = sum(rows for number, rows in left.items() if number in shards.done)
-    progress = Progress("sample", sum(left.values()), say, done)
-    wanted = left.keys() - shards.done
-    usable = cut(usable_prompts(reader, path, job, ReadReport()), SHARD_ROWS)
-    missing = ((number, prompts) for number, prompts in usable if number in wanted)
+    ours, done = shards.part(total, SHARD_ROWS, share.takes)
+    progress = Progress("sample", ours * job.draws, say, done * job.draws)
+    usable = usable_prompts(reader, path, job, ReadReport())
+    missing = shards.missing(usable, SHARD_ROWS, share.takes)
 
     def count() -> None:
         progress.add(1, lambda seconds: _speed(reader, seconds))

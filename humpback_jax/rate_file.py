@@ -23,7 +23,7 @@ from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
 from humpback_jax.rows import ReadReport, stream_examples
 from humpback_jax.sampling.sampler import Decoding
-from humpback_jax.shards import Shards, cut, shard_sizes
+from humpback_jax.shards import Shards
 
 SHARD_ROWS = 256
 
@@ -57,13 +57,10 @@ def rate_file(
     named += [digest.hexdigest(), SHARD_ROWS]
     identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
     shards = first_alone("shards", lambda: Shards(out, form, identity))
-    sizes = enumerate(shard_sizes(total, SHARD_ROWS))
-    ours = {number: rows for number, rows in sizes if judge.share.takes(number)}
-    done = sum(rows for number, rows in ours.items() if number in shards.done)
-    progress = Progress("score", sum(ours.values()), say, done)
-    wanted = ours.keys() - shards.done
-    usable = cut(_usable(judge, path, curator, ReadReport(), skip_bad), SHARD_ROWS)
-    missing = ((number, pairs) for number, pairs in usable if number in wanted)
+    ours, done = shards.part(total, SHARD_ROWS, judge.share.takes)
+    progress = Progress("score", ours, say, done)
+    usable = _usable(judge, path, curator, ReadReport(), skip_bad)
+    missing = shards.missing(usable, SHARD_ROWS, judge.share.takes)
     for number, rated in rate_shards(curator, judge, missing, decoding, seed, progress.add):
         if judge.share.leads:
             shards.write(number, itertools.starmap(_row, rated))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,24 @@ class Shards:
     def _found(self) -> set[int]:
         return {int(path.stem) for path in self.folder.glob("*.jsonl")}
 
+    def part(self, total: int, size: int, takes: Callable[[int], bool]) -> tuple[int, int]:
+        """(items of the shards of this process, those of finished ones) of `total` in all."""
+        sizes = {n: min(size, total - n * size) for n in range(-(-total // size)) if takes(n)}
+        return sum(sizes.values()), sum(sizes[number] for number in sizes.keys() & self.done)
+
+    def missing(
+        self, items: Iterable[Item], size: int, takes: Callable[[int], bool]
+    ) -> Iterator[tuple[int, list[Item]]]:
+        """(number, items) of the shards of this process that are not finished.
+
+        Args:
+          items: of all shards, read as shards are asked for. size: items of a shard.
+          takes: says of a shard's number whether it is this process's.
+        """
+        for number, shard in _cut(items, size):
+            if takes(number) and number not in self.done:
+                yield number, shard
+
     def write(self, number: int, rows: Iterable[Row]) -> None:
         write_rows(self.folder / f"{number:06d}.jsonl", rows)
         self.done.add(number)
@@ -73,18 +91,13 @@ class Shards:
                     yield json.loads(line)
 
 
-def cut(items: Iterable[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
-    """(number, items) of each shard of `size` items, read as they are asked for."""
+def _cut(items: Iterable[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """(number, items) of each shard, read as they are asked for."""
     rest = iter(items)
     for number in itertools.count():
         if not (shard := list(itertools.islice(rest, size))):
             return
         yield number, shard
-
-
-def shard_sizes(total: int, size: int) -> list[int]:
-    """Rows of each shard of `total` rows."""
-    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def _read(path: Path) -> Any:

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,9 +148,8 @@ class FakeJudge:
     def next_token_log_probs(self, prompts: Any, ids: Any, opening: Any) -> np.ndarray:
         return np.array(self.log_probs, float)
 
-    def generate(self, prompts: Any, decoding: Any, **_: Any) -> list[Generation]:
-        assert len(prompts) == len(self.texts)
-        return self.texts
+    def stream(self, prompts: Any, opening: Any) -> Iterator[tuple[int, Generation]]:
+        return ((i, text) for i, (_, text) in enumerate(zip(prompts, self.texts, strict=True)))
 
 
 def test_scores_that_a_model_finds_all_but_impossible_still_give_a_distribution():

@@ -67,7 +67,7 @@ def nothing_is_rated(monkeypatch: pytest.MonkeyPatch) -> None:
     def rate(*arguments: Any) -> None:
         raise AssertionError("a pair was rated before the file was surveyed")
 
-    monkeypatch.setattr(rate_file, "rate", rate)
+    monkeypatch.setattr(rate_file, "rate_shards", rate)
 
 
 NO_PAIRS = [
@@ -122,7 +122,7 @@ def test_a_pair_that_just_fits_is_rated_and_a_longer_one_named_or_counted(curato
     assert [row["id"] for row in rows] == ["fits", "good"]
     assert (report.rows, report.bad) == (2, {"cannot be rated": 1})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rate_file, "rate", None)
+        patch.setattr(rate_file, "rate_shards", None)
         with pytest.raises(HumpbackError, match="the-long-one") as caught:
             score(path, curator)
     assert "2049 tokens" in str(caught.value) and "2048" in str(caught.value)

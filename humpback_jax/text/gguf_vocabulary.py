@@ -65,8 +65,27 @@ def gguf_fields(
         raise _not_in_gguf(
             f"its kind is {model['type']} with {len(model.get('merges', ()))} merges"
         )
+    common = _fields_of_any_rules(tokenizer, model, vocab_size, ends)
+    rules = _rules(tokenizer, model, common["tokenizer.ggml.tokens"])
+    candidates = [
+        common | {f"tokenizer.ggml.{key}": x for key, x in rule.items()} for rule in rules
+    ]
+    fields, difference = _best_of(tokenizer, candidates, prompts)
+    if difference is None:
+        return fields, _normalised(state, model)
+    if not model["byte_fallback"]:
+        raise _other_tokens(difference)
+    return fields, [
+        "in llama.cpp, text that begins without a special token has other tokens than here: "
+        f"{difference}. Prompts in the model's chat template do not."
+    ]
+
+
+def _fields_of_any_rules(
+    tokenizer: Tokenizer, model: dict[str, Any], vocab_size: int, ends: Sequence[int]
+) -> dict[str, Any]:
     tokens, kinds = _tokens(tokenizer, model, vocab_size)
-    common = {
+    fields = {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
@@ -74,29 +93,37 @@ def gguf_fields(
         **special_fields(_special_ids(tokenizer, ends), tokens, kinds),
     }
     if tokenizer.chat_template is not None:
-        common["tokenizer.chat_template"] = _without_bos(tokenizer)
+        fields["tokenizer.chat_template"] = _without_bos(tokenizer)
+    return fields
+
+
+def _best_of(
+    tokenizer: Tokenizer, candidates: Iterable[dict[str, Any]], prompts: Sequence[str]
+) -> tuple[dict[str, Any], str | None]:
+    """The first fields that give the tokens of all texts, or else of prompts and of text behind
+    special tokens; and, in that case, which other text they misread.
+
+    A vocabulary that has a space before the beginning of texts alone is of the second kind.
+
+    Raises:
+      HumpbackError: none gives the tokens of the prompts.
+    """
     inside = [*prompts, *_around_added_tokens(tokenizer)]
     plain = [*_PROBES, *_texts_of_tokens(tokenizer)]
     fits, misread = [], None
-    for rules in _rules(tokenizer, model, tokens):
-        fields = {**common, **{f"tokenizer.ggml.{key}": value for key, value in rules.items()}}
+    for fields in candidates:
         written = tokenizer_from_fields(fields, "the tokenizer")
-        difference = _difference(tokenizer, written, inside)
-        if difference is None:
+        if (difference := _difference(tokenizer, written, inside)) is None:
             fits.append((fields, _difference(tokenizer, written, plain)))
         misread = misread or difference
-    # Where no rules fit all texts, those do that fit prompts and text behind special tokens: of a
-    # vocabulary that has a space before the beginning of texts alone.
-    for fields, difference in sorted(fits, key=lambda fit: fit[1] is not None):
-        if difference is None:
-            return fields, _normalised(state, model)
-        if model["byte_fallback"]:
-            return fields, [
-                "in llama.cpp, text that begins without a special token has other tokens than "
-                f"here: {difference}. Prompts in the model's chat template do not."
-            ]
+    if not fits:
+        raise _other_tokens(misread)
+    return min(fits, key=lambda fit: fit[1] is not None)
+
+
+def _other_tokens(misread: str | None) -> HumpbackError:
     example = f", for example to {misread}" if misread else ""
-    raise _not_in_gguf(f"no rules known here give the same tokens in llama.cpp{example}")
+    return _not_in_gguf(f"no rules known here give the same tokens in llama.cpp{example}")
 
 
 def _not_in_gguf(why: str) -> HumpbackError:
