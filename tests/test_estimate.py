@@ -27,7 +27,7 @@ from humpback_jax.aot.memory import Compiled, bytes_report, compile_program, hel
 from humpback_jax.aot.programs import described, training_plan
 from humpback_jax.aot.suggest import candidates, flags, predicted_costs, shapes, unfilled_line
 from humpback_jax.aot.summary import summary_lines
-from humpback_jax.aot.table import check_lines, table_lines, write_page
+from humpback_jax.aot.table import check_lines, fill_table, table_lines, write_page
 from humpback_jax.aot.train import (
     TrainPlan,
     abstract_state,
@@ -265,6 +265,12 @@ def test_the_page_shows_another_table_than_the_file_holds(tmp_path: Path) -> Non
     copy.write_text("no marks", encoding="utf-8")
     with pytest.raises(HumpbackError, match="has no place"):
         write_page(copy, rows)
+
+
+def test_hours_of_compiling_end_at_a_page_that_is_not_there(tmp_path: Path) -> None:
+    """Found first of all: nothing was compiled, so that this needs no TPU support."""
+    with pytest.raises(HumpbackError, match=r"scale\.md: the file does not exist"):
+        fill_table(tmp_path / "table.json", "tinyllama full v5e:2x2", print)
 
 
 def _largest(row: dict[str, Any]) -> str:

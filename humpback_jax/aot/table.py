@@ -22,6 +22,7 @@ from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.shapes import SHAPES
 from humpback_jax.parallel.mesh import one_copy
 from humpback_jax.parallel.topology import GIB, tpu_slice
+from humpback_jax.row_files import read_text
 from humpback_jax.sampling.memory import parts_that_hold
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -69,13 +70,16 @@ def fill_table(path: Path, only: str, say: Callable[[str], None]) -> dict[str, A
       only: a row is computed if its name holds this text.
 
     Raises:
-      HumpbackError: TPU support is not installed, or the page lacks the table's marks.
+      HumpbackError: TPU support is not installed, or the page is missing or lacks the table's
+        marks; before anything is computed.
     """
+    page = path.parent / "scale.md"
     rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         (f"published {case.model}", functools.partial(check, case)) for case in PUBLISHED
     ]
     jobs += [(setting.name, functools.partial(_row, setting, say)) for setting in SETTINGS]
+    write_page(page, rows)
     for name, job in jobs:
         if name not in rows and only in name:
             say(f"{name} ...")
@@ -86,8 +90,7 @@ def fill_table(path: Path, only: str, say: Callable[[str], None]) -> dict[str, A
                 continue
             jax.clear_caches()
             write_json(path, {name: rows[name] for name, _ in jobs if name in rows})
-            write_page(path.parent / "scale.md", rows)
-    write_page(path.parent / "scale.md", rows)
+            write_page(page, rows)
     missing = [name for name, _ in jobs if name not in rows]
     say(f"{len(jobs) - len(missing)} of {len(jobs)} rows; missing: {', '.join(missing) or 'none'}")
     return {"rows": len(jobs) - len(missing), "missing": missing}
@@ -117,9 +120,9 @@ def write_page(page: Path, rows: dict[str, Any]) -> None:
     """Puts the table between its marks on the page.
 
     Raises:
-      HumpbackError: the marks are missing.
+      HumpbackError: the page or the marks are missing.
     """
-    text = page.read_text(encoding="utf-8")
+    text = read_text(page)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
