@@ -30,6 +30,7 @@ from tiny_llama import (
 )
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.linear import NARROW, matmul
 from humpback_jax.model.llama import Params, init_params, stack_layers, unstack_layers
 from humpback_jax.model.lora import PROJECTIONS, join, lora_spec, merge_adapter, split_adapter
 from humpback_jax.training.optimizer import OptimizerSpec
@@ -130,6 +131,20 @@ def test_the_adapter_s_gradient_equals_peft_s() -> None:
     gradient = jax.jit(jax.grad(lambda a: batch_nll(step, join(base, a), batch)[0]))(trainable)
     expected = our_adapter(model, config.num_hidden_layers, gradients=True)
     assert_trees_close(stack_layers(gradient), expected, 1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_the_gradient_of_a_low_rank_matrix_is_the_same_whichever_way_it_is_computed(rank) -> None:
+    """Those much narrower than wide take another path, which peft's tiny ranks do not reach."""
+    assert 2 * NARROW < 64 < 16 * NARROW
+    x, kernel, gradient = (
+        np.random.default_rng(0).normal(size=size).astype(np.float32)
+        for size in ((2, 5, 64), (64, rank), (2, 5, rank))
+    )
+    _, pull = jax.vjp(functools.partial(matmul, compute="float32"), x, kernel)
+    dx, dkernel = jax.jit(pull)(gradient)
+    np.testing.assert_allclose(dkernel, np.einsum("btd,btr->dr", x, gradient), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, gradient @ kernel.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])
