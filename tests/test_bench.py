@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -226,6 +227,14 @@ def test_two_copies_on_a_cpu_count_no_program_that_scores(tmp_path) -> None:
     if os.cpu_count() > 1:
         assert len(environment["devices"]) == 2
     assert environment["cpu"]
+
+
+def test_a_measurement_s_memory_is_that_of_the_process_that_started_it() -> None:
+    """Two measurements from a large process would then show the same peak, and no difference."""
+    ballast = np.ones(2**30, np.uint8)
+    child = "from humpback_jax.bench.process import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < ballast.nbytes
 
 
 def test_a_table_does_not_say_on_what_processor_and_with_which_peers_it_was_measured(

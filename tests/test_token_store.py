@@ -260,8 +260,9 @@ def test_a_million_examples_take_minutes_to_plan() -> None:
 
 
 CONVERT = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
+from humpback_jax.bench.process import peak_bytes
 from humpback_jax.config import default_config
 from humpback_jax.models import load_model
 from humpback_jax.stages.tokens import RowFile, Tokenization, token_store
@@ -278,7 +279,7 @@ def converted(count):
     assert len(store) == count
     order = BatchOrder(store.columns.keys, 32, 0)
     plan_packing(store.columns, order, count // 32, 2048, None)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_bytes() / 1e6
 
 way = Tokenization(load_model("tiny-random"), default_config().train, "forward")
 before = converted(5000)

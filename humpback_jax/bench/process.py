@@ -22,6 +22,7 @@ from humpback_jax.environment import describe_environment
 from humpback_jax.errors import HumpbackError
 
 CPU_INFO = Path("/proc/cpuinfo")
+STATUS = Path("/proc/self/status")
 
 
 def measure_apart(module: str, *options: str | Path, seconds: float | None = None) -> Any:
@@ -99,7 +100,22 @@ def peak_bytes() -> int:
     found = jax.devices()[0].memory_stats()
     if found and "peak_bytes_in_use" in found:
         return int(found["peak_bytes_in_use"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _resident_peak()
+
+
+def _resident_peak(status: Path = STATUS) -> int:
+    """The most of this process that was in memory so far, in bytes.
+
+    Not by `getrusage` on Linux: its count starts with the peak of the process that started this
+    one, so that all measurements of a large parent look alike.
+    """
+    with contextlib.suppress(OSError):
+        for line in status.read_text(encoding="utf-8").splitlines():
+            field, _, value = line.partition(":")
+            if field == "VmHWM":
+                return int(value.split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Compilations:
