@@ -112,8 +112,8 @@ class RunFolder:
         """An artifact of rows in shards; finished ones are kept, and not made again.
 
         Args:
-          make: indices of shards -> (index, rows) of each, in any order; rows must depend on
-            nothing but the stage and its parents.
+          make: indices of the missing shards, one at least -> (index, rows) of each, in any
+            order; rows must depend on nothing but the stage and its parents.
           details: a summary of all rows for the manifest.
           shard_rows: how many rows of the input go into a shard, where that can be chosen; shards
             of an unfinished artifact that were cut another way are made again.
@@ -126,7 +126,8 @@ class RunFolder:
                     stale.unlink()
                 write_json(folder / "layout.json", layout)
             parts = _parts(folder, shards)
-            for index, rows in make([i for i, path in enumerate(parts) if not path.exists()]):
+            missing = [index for index, path in enumerate(parts) if not path.exists()]
+            for index, rows in make(missing) if missing else ():
                 write_parquet(parts[index], rows)
             everything = [row for path in parts for row in read_parquet(path)]
             return rows_hash(everything), len(everything), details(everything)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,19 @@ def test_a_kill_between_shards_costs_no_finished_one_and_changes_nothing(tmp_pat
     )
     assert candidates(tmp_path / "run", 4)[0] == expected
     assert not before & set(again) and len(before | set(again) - {"corpus"}) >= COUNT // 4
+
+
+def test_a_kill_before_the_seal_loads_the_model_again_for_nothing(tmp_path, monkeypatch):
+    expected, _ = candidates(tmp_path, 4)
+    made, corpus = context(tmp_path, 4)
+    (seal,) = [
+        path
+        for path in (tmp_path / "store").glob("*/artifact.json")
+        if json.loads(path.read_text())["stage"] == "augment"
+    ]
+    seal.unlink()
+    monkeypatch.setattr(made, "inference", None)
+    assert made.folder.read(augment_stage(made, made.base_artifact, corpus)) == expected
 
 
 def test_no_slot_waits_for_the_end_of_a_shard_of_reasoned_ratings(tmp_path):
