@@ -55,14 +55,20 @@ def test_the_pages_on_training_name_other_defaults_than_those_of_the_verb() -> N
     arguments.overrides = {}
     section = _section(default_config(), arguments, [], [])
     _fit_to_file(section, 100, {})
-    assert (section.epochs, section.batch_examples, section.on_long) == (1.0, 8, "error")
-    assert default_config().train.on_long == "drop"
+    assert (section.epochs, section.batch_examples) == (1.0, 8)
+    assert (section.on_long, section.dropout) == ("error", 0.0)
+    paper = default_config().train
+    assert (paper.on_long, paper.dropout) == ("drop", 0.1)
+    arguments.overrides = {"train.dropout": ["0.1"], "train.lora.dropout": ["0.2"]}
+    told = default_config()
+    told.train.dropout = 0.1
+    assert _section(told, arguments, [], []).dropout == 0.1
     training, data = (
         " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
         for name in ("training.md", "data.md")
     )
     assert "`epochs=1` instead of the paper's table of steps, `batch_examples` of 8" in training
-    assert "`on_long=error`" in training
+    assert "`on_long=error`, and `dropout=0`" in training
     assert "A config drops them by default; `train` without `--config` refuses them." in data
 
 

@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.mixture import check_sources, parse_mixture, source_counts
 from humpback_jax.training.trainer import Trained
 from humpback_jax.verbs.arguments import Result, chosen_config, writable_folder
+
+# A file of one's own shall not lose rows unseen, and today's base models were trained without
+# dropout: the paper's 0.1 takes SmolLM2-135M's loss on a page of text from 3.8 to 6.0.
+WITHOUT_CONFIG: Mapping[str, Any] = {"on_long": "error", "dropout": 0.0}
 
 
 def train(arguments: argparse.Namespace) -> Result:
@@ -133,8 +137,9 @@ def _section(
     if arguments.mix:
         section.mixture = tuple(part for text in arguments.mix for part in text.split(","))
     check_sources(parse_mixture(section.mixture), [file.source for file in files])
-    if not arguments.config and not any(k.endswith(".on_long") for k in arguments.overrides):
-        section.on_long = "error"
+    if not arguments.config:
+        told = {key.partition(".")[2] for key in arguments.overrides}
+        section.update({k: value for k, value in WITHOUT_CONFIG.items() if k not in told})
     return section
 
 
