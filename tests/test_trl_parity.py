@@ -78,5 +78,8 @@ def test_too_few_rows_or_an_unknown_peer_are_errors_that_say_so() -> None:
     torch = Comparison(peers=("torch",))
     with pytest.raises(HumpbackError, match="--vs=torch tunes all weights"):
         bench_train(dataclasses.replace(asked, lora_rank=4), torch, print)
+    unknown = dataclasses.replace(asked, lora_rank=4, lora_targets=("q", "w"))
+    with pytest.raises(HumpbackError, match="LoRA targets that match no projection: 'w'"):
+        bench_train(unknown, Comparison(), print)
     with pytest.raises(HumpbackError, match="--vs=axolotl is unknown; known: trl, trl_default"):
         bench_train(asked, Comparison(peers=("axolotl",)), print)

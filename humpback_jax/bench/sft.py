@@ -12,7 +12,8 @@ from humpback_jax.bench.process import describe_machine, peak_bytes
 from humpback_jax.bench.training_job import TrainingJob
 from humpback_jax.compute import choose_compute, use_compilation_cache
 from humpback_jax.model.flops import training_flops
-from humpback_jax.model.lora import PROJECTIONS, lora_spec
+from humpback_jax.model.linear import LoraSpec
+from humpback_jax.model.lora import PROJECTIONS
 from humpback_jax.models import load_model
 from humpback_jax.training.optimizer import OptimizerSpec
 from humpback_jax.training.trainer import TrainSpec, train
@@ -25,14 +26,14 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
     workload = job.workload
     model = load_model(workload.model)
     compute = choose_compute(precision, workload.batch_examples)
-    rank = workload.lora_rank
+    adapter = workload.adapter()
     spec = TrainSpec(
         steps=job.steps,
         batch_examples=workload.batch_examples,
         row_tokens=workload.row_tokens,
         accumulation=compute.accumulation,
         optimizer=OptimizerSpec(workload.learning_rate, schedule="constant"),
-        lora=lora_spec(rank, 2.0 * rank, 0.0, PROJECTIONS) if rank else None,
+        lora=adapter,
         precision=compute.precision,
         layout=compute.train_layout,
         remat=workload.remat,
@@ -46,7 +47,7 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
     seconds = sum(row["seconds"] for row in timed)
     tokens, supervised = (sum(row[key] for row in timed) for key in ("tokens", "supervised_tokens"))
     pairs = sum(e.length * (e.length + 1) / 2 for e in examples[workload.batch_examples :])
-    flops = training_flops(model.config, tokens, supervised, pairs, frozen=rank > 0)
+    flops = training_flops(model.config, tokens, supervised, pairs, frozen=adapter is not None)
     dtype = compute.precision.compute
     rows = trained.plan.micro_rows * trained.plan.row_tokens
     return {
@@ -56,7 +57,7 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
         "seconds": seconds,
         "steps": len(timed),
         "precision": precision,
-        "setting": f"LoRA {rank}" if rank else "full",
+        "setting": _setting(adapter),
         "remat": workload.remat,
         "batch": workload.batch_examples,
         "packing_efficiency": trained.plan.efficiency,
@@ -69,6 +70,13 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
         "forward_matmul_share": flops / seconds / matmul_rate(model.config, rows, dtype),
         "environment": describe_machine(),
     }
+
+
+def _setting(adapter: LoraSpec | None) -> str:
+    if adapter is None:
+        return "full"
+    targets = "all" if adapter.targets == PROJECTIONS else ",".join(adapter.targets)
+    return f"LoRA {adapter.rank}, {targets}"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def bench_train(workload: TrainingWorkload, comparison: Comparison, say: Say) ->
         check_peer(peer, PACKAGES, "bench")
     if workload.lora_rank and "torch" in comparison.peers:
         raise HumpbackError("--vs=torch tunes all weights: leave --lora or --vs=torch out.")
+    workload.adapter()
     if workload.steps < 2:
         raise HumpbackError(
             f"--steps={workload.steps}: the first step is not timed; take 2 or more."

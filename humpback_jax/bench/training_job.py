@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.linear import LoraSpec
+from humpback_jax.model.lora import PROJECTIONS, lora_spec
 from humpback_jax.model.remat import Remat
 from humpback_jax.models import LanguageModel
 from humpback_jax.records import Example
@@ -31,7 +33,7 @@ class TrainingWorkload:
     Attributes:
       model: name or folder. data: a file of rows, or "builtin" for the packaged pairs.
       row_tokens: the longest example, and the longest packed row.
-      lora_rank: of an adapter on all projections; 0 for full tuning.
+      lora_rank: of an adapter on the projections `lora_targets` (names); 0 for full tuning.
       remat: what our backward pass finds kept (`model/remat.py`).
       learning_rate: the same one in every step.
     """
@@ -45,6 +47,17 @@ class TrainingWorkload:
     lora_rank: int = 0
     remat: Remat = "none"
     learning_rate: float = 1e-5
+    lora_targets: tuple[str, ...] = PROJECTIONS
+
+    def adapter(self) -> LoraSpec | None:
+        """None for full tuning.
+
+        Raises:
+          HumpbackError: a target that matches no projection.
+        """
+        if not self.lora_rank:
+            return None
+        return lora_spec(self.lora_rank, 2.0 * self.lora_rank, 0.0, tuple(self.lora_targets))
 
 
 @dataclasses.dataclass(frozen=True)

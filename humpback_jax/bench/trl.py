@@ -55,10 +55,14 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(job.hf, dtype=torch.float32)
     adapter = None
-    if rank := workload.lora_rank:
+    if spec := workload.adapter():
         from peft import LoraConfig
 
-        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        adapter = LoraConfig(
+            r=spec.rank,
+            lora_alpha=int(spec.alpha),
+            target_modules=[f"{name}_proj" for name in spec.targets],
+        )
     rows = [{"input_ids": ids, "labels": labels} for _, ids, labels in job.rows]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Counting(

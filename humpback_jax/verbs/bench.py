@@ -79,6 +79,7 @@ def _bench_train(arguments: argparse.Namespace) -> Result:
         arguments.row_tokens,
         arguments.lora,
         arguments.remat,
+        lora_targets=tuple(arguments.lora_targets.split(",")),
     )
     return bench_train(workload, _comparison(arguments), timed_lines())
 
