@@ -130,9 +130,8 @@ def training_with_activations_on_the_host(mesh: Mesh) -> dict[str, int]:
     rows, tokens = 4, 256
     spec = StepSpec(
         config,
-        "scan",
-        BFLOAT16,
         1,
+        precision=BFLOAT16,
         dropout=0.1,
         remat="offload",
         longest=tokens,

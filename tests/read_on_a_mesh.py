@@ -43,7 +43,7 @@ if __name__ == "__main__":
         shape = parse_mesh(name.partition(" ")[0])
         mesh = make_mesh(shape, jax.devices())
         layout = name.partition(" ")[2]
-        spec = StepSpec(config, layout, Precision(), 1, mesh=mesh)
+        spec = StepSpec(config, 1, layout=layout, precision=Precision(), mesh=mesh)
         optimizer = make_optimizer(OptimizerSpec(), 1)
         expected = initial_state(spec, whole, optimizer, 0).trainable
         _, stored = open_hf(folder)

@@ -147,7 +147,7 @@ def test_gradient_and_one_adamw_step_equal_torch_s(kind, ratio) -> None:
     gradient = adapter_of(model, layers, gradients=True)
     theirs.step()
 
-    step = StepSpec(config, "unrolled", FLOAT32, 2, spec)
+    step = StepSpec(config, 2, layout="unrolled", precision=FLOAT32, lora=spec)
     settings = OptimizerSpec(RATE, RATE, epsilon=1e-2, clip_norm=1e9, lora_plus_ratio=ratio)
     optimizer = make_optimizer(settings, 10)
     trainable = jax.tree.map(jnp.asarray, unstack_layers(adapter))
@@ -183,7 +183,7 @@ def test_a_fresh_dora_adapter_leaves_the_base_as_it_is(layout) -> None:
     """Its magnitudes have to be those of the base, not of the random weights it is drawn with."""
     config, params = from_torch(torch_llama(num_hidden_layers=1))
     spec = lora_spec(RANK, ALPHA, 0.0, ("q", "down"), dora=True)
-    step = StepSpec(config, layout, FLOAT32, 1, spec)
+    step = StepSpec(config, 1, layout=layout, precision=FLOAT32, lora=spec)
     state = initial_state(step, params, optax.sgd(1.0), seed=3)
     adapter = stack_layers(state.trainable) if layout == "unrolled" else state.trainable
     assert_trees_close(merge_adapter(params, adapter, spec), params, 1e-6)
@@ -206,7 +206,7 @@ def test_gradients_through_int8_weights_are_those_of_the_rounded_weights(tied) -
     config, params = from_torch(torch_llama(tie_word_embeddings=tied, num_hidden_layers=1))
     spec = lora_spec(RANK, ALPHA, 0.0, ("q", "down"), dora=True, base="int8")
     layout = "scan" if tied else "unrolled"
-    step = StepSpec(config, layout, FLOAT32, 2, spec, remat=tied)
+    step = StepSpec(config, 2, layout=layout, precision=FLOAT32, lora=spec, remat=tied)
     state = initial_state(step, params, optax.sgd(1.0), seed=0)
     assert_trees_close(
         state.frozen, quantize_params(config, _arranged(params, step), step.layout), 1e-6
@@ -243,7 +243,7 @@ def test_over_int8_weights_the_loss_falls_and_the_adapter_goes_to_the_exact_base
     assert losses[-1] < 0.8 * losses[0]
     assert trained.adapter is not None
     assert_trees_close(trained.params, merge_adapter(params, trained.adapter, lora), 1e-6)
-    step = StepSpec(config, "unrolled", FLOAT32, 1, lora)
+    step = StepSpec(config, 1, layout="unrolled", precision=FLOAT32, lora=lora)
     state = jax.eval_shape(lambda base: initial_state(step, base, optax.sgd(1.0), 0), params)
     held, size = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -60,7 +60,7 @@ def test_the_default_model_s_loss_and_gradients_are_not_torch_s(tmp_path: Path) 
     expected = torch_nll(theirs, examples).sum() / count
     expected.backward()
     plan = best_fit([example.length for example in examples], WIDTH)
-    spec = StepSpec(model.config, "unrolled", FLOAT32, num_sources=1)
+    spec = StepSpec(model.config, 1, layout="unrolled", precision=FLOAT32)
     params = unstack_layers(jax.tree.map(jnp.asarray, model.params))
     batch = laid_out(examples, plan, len(plan))
     value, gradient = mean_and_gradient(spec, params, batch)
@@ -76,7 +76,7 @@ def test_the_default_model_s_loss_depends_on_how_a_batch_is_cut() -> None:
     """The same examples packed or apart, in 1, 2, 4 or 8 micro-batches."""
     model = default_model()
     examples = sorted(real_job(2, ROWS).examples(), key=lambda example: example.length)[:ROWS]
-    spec = StepSpec(model.config, "unrolled", FLOAT32, num_sources=1)
+    spec = StepSpec(model.config, 1, layout="unrolled", precision=FLOAT32)
     descent = optax.sgd(0.0)
     step = make_train_step(spec, descent)
     plans = {

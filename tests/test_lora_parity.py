@@ -126,7 +126,7 @@ def test_the_adapter_s_gradient_equals_peft_s() -> None:
     batch = lay_out(examples, best_fit([e.length for e in examples], 96), 2, 96)
     model.zero_grad()
     torch_nll(model, examples).sum().backward()
-    step = StepSpec(config, "unrolled", FLOAT32, 1, spec)
+    step = StepSpec(config, 1, layout="unrolled", precision=FLOAT32, lora=spec)
     base, trainable = unstack_layers(params), unstack_layers(adapter)
     gradient = jax.jit(jax.grad(lambda a: batch_nll(step, join(base, a), batch)[0]))(trainable)
     expected = our_adapter(model, config.num_hidden_layers, gradients=True)
@@ -180,7 +180,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_the_same_in_both_layouts() -> No
     lora = lora_spec(RANK, ALPHA, 0.0, PROJECTIONS)
     adapters = []
     for layout in ("scan", "unrolled"):
-        spec = StepSpec(config, layout, FLOAT32, 1, lora)
+        spec = StepSpec(config, 1, layout=layout, precision=FLOAT32, lora=lora)
         state = initial_state(spec, params, optax.sgd(1.0), seed=3)
         adapters.append(stack_layers(state.trainable) if layout == "unrolled" else state.trainable)
     assert trees_equal(*adapters)

@@ -58,7 +58,7 @@ def packed(examples, rows: int = ROWS, one_each: bool = False) -> Batch:
 
 
 def spec_for(config: LlamaConfig, **changes) -> StepSpec:
-    plain = StepSpec(config, "unrolled", FLOAT32, num_sources=len(SOURCES))
+    plain = StepSpec(config, len(SOURCES), layout="unrolled", precision=FLOAT32)
     return dataclasses.replace(plain, **changes)
 
 

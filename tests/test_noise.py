@@ -54,7 +54,7 @@ def test_noise_on_embeddings_does_not_follow_the_examples_length() -> None:
 def test_noise_disturbs_validation_or_no_training() -> None:
     config, params = from_torch(torch_llama(num_hidden_layers=1))
     examples = random_examples(6)
-    plain = StepSpec(config, "scan", FLOAT32, 2)
+    plain = StepSpec(config, 2, layout="scan", precision=FLOAT32)
     noisy = dataclasses.replace(plain, neftune_alpha=ALPHA)
     state = initial_state(plain, params, optax.sgd(0.0), 0)
     without, beside = (make_validation(spec, examples, 6)(state) for spec in (plain, noisy))
@@ -70,7 +70,7 @@ def test_packing_decides_what_is_dropped() -> None:
     """Other rows, other micro-batches or another mesh would be another experiment."""
     config, params = from_torch(torch_llama(num_hidden_layers=2))
     examples = random_examples(6, 40, 8)
-    noisy = StepSpec(config, "scan", FLOAT32, 2, dropout=0.3, neftune_alpha=ALPHA)
+    noisy = StepSpec(config, 2, layout="scan", precision=FLOAT32, dropout=0.3, neftune_alpha=ALPHA)
     run = jax.jit(lambda batch: batch_nll(noisy, params, batch, jax.random.key(7))[0])
     tight = best_fit([e.length for e in examples], 96)
     assert len(tight) < len(examples)

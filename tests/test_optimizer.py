@@ -152,7 +152,7 @@ def gradient_of_a_model() -> tuple[Params, Callable[[Params], Any]]:
     config, params = from_torch(torch_llama(num_hidden_layers=1), "unrolled")
     examples = random_examples(8)
     batch = lay_out(examples, best_fit([e.length for e in examples], 64), 8, 64, ("seed", "web"))
-    spec = StepSpec(config, "unrolled", Precision(), 2)
+    spec = StepSpec(config, 2, layout="unrolled", precision=Precision())
 
     def mean(params: Params) -> jax.Array:
         return batch_nll(spec, params, batch)[0] / batch.mask.sum()
@@ -249,7 +249,7 @@ def test_an_inverse_root_is_not_at_half_where_the_page_on_training_says(warmup, 
 def test_what_adafactor_keeps_of_a_matrix_lies_elsewhere_than_the_matrix(layout) -> None:
     mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
     config = SHAPES["tinyllama"]
-    spec = StepSpec(config, layout, Precision(), 1, mesh=mesh)  # type: ignore[arg-type]
+    spec = StepSpec(config, 1, layout=layout, precision=Precision(), mesh=mesh)  # type: ignore[arg-type]
     where = state_shardings(spec, make_optimizer(OptimizerSpec(name="adafactor"), 10))
     factors = where.optimizer[1][0]
     layer = ("layers",) if layout == "scan" else ("layers", 0)
@@ -280,7 +280,7 @@ def test_every_rate_of_a_sweep_compiles_its_own_step() -> None:
     examples = random_examples(4)
     batch = lay_out(examples, best_fit([e.length for e in examples], 64), 4, 64, ("seed", "web"))
     batch = jax.tree.map(lambda x: x[None], batch)
-    spec = StepSpec(config, "scan", Precision(), 2)
+    spec = StepSpec(config, 2, layout="scan", precision=Precision())
     texts = set()
     for settings in (
         OptimizerSpec(1e-5),

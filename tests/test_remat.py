@@ -35,7 +35,7 @@ def gradient(remat: Remat) -> tuple[int, Params]:
     """(bytes that the compiled program needs beside its arguments, the gradient itself)."""
     examples = random_examples(ROWS, WIDTH, WIDTH - 8, vocab=32)
     batch = lay_out(examples, [[i] for i in range(ROWS)], ROWS, WIDTH, ("seed", "web"))
-    spec = StepSpec(DEEP, "scan", FLOAT32, 2, dropout=0.1, remat=remat)
+    spec = StepSpec(DEEP, 2, layout="scan", precision=FLOAT32, dropout=0.1, remat=remat)
 
     def total(params: Params, key: jax.Array) -> Any:
         return batch_nll(spec, params, batch, key)[0]
@@ -67,7 +67,7 @@ def test_a_training_step_that_computes_again_saves_no_memory(layout: Layout) -> 
     """A CPU's layout is unrolled, where its compiler may compute everything again at once."""
 
     def temporary(remat: Remat) -> int:
-        spec = StepSpec(DEEP, layout, FLOAT32, 2, remat=remat)
+        spec = StepSpec(DEEP, 2, layout=layout, precision=FLOAT32, remat=remat)
         optimizer = optax.adamw(1e-3)
         examples = random_examples(ROWS, WIDTH, WIDTH - 8, vocab=32)
         batch = lay_out(examples, [[i] for i in range(ROWS)], ROWS, WIDTH, ("seed", "web"))

@@ -235,7 +235,7 @@ def test_what_was_read_of_a_damaged_state_takes_the_room_of_the_one_before(
 ) -> None:
     """Its reads go on in the background for a while: the state is large enough for that."""
     config, params = from_torch(torch_llama(hidden_size=512, intermediate_size=2048))
-    step, optimizer = StepSpec(config, "scan", SPEC.precision, 1), optax.adamw(1.0)
+    step, optimizer = StepSpec(config, 1, layout="scan", precision=SPEC.precision), optax.adamw(1.0)
     state, resume = initial_state(step, params, optimizer, 0), ResumeFolder(tmp_path)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     for number in (2, 4):
@@ -274,7 +274,7 @@ from humpback_jax.training.state import StepSpec, abstract_state, initial_state
 base, folder = load_model("tiny-random"), Path(sys.argv[1])
 optimizer = make_optimizer(OptimizerSpec(), 9)
 mesh = make_mesh(parse_mesh("fsdp=2"), jax.devices())
-spec = StepSpec(base.config, "unrolled", Precision(), 1, mesh=mesh)
+spec = StepSpec(base.config, 1, layout="unrolled", precision=Precision(), mesh=mesh)
 state, like = initial_state(spec, base.params, optimizer, 0), abstract_state(spec, optimizer)
 
 def save(step):

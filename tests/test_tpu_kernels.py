@@ -382,8 +382,6 @@ def test_a_model_trains_on_the_gradients_of_xla_with_layers_scanned_and_recomput
     for kernels in (XLA, Kernels("pallas", interpret=True)):
         spec = StepSpec(
             config,
-            "scan",
-            Precision(),
             2,
             remat="named",
             longest=plan.longest,

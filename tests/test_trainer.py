@@ -48,7 +48,7 @@ def base():
 
 
 def step_spec(spec: TrainSpec) -> StepSpec:
-    return StepSpec(base()[0], spec.layout, spec.precision, 1, spec.lora)
+    return StepSpec(base()[0], 1, layout=spec.layout, precision=spec.precision, lora=spec.lora)
 
 
 def run(spec: TrainSpec = SPEC, examples=EXAMPLES, **arguments) -> Trained:

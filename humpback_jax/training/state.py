@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.kernels import XLA, Kernels
-from humpback_jax.model.linear import LoraSpec, Precision
 from humpback_jax.model.llama import (
     Layout,
     Params,
@@ -26,9 +24,8 @@ from humpback_jax.model.llama import (
     unstack_layers,
 )
 from humpback_jax.model.lora import merge_adapter, split_adapter, with_magnitudes, with_norms
-from humpback_jax.model.remat import Remat
 from humpback_jax.parallel.rules import abstract_params, everywhere, param_shardings, place
-from humpback_jax.training.loss import NLL, Objective
+from humpback_jax.training.options import StepOptions
 
 
 class TrainState(NamedTuple):
@@ -41,29 +38,17 @@ class TrainState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepSpec:
+class StepSpec(StepOptions):
     """Everything static about a step; `PackingPlan` says what `longest` and `widths` are.
 
     widths: () for rows as they come.
     weights: in the loss, of the tokens of each source; () where all count alike.
-    mesh: the devices that share the step: rows lie over data and fsdp, parameters and the
-      optimizer's state over fsdp and tensor (`parallel/rules.py`).
     """
 
     config: LlamaConfig
-    layout: Layout
-    precision: Precision
     num_sources: int
-    lora: LoraSpec | None = None
-    dropout: float = 0.0
-    remat: Remat = "none"
     longest: int | None = None
-    kernels: Kernels = XLA
-    mesh: Mesh | None = None
-    objective: Objective = NLL
     widths: tuple[int, ...] = ()
-    dropout_ramp: bool = False
-    neftune_alpha: float = 0.0
     weights: tuple[float, ...] = ()
 
 

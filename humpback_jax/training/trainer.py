@@ -6,26 +6,24 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from humpback_jax.allocator import return_free_memory
 from humpback_jax.errors import HumpbackError, Preempted
 from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.kernels import XLA, Kernels
-from humpback_jax.model.linear import LoraSpec, Precision
-from humpback_jax.model.llama import Layout, Params
-from humpback_jax.model.remat import Remat
+from humpback_jax.model.linear import LoraSpec
+from humpback_jax.model.llama import Params
 from humpback_jax.parallel.batches import row_parts
 from humpback_jax.training.examples import ExampleIndex, TrainingExample, index_of
 from humpback_jax.training.goodput import Goodput
-from humpback_jax.training.loss import NLL, Objective
 from humpback_jax.training.mixture import Share, loss_weights, pools_of, shares_of
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
+from humpback_jax.training.options import StepOptions
 from humpback_jax.training.order import BatchOrder
 from humpback_jax.training.packing import PackingPlan, packed_rows, place_batch, plan_packing
 from humpback_jax.training.state import TrainState, abstract_state, finished_params, initial_state
@@ -37,23 +35,18 @@ from humpback_jax.training.watch import Guard, Watch
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSpec:
+class TrainSpec(StepOptions):
     """Settings of one SFT run. All sizes are static, so that a run compiles one program.
 
     Attributes:
       steps: optimizer steps. batch_examples: examples a step.
       row_tokens: places of a packed row, at most (`plan_packing`).
       accumulation: micro-batches a step; None: each has a single row for each device.
-      dropout: residual dropout. dropout_ramp: linear in the layer, from 0 at the bottom to
-        `dropout` at the top (LIMA).
-      remat: see `model/remat.py`. neftune_alpha: see `training/neftune.py`; 0 switches off.
       eval_every, resume_every, log_every: in steps; 0 switches off.
       select: hand out the parameters after the last step, or those with the lowest loss on the
         validation rows, which are then also looked at after the last step.
       spike_factor: stops at a loss that jumps up (`watch.Guard`); 0 never does.
       checkpoint_epochs: also hand out the parameters at the end of every epoch.
-      mesh: the devices that share the work; a batch's rows are filled up to a multiple of those
-        with rows of their own.
       mixture: how much of each source is used, and how much it counts; a source that it does not
         name is used whole, with weight 1.
     """
@@ -63,11 +56,6 @@ class TrainSpec:
     row_tokens: int = 2048
     accumulation: int | None = 1
     optimizer: OptimizerSpec = OptimizerSpec()
-    lora: LoraSpec | None = None
-    dropout: float = 0.0
-    precision: Precision = Precision()
-    layout: Layout = "scan"
-    remat: Remat = "none"
     seed: int = 0
     log_every: int = 1
     eval_every: int = 0
@@ -75,11 +63,6 @@ class TrainSpec:
     select: Literal["last", "best"] = "last"
     spike_factor: float = 0.0
     checkpoint_epochs: bool = False
-    kernels: Kernels = XLA
-    mesh: Mesh | None = None
-    objective: Objective = NLL
-    dropout_ramp: bool = False
-    neftune_alpha: float = 0.0
     mixture: tuple[Share, ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,23 +80,8 @@ class TrainSpec:
         weights: tuple[float, ...] = (),
     ) -> StepSpec:
         """What is static about a step of the run on this model and these rows: see `StepSpec`."""
-        return StepSpec(
-            config,
-            self.layout,
-            self.precision,
-            num_sources,
-            lora=self.lora,
-            dropout=self.dropout,
-            remat=self.remat,
-            longest=longest,
-            kernels=self.kernels,
-            mesh=self.mesh,
-            objective=self.objective,
-            widths=widths,
-            dropout_ramp=self.dropout_ramp,
-            neftune_alpha=self.neftune_alpha,
-            weights=weights,
-        )
+        options = {field.name: getattr(self, field.name) for field in fields(StepOptions)}
+        return StepSpec(config, num_sources, longest, widths, weights, **options)
 
 
 class Resume(Protocol):
