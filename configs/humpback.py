@@ -13,7 +13,8 @@ Seed: 3,200 first-turn, English, rank-0 Open Assistant pairs; documents: 502k se
 (both section 3.1). Expected at 7B and above: section 5 of the paper (AlpacaEval win rate 79.84 for
 33B, 83.71 for 65B, 87.94 for Llama-2 70B). Not run here: that needs an accelerator and weights.
 
-What the paper leaves open, and the choice here: optimizer betas and clip norm (`OptimizerSpec`),
+What the paper leaves open, and the choice here: the backward prompt is ours, and the rubric says in
+our words what the paper's says; optimizer betas and clip norm (`OptimizerSpec`),
 2,048 tokens a row, 512 new tokens for an instruction, one rating a candidate, the last step's
 weights. The rating drives selection at score 5 (A_5); `curate.threshold=4` gives A_4.
 """
@@ -49,6 +50,8 @@ def get_config(argument: str = "llama2_7b") -> Any:
         config.name = f"humpback-{size}"
         config.base.model = BASES[size] or f"llama-1-{size}"
         config.base.template = "plain"  # base models have no chat template
+        config.data.update({"seed": "", "heldout": ""})  # whoever runs it brings them
+        config.corpus.documents = ()
         for section in (config.backward, config.train):
             section.update({"resume_every": 100, "eval_every": 100})
             if size in ("33b", "65b", "llama2_70b"):

@@ -170,7 +170,8 @@ LEAST = dict.fromkeys(POSITIVE, 1) | {"pairs": 2}  # a shuffled pair needs anoth
 SHARES = ("top_p", "fraction", "decay_share")
 PARTS = ("dropout", "label_smoothing")
 ANY_NUMBER = ("seed", "curate.threshold", "meters.min_lift")
-NOT_EMPTY = ("corpus.documents", "evaluate.tags")
+NOT_EMPTY = ("evaluate.tags",)
+DATA = ("data.seed", "data.heldout", "corpus.documents")  # a config may leave them to its user
 
 
 def apply_tiny(config: ConfigDict) -> None:
@@ -184,6 +185,7 @@ def apply_tiny(config: ConfigDict) -> None:
         config.base.model = "tiny-random"
         config.base.template = "auto"
         config.data.seed_limit = 24
+        config.data.update({key: "builtin" for key in ("seed", "heldout") if not config.data[key]})
         config.corpus.update({"documents": ("pydoc_topics",), "limit": 12, "segments": 16})
         config.corpus.max_chars = 800
         for section in (config.backward, config.train):
@@ -263,6 +265,18 @@ def check_config(config: ConfigDict) -> None:
             raise HumpbackError(
                 f"config.{name}.select=best needs config.{name}.eval_every, at least 1."
             )
+
+
+def check_data(config: ConfigDict) -> None:
+    """Refuses a run of which the config does not say where its data are.
+
+    Raises:
+      HumpbackError: names the empty fields.
+    """
+    fields = dict(_leaves(config))
+    missing = [f"--config.{key}=FILE" for key in DATA if not fields[key]]
+    if missing:
+        raise HumpbackError(f"{config.name} brings no data of its own: add {' '.join(missing)}.")
 
 
 def _check_fields(config: ConfigDict) -> None:

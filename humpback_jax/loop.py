@@ -22,7 +22,7 @@ from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, RunFolder, write_json
 from humpback_jax.compute import choose_compute
-from humpback_jax.config import check_config
+from humpback_jax.config import check_config, check_data
 from humpback_jax.curators import check_curator
 from humpback_jax.environment import describe_environment
 from humpback_jax.lock import sole_user
@@ -77,22 +77,23 @@ def rounds(context: Context) -> Row:
     m_yx = train_stage(context, "round_0/M_yx", seed, "backward", [], "none")
     m_0 = train_stage(context, "round_0/M_0", seed, "forward", [], "S_a")
     backward_meter = backward_meter_stage(context, m_yx, m_0)
+    # Ahead of augmentation, the longest stage: its pairs are worth what this judge can tell.
+    curation_meter = curation_meter_stage(context, "round_1/curation_meter", m_0)
     candidates = augment_stage(context, m_yx, corpus)
 
-    models = {"base": context.base_artifact, "M_0": m_0}
-    judge, meters = m_0, []
+    models, judge = {"base": context.base_artifact, "M_0": m_0}, m_0
     for t in range(1, config.rounds + 1):
-        meters.append(curation_meter_stage(context, f"round_{t}/curation_meter", judge))
+        if t > 1:
+            curation_meter = curation_meter_stage(context, f"round_{t}/curation_meter", judge)
         scores = _score(context, t, judge, candidates)
         pairs = select_stage(context, f"round_{t}/pairs", candidates, scores)
         chosen = selected_examples(context.folder.read(pairs))
         judge = train_stage(context, f"round_{t}/M_{t}", seed + chosen, "forward", [pairs], "both")
         models[f"M_{t}"] = judge
 
-    curation_meter = meters[-1].details if meters else {}
     return {
         "models": _evaluate(context, models),
-        "meters": {"curation": curation_meter, "backward": backward_meter.details},
+        "meters": {"curation": curation_meter.details, "backward": backward_meter.details},
     }
 
 
@@ -119,6 +120,7 @@ def prepare(
 ) -> Context:
     """Checks the config, opens the run folder and loads base model and human pairs."""
     check_config(config)
+    check_data(config)
     check_curator(config.curate.curator, config.rounds)
     for curator in (*config.curate.also, *config.meters.curators):
         check_curator(curator, 1)

@@ -16,6 +16,7 @@ from humpback_jax.cli import build_parser, config_overrides, main
 from humpback_jax.compute import choose_compute
 from humpback_jax.config import default_config, load_config, set_field
 from humpback_jax.curators import CURATORS
+from humpback_jax.models import load_checkpoint
 from humpback_jax.stages.settings import train_spec
 from humpback_jax.verbs.train import _fit_to_file, _section
 
@@ -181,6 +182,32 @@ def test_every_command_on_the_page_on_speed_runs(
             out = tmp_path / f"{number}.json"
             assert main(shlex.split(f"{command} {small} --out={out}")[1:]) == 0, command
             assert out.exists()
+
+
+def test_the_loop_by_hand_ends_before_its_last_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's commands and the Python between them, in order."""
+    monkeypatch.chdir(tmp_path)
+    words = ("yes", "no", "so", "go", "oh")
+    seed = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in words]
+    documents = [{"text": f"A text about {word}. " * 3} for word in words]
+    for name, rows in (("seed", seed), ("documents", documents)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = (ROOT / "docs" / "by_hand.md").read_text(encoding="utf-8")
+    rated = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    assert rated == set(CURATORS)
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL):
+        if language == "python":
+            # A random model hardly ever ends its text.
+            exec(block.replace('"stop"', '"length"'), {})
+            continue
+        for command in block.splitlines():
+            assert main(shlex.split(command)[1:]) == 0, command
+    mined = [json.loads(line) for line in Path("runs/web.jsonl").read_text().splitlines()]
+    assert len(mined) == 3
+    assert {row["response"] for row in mined} <= {row["text"].strip() for row in documents}
+    assert load_checkpoint(Path("runs/M_1")).tags == "both"
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
