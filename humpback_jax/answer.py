@@ -10,15 +10,13 @@ from pathlib import Path
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Generation, Inference
-from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
 from humpback_jax.rows import Prompt, ReadReport, stream_prompts
 from humpback_jax.sampling.sampler import Decoding, record_key
-from humpback_jax.shards import Row, Shards
+from humpback_jax.shards import Row, open_shards
 from humpback_jax.streaming import Asked, draw_shards
 from humpback_jax.text.template import Tags
 
-SHARD_ROWS = 256
 DECODING_FIELDS = {field.name for field in dataclasses.fields(Decoding)}
 ANSWER_FIELDS = [
     "output",
@@ -68,42 +66,43 @@ def answer_file(
     fingerprint, total = _survey(reader, path, job, report)
     named = [reader.model.hash, fingerprint, reader.compute.sampling_formats]
     identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
-    shards = first_alone("shards", lambda: Shards(out, form, identity))
-    ours, done = shards.part(total, SHARD_ROWS, share.takes)
-    progress = Progress("sample", ours * job.draws, say, done * job.draws)
-    usable = usable_prompts(reader, path, job, ReadReport())
-    missing = shards.missing(usable, SHARD_ROWS, share.takes)
+    with open_shards(out, form, identity, total * job.draws, share.takes) as shards:
+        ours, done = shards.part()
+        progress = Progress("sample", ours, say, done)
+        usable = usable_prompts(reader, path, job, ReadReport())
+        missing = shards.missing(_draws(usable, job))
 
-    def count() -> None:
-        progress.add(1, lambda seconds: _speed(reader, seconds))
+        def count() -> None:
+            progress.add(1, lambda seconds: _speed(reader, seconds))
 
-    for number, rows in _answered(reader, missing, job, count):
-        if share.leads:
-            shards.write(number, rows)
-    shards.join()
+        for number, rows in _answered(reader, missing, job, count):
+            if share.leads:
+                shards.write(number, rows)
+        shards.join()
     return total * job.draws, report
 
 
 def answer_prompts(reader: Inference, prompts: list[Prompt], job: Job) -> list[Row]:
     """Answers a few prompts; rows as `answer_file` writes them."""
-    return next(rows for _, rows in _answered(reader, [(0, prompts)], job))
+    return next(rows for _, rows in _answered(reader, [(0, list(_draws(prompts, job)))], job))
+
+
+def _draws(prompts: Iterable[Prompt], job: Job) -> Iterator[tuple[Prompt, int]]:
+    """Each prompt as often as it is answered, with the number of the draw."""
+    return ((prompt, draw) for prompt in prompts for draw in range(job.draws))
 
 
 def _answered(
     reader: Inference,
-    shards: Iterable[tuple[int, Sequence[Prompt]]],
+    shards: Iterable[tuple[int, Sequence[tuple[Prompt, int]]]],
     job: Job,
     drawn: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, list[Row]]]:
-    """(number, rows) of shards of prompts."""
+    """(number, rows) of shards of `_draws`."""
     template = reader.model.template
     opening = template.backward_prompt if job.reverse else template.question
-    asked = (
-        (number, [(prompt, draw) for prompt in prompts for draw in range(job.draws)])
-        for number, prompts in shards
-    )
     for number, answers in draw_shards(
-        reader, asked, lambda item: _asked(reader, *item, job), opening, drawn
+        reader, shards, lambda item: _asked(reader, *item, job), opening, drawn
     ):
         rows = [_row(prompt, draw, text, job) for (prompt, draw), text in answers]
         if job.prompt_logprobs:

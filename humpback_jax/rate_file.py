@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -19,13 +20,10 @@ from humpback_jax.curators import (
 )
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Inference
-from humpback_jax.parallel.processes import first_alone
 from humpback_jax.progress import Progress, Say
 from humpback_jax.rows import ReadReport, stream_examples
 from humpback_jax.sampling.sampler import Decoding
-from humpback_jax.shards import Shards
-
-SHARD_ROWS = 256
+from humpback_jax.shards import Shards, open_shards
 
 
 def rate_file(
@@ -54,19 +52,18 @@ def rate_file(
         digest.update(repr(pair).encode())
         total += 1
     named = [judge.model.hash, judge.compute.sampling_formats, curator, repr(decoding), seed]
-    named += [digest.hexdigest(), SHARD_ROWS]
+    named.append(digest.hexdigest())
     identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
-    shards = first_alone("shards", lambda: Shards(out, form, identity))
-    ours, done = shards.part(total, SHARD_ROWS, judge.share.takes)
-    progress = Progress("score", ours, say, done)
-    usable = _usable(judge, path, curator, ReadReport(), skip_bad)
-    missing = shards.missing(usable, SHARD_ROWS, judge.share.takes)
-    for number, rated in rate_shards(curator, judge, missing, decoding, seed, progress.add):
-        if judge.share.leads:
-            shards.write(number, itertools.starmap(_row, rated))
-    shards.wait()
-    count = sum(row["score"] is not None for row in shards.rows())
-    shards.join(_ranked(shards) if curator == "combined" else None)
+    with open_shards(out, form, identity, total, judge.share.takes) as shards:
+        ours, done = shards.part()
+        progress = Progress("score", ours, say, done)
+        missing = shards.missing(_usable(judge, path, curator, ReadReport(), skip_bad))
+        for number, rated in rate_shards(curator, judge, missing, decoding, seed, progress.add):
+            if judge.share.leads:
+                shards.write(number, itertools.starmap(_row, rated))
+        shards.wait()
+        count = sum(row["score"] is not None for row in shards.rows())
+        shards.join(functools.partial(_ranked, shards) if curator == "combined" else None)
     return count, report
 
 
@@ -81,7 +78,7 @@ def _usable(
         except HumpbackError as error:
             if not skip_bad:
                 raise HumpbackError(
-                    f"record {pair.id} cannot be rated: {error} Mend the row, or pass --skip-bad."
+                    f"record {pair.id} cannot be rated: {error} Fix the row, or pass --skip-bad."
                 ) from error
             report.skip("cannot be rated")
             report.rows -= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +37,7 @@ _PAIRS = (
     ("prompt", "completion"),
     ("inputs", "targets"),
 )
+BATCH_ROWS = 4096  # of a parquet file, made at one time
 _RESPONSES = tuple(response for _, response in _PAIRS)
 
 
@@ -183,6 +185,9 @@ def check_form(path: Path, form: str | None) -> str:
 def write_rows(path: Path, rows: Iterable[Row], form: str | None = None) -> None:
     """Writes .jsonl or .parquet (zstd), by `form` or else by the name; replaces atomically.
 
+    Args:
+      rows: read twice for .parquet, which says of what types its columns are before the first row.
+
     Raises:
       HumpbackError: an unknown form, or a place that cannot be written.
     """
@@ -195,7 +200,9 @@ def write_rows(path: Path, rows: Iterable[Row], form: str | None = None) -> None
                 for row in rows:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         else:
-            _write_parquet(path, temporary, list(rows))
+            _write_parquet(path, temporary, rows)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # a machine that dies must not leave an empty file of this name
         temporary.replace(path)
     except OSError as error:
         raise HumpbackError(f"{path} cannot be written ({error.strerror or error}).") from error
@@ -204,19 +211,31 @@ def write_rows(path: Path, rows: Iterable[Row], form: str | None = None) -> None
             temporary.unlink(missing_ok=True)
 
 
-def _write_parquet(path: Path, temporary: Path, rows: list[Row]) -> None:
+def _write_parquet(path: Path, temporary: Path, rows: Iterable[Row]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = dict.fromkeys(name for row in rows for name in row)
+    schema = pa.schema([])
     try:
-        table = pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
-        pq.write_table(table, temporary, compression="zstd")
+        for batch in _batches(rows):
+            names = dict.fromkeys(name for row in batch for name in row)
+            columns = {name: pa.array([row.get(name) for row in batch]).type for name in names}
+            found = pa.schema(list(columns.items()))
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for batch in _batches(rows):
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
     except (pa.ArrowException, OverflowError) as error:
         raise HumpbackError(
             f"{path}: a field's values are of different types, which parquet cannot hold "
-            f"({error}). Write .jsonl instead."
+            f"({error}). Add --format=jsonl and keep --out: rows that are finished are then kept."
         ) from error
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rest = iter(rows)
+    while batch := list(itertools.islice(rest, BATCH_ROWS)):
+        yield batch
 
 
 def _rows(path: Path, report: ReadReport, skip_bad: bool) -> Iterator[tuple[str, Row]]:

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from humpback_jax import answer, rate_file
+from humpback_jax import rate_file, shards
 from humpback_jax.answer import Job, answer_file, answer_prompts
 from humpback_jax.cli import main
 from humpback_jax.compute import choose_compute
@@ -60,7 +60,7 @@ def run(path: Path, out: Path, job: Job = JOB) -> list[dict]:
 
 
 def test_rows_come_out_in_order_with_their_fields_whatever_ends_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(answer, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     path = write(tmp_path / "in.jsonl", prompts(23))
     rows = run(path, tmp_path / "out.jsonl")
     assert [row["kept"] for row in rows] == list(range(23))
@@ -71,7 +71,7 @@ def test_rows_come_out_in_order_with_their_fields_whatever_ends_first(tmp_path, 
 
 def test_a_prompts_log_probabilities_are_another_models_than_the_answers(tmp_path, monkeypatch):
     """The same tokens, once drawn and once read, have the same log-probabilities."""
-    monkeypatch.setattr(answer, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     path = write(tmp_path / "in.jsonl", prompts(6))
     job = Job(Decoding(0.0, max_new_tokens=6), logprobs=True, prompt_logprobs=True, draws=2)
     rows = run(path, tmp_path / "out.jsonl", job)
@@ -106,36 +106,55 @@ def test_several_draws_of_a_prompt_stand_together_and_differ(tmp_path):
 
 
 def test_a_job_that_was_killed_goes_on_and_ends_with_the_same_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(answer, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     path = write(tmp_path / "in.jsonl", prompts(30))
     expected = run(path, tmp_path / "whole.jsonl")
-    written = answer.Shards.write
+    written = Shards.write
 
     def killed(self, number, rows):
         written(self, number, rows)
         if len(self.done) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(answer.Shards, "write", killed)
+    monkeypatch.setattr(Shards, "write", killed)
     out = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         run(path, out)
     assert not out.exists()
-    monkeypatch.setattr(answer.Shards, "write", written)
+    monkeypatch.setattr(Shards, "write", written)
     before = reader().replicas.work.rows
     assert run(path, out) == expected
     assert reader().replicas.work.rows - before == 30 - 3 * 4
 
 
+def test_a_killed_job_loses_all_draws_of_its_prompts(tmp_path, monkeypatch):
+    """Shards are cut from the output's rows: a prompt with many draws fills several."""
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
+    path, sizes = write(tmp_path / "in.jsonl", prompts(3)), []
+    written = Shards.write
+
+    def counted(self, number, rows):
+        rows = list(rows)
+        sizes.append(len(rows))
+        written(self, number, rows)
+
+    monkeypatch.setattr(Shards, "write", counted)
+    rows = run(path, tmp_path / "out.jsonl", Job(JOB.decoding, draws=6))
+    assert [(row["kept"], row["draw"]) for row in rows] == [
+        (i, d) for i in range(3) for d in range(6)
+    ]
+    assert sorted(sizes) == [2, 4, 4, 4, 4]
+
+
 @pytest.mark.parametrize("change", ["input", "seed"])
 def test_shards_of_another_job_are_not_taken_over(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(answer, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     path, out = write(tmp_path / "in.jsonl", prompts(9)), tmp_path / "out.jsonl"
-    joined = answer.Shards.join
-    monkeypatch.setattr(answer.Shards, "join", lambda self: None)
+    joined = Shards.join
+    monkeypatch.setattr(Shards, "join", lambda self: None)
     with pytest.raises(FileNotFoundError):
         run(path, out)
-    monkeypatch.setattr(answer.Shards, "join", joined)
+    monkeypatch.setattr(Shards, "join", joined)
     job = JOB
     if change == "input":
         write(path, [*prompts(8), {"prompt": "Something else."}])
@@ -300,7 +319,7 @@ def test_no_slot_waits_for_the_end_of_a_shard(tmp_path, monkeypatch):
     reader().replicas.forget_work()
     whole = run(path, tmp_path / "whole.jsonl")
     expected = reader().replicas.work
-    monkeypatch.setattr(answer, "SHARD_ROWS", 8)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 8)
     reader().replicas.forget_work()
     assert run(path, tmp_path / "shards.jsonl") == whole
     assert reader().replicas.work == expected
@@ -393,7 +412,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
 
 @pytest.mark.parametrize("curator", ["rubric", "pmi", "rubric_likelihood", "combined"])
 def test_ratings_are_kept_over_a_kill_and_do_not_depend_on_it(tmp_path, monkeypatch, curator):
-    monkeypatch.setattr(rate_file, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     pairs = [{"instruction": f"Count to {i}.", "response": "1 " * (i + 1)} for i in range(11)]
     path = write(tmp_path / "in.jsonl", pairs)
 
@@ -433,6 +452,6 @@ def test_ratings_are_kept_over_a_kill_and_do_not_depend_on_it(tmp_path, monkeypa
     assert run_to("out.jsonl") == expected
     rest = [row["id"] for n, row in enumerate(expected) if n // 4 != kept[0]]
     assert asked == rest, "a finished shard is rated again, or one is left out"
-    monkeypatch.setattr(rate_file, "SHARD_ROWS", 100)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 100)
     at_once = [row["score"] for row in run_to("at_once.jsonl")]
     assert at_once == pytest.approx([row["score"] for row in expected], abs=1e-5)
