@@ -87,6 +87,7 @@ def default_config() -> ConfigDict:
                 "min_lift": 0.0,  # nats a token
                 "max_copy_rate": 0.8,
                 "max_echo_rate": 0.2,
+                "min_pass_rate": 0.1,  # of generated instructions, through the gates of curation
             },
             "evaluate": {
                 "tags": ("none", "S_a", "both"),

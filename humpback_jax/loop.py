@@ -33,7 +33,7 @@ from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import score_stage, select_stage, selected_examples
 from humpback_jax.stages.evaluate import answers_stage, evaluate_stage, results_table
 from humpback_jax.stages.heldout import fitting_pairs
-from humpback_jax.stages.measure import backward_meter_stage, curation_meter_stage
+from humpback_jax.stages.measure import backward_meter_stage, check_meters, curation_meter_stage
 from humpback_jax.stages.sources import corpus_stage, seed_pairs
 from humpback_jax.stages.texts import TAGS_BY_SOURCE
 from humpback_jax.stages.train import train_stage
@@ -77,14 +77,14 @@ def rounds(context: Context) -> Row:
     m_yx = train_stage(context, "round_0/M_yx", seed, "backward", [], "none")
     m_0 = train_stage(context, "round_0/M_0", seed, "forward", [], "S_a")
     backward_meter = backward_meter_stage(context, m_yx, m_0)
-    # Ahead of augmentation, the longest stage: its pairs are worth what this judge can tell.
-    curation_meter = curation_meter_stage(context, "round_1/curation_meter", m_0)
+    # Ahead of augmentation, the longest stage: its pairs are worth what the first judge can tell.
+    meters = [curation_meter_stage(context, 1, m_0)] if config.rounds else []
     candidates = augment_stage(context, m_yx, corpus)
 
     models, judge = {"base": context.base_artifact, "M_0": m_0}, m_0
     for t in range(1, config.rounds + 1):
         if t > 1:
-            curation_meter = curation_meter_stage(context, f"round_{t}/curation_meter", judge)
+            meters.append(curation_meter_stage(context, t, judge))
         scores = _score(context, t, judge, candidates)
         pairs = select_stage(context, f"round_{t}/pairs", candidates, scores)
         chosen = selected_examples(context.folder.read(pairs))
@@ -93,7 +93,10 @@ def rounds(context: Context) -> Row:
 
     return {
         "models": _evaluate(context, models),
-        "meters": {"curation": curation_meter.details, "backward": backward_meter.details},
+        "meters": {
+            "curation": meters[-1].details if meters else {},
+            "backward": backward_meter.details,
+        },
     }
 
 
@@ -137,7 +140,9 @@ def prepare(
             f"and left out, the first is row {too_long[0]}"
         )
     metrics = MetricsLog(workdir)
-    return Context(config, folder, compute, base, seed, heldout, metrics, say, profile)
+    context = Context(config, folder, compute, base, seed, heldout, metrics, say, profile)
+    check_meters(context)
+    return context
 
 
 def _score(context: Context, t: int, judge: Artifact, candidates: Artifact) -> Artifact:

@@ -151,10 +151,12 @@ class _Planner:
             self._training("round_0/M_yx", context.seed, "backward"),
             self._training("round_0/M_0", context.seed, "forward"),
             self._backward_meter(),
+            *([self._curation_meter(1)] if config.rounds else []),
             self._augment(),
         ]
         for t in range(1, config.rounds + 1):
-            found.append(self._curation_meter(f"round_{t}/curation_meter"))
+            if t > 1:
+                found.append(self._curation_meter(t))
             for curator in config.curate.also:
                 if curator != config.curate.curator:
                     found += self._scores(t, curator, config.curate.also_limit, found)
@@ -199,12 +201,13 @@ class _Planner:
         prompts = [self.template.backward_prompt(segment.text) for segment in self.segments]
         return self._generation("candidates", prompts, self.new_tokens)
 
-    def _curation_meter(self, name: str) -> StagePlan:
+    def _curation_meter(self, t: int) -> StagePlan:
         examples = self.context.heldout[: self.config.meters.pairs]
         curators = dict.fromkeys([self.config.curate.curator, *self.config.meters.curators])
         found = [self._rating(curator, examples) for curator in curators]
         tokens, cost = sum(f.tokens for f in found), sum(f.cost for f in found)
         rows = KINDS * len(examples) * len(curators)
+        name = f"round_{t}/curation_meter"
         return StagePlan(name, rows, KINDS * tokens, KINDS * cost, expected=True)
 
     def _scores(

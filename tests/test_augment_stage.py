@@ -83,6 +83,16 @@ def test_a_kill_between_shards_costs_no_finished_one_and_changes_nothing(tmp_pat
     assert not before & set(again) and len(before | set(again) - {"corpus"}) >= COUNT // 4
 
 
+def test_another_gate_has_every_instruction_written_again(tmp_path):
+    made, corpus = context(tmp_path, 4)
+    first = augment_stage(made, made.base_artifact, corpus)
+    made.config.augment.update({"min_chars": 30, "max_chars": 1600, "shard_rows": 7})
+    assert augment_stage(made, made.base_artifact, corpus).hash == first.hash
+    assert made.folder.redone == 2, "the corpus and the candidates, once"
+    made.config.augment.temperature = 0.1
+    assert augment_stage(made, made.base_artifact, corpus).hash != first.hash
+
+
 def test_a_kill_before_the_seal_loads_the_model_again_for_nothing(tmp_path, monkeypatch):
     expected, _ = candidates(tmp_path, 4)
     made, corpus = context(tmp_path, 4)

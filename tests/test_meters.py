@@ -28,6 +28,7 @@ from humpback_jax.models import load_model
 from humpback_jax.records import Example, Message
 from humpback_jax.stages import measure
 from humpback_jax.stages.context import Context
+from humpback_jax.stages.heldout import fitting_pairs, meter_pairs
 
 
 def example(name: str, x: str, y: str) -> Example:
@@ -164,9 +165,9 @@ def test_a_blind_curator_stops_the_run_or_warns_as_asked_and_is_measured_once(
     monkeypatch.setattr(measure, "rate", blind)
     stopping, _ = context(tmp_path, "stop", min_auc=0.6)
     with pytest.raises(HumpbackError, match=r"AUC 0\.50 is below 0\.6.*meters\.action=warn"):
-        measure.curation_meter_stage(stopping, "m", base_of(stopping))
+        measure.curation_meter_stage(stopping, 1, base_of(stopping))
     warning, said = context(tmp_path, "warn", min_auc=0.6)
-    artifact = measure.curation_meter_stage(warning, "m", base_of(warning))
+    artifact = measure.curation_meter_stage(warning, 1, base_of(warning))
     assert said[-1].startswith("warning: the curator 'pmi'") and asked == [16]
     assert artifact.details["pmi"]["shuffled"] == {"auc": 0.5, "n": 4}
 
@@ -180,11 +181,42 @@ def test_held_out_pairs_that_change_under_the_same_id_are_measured_again(tmp_pat
 
     monkeypatch.setattr(measure, "rate", blind)
     first, _ = context(tmp_path, "warn")
-    measure.curation_meter_stage(first, "m", base_of(first))
+    measure.curation_meter_stage(first, 1, base_of(first))
     second, _ = context(tmp_path, "warn")
     second.heldout = [example(e.id, e.instruction + "!", e.response) for e in EXAMPLES]
-    measure.curation_meter_stage(second, "m", base_of(second))
+    measure.curation_meter_stage(second, 1, base_of(second))
     assert len(asked) == 2
+
+
+def test_a_backward_model_that_finishes_nothing_is_found_after_all_documents_are_answered(tmp_path):
+    stopping, _ = context(tmp_path, "stop", min_lift=-100.0, max_echo_rate=1.0, min_pass_rate=0.1)
+    stopping.config.augment.max_new_tokens = 2
+    with pytest.raises(HumpbackError, match=r"pass rate 0\.00 is below 0\.1"):
+        measure.backward_meter_stage(stopping, base_of(stopping), base_of(stopping))
+
+
+def test_a_run_without_two_instructions_to_confuse_stops_after_its_first_models(tmp_path):
+    poor, _ = context(tmp_path, "stop")
+    poor.heldout = [example(f"p{n}", "The same.", f"{n}") for n in range(3)]
+    with pytest.raises(HumpbackError, match="needs two with different instructions"):
+        measure.check_meters(poor)
+    poor.config.rounds = 0
+    measure.check_meters(poor)
+
+
+def test_arms_with_other_curators_are_evaluated_on_other_pairs(tmp_path):
+    """What only the meters ask is longer with some curators; evaluation leaves out none for it."""
+    made, _ = context(tmp_path, "stop")
+    window = made.base.config.max_position_embeddings
+    long = example("long", "Say it.", "a" * (window - 200))
+    for curator in ("rubric", "pmi"):
+        made.config.curate.curator = curator
+        pairs, left_out = fitting_pairs(made.base, made.config, [*EXAMPLES, long])
+        assert long in pairs and not left_out
+    made.config.curate.curator = "rubric"
+    assert long not in meter_pairs(made.base, made.config, pairs)
+    with pytest.raises(HumpbackError, match="what the meters ask"):
+        meter_pairs(made.base, made.config, [long])
 
 
 def test_a_backward_model_below_a_limit_stops_the_run_and_every_broken_limit_is_named(
@@ -199,5 +231,6 @@ def test_a_backward_model_below_a_limit_stops_the_run_and_every_broken_limit_is_
     assert "echo rate" not in message
     fine, said = context(tmp_path, "stop", min_lift=-100.0, max_copy_rate=1.0, max_echo_rate=1.0)
     meter = measure.backward_meter_stage(fine, base_of(fine), base_of(fine)).details
-    assert not said and set(meter) == {"nll", "lift", "copy_rate", "echo_rate"}
+    assert not said
+    assert set(meter) == {"nll", "lift", "copy_rate", "echo_rate", "pass_rate"}
     assert meter["nll"]["n"] == meter["lift"]["n"] == 4 and meter["nll"]["value"] > 0

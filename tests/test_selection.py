@@ -21,6 +21,7 @@ from humpback_jax.records import Candidate, Score, Segment
 from humpback_jax.stages.augment import augment_stage, gate
 from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import choose, score_stage, select_stage, selected_examples
+from humpback_jax.text.template import Template
 
 GOOD = "What makes water boil at a lower temperature?"
 
@@ -86,9 +87,15 @@ def test_gates_refuse_each_kind_of_broken_instruction():
         "instruction_copies_document": candidate("a", document[:60], y=document),
     }
     for reason, broken in cases.items():
-        assert gate(broken, template, 10, 800) == reason
-    assert gate(candidate("a", ""), template, 0, 800) == "instruction_too_short"
-    assert gate(candidate("a", document[:39], y=document), template, 10, 800) is None
+        assert gated(broken, template, 10) == reason
+    assert gated(candidate("a", ""), template, 0) == "instruction_too_short"
+    assert gated(candidate("a", document[:39], y=document), template, 10) is None
+
+
+def gated(c: Candidate, template: Template, min_chars: int) -> str | None:
+    section = default_config().augment
+    section.update({"min_chars": min_chars, "max_chars": 800})
+    return gate(c.instruction, c.response, c.finish_reason, template, section)
 
 
 def context_at(root: Path, **changes: Any) -> Context:
@@ -111,7 +118,7 @@ def stored(context: Context, name: str, values: list[Any]) -> Artifact:
 def selected(root: Path, rows: list[tuple[Candidate, float | None]], **changes: Any) -> Artifact:
     context = context_at(root, **changes)
     candidates = stored(context, "candidates", [c for c, _ in rows])
-    passing = [(c, v) for c, v in rows if gate(c, context.base.template, 0, 800) is None]
+    passing = [(c, v) for c, v in rows if gated(c, context.base.template, 0) is None]
     scores = stored(context, "scores", [Score(c.id, "x", v, "{}", "m", "t") for c, v in passing])
     artifact = select_stage(context, "round_1/pairs", candidates, scores)
     artifact.details["all"] = context.folder.read(artifact)

@@ -122,12 +122,14 @@ class BackwardMeter:
       lift: mean of (log p(y | x̂) - log p(y)) / |y| under the judge, for drawn instructions x̂.
       copy_rate: longest common substring of x̂ and y, as a share of x̂, on average.
       echo_rate: share of x̂ that repeat the wording of the prompt that M_yx was given.
+      pass_rate: share of x̂ that the gates would let through to curation.
     """
 
     nll: Estimate
     lift: Estimate
     copy_rate: float
     echo_rate: float
+    pass_rate: float
 
     def record(self) -> dict[str, Any]:
         return {
@@ -135,6 +137,7 @@ class BackwardMeter:
             "lift": self.lift.record(),
             "copy_rate": self.copy_rate,
             "echo_rate": self.echo_rate,
+            "pass_rate": self.pass_rate,
         }
 
 
@@ -143,12 +146,14 @@ def backward_meter(
     examples: Sequence[Example],
     generations: Sequence[Generation],
     rate_pmi: Callable[[Sequence[PairText]], list[Rating]],
+    passes: Callable[[Generation, Example], bool],
 ) -> BackwardMeter:
     """Measures M_yx on held-out pairs.
 
     Args:
       generations: one drawn instruction per example.
       rate_pmi: the `pmi` curator under the judge.
+      passes: whether the gates let an instruction through that was drawn for an example.
     """
     nll, tokens = instruction_nll(backward, examples)
     pairs = [PairText(e.id, g.text, e.response) for e, g in zip(examples, generations, strict=True)]
@@ -159,6 +164,7 @@ def backward_meter(
         lift=Estimate(float(lifts.mean()), len(lifts), float(lifts.std() / len(lifts) ** 0.5)),
         copy_rate=float(np.mean([copy_rate(p.instruction, p.response) for p in pairs])),
         echo_rate=float(np.mean([echoes(p.instruction, wording) for p in pairs])),
+        pass_rate=float(np.mean([passes(*p) for p in zip(generations, examples, strict=True)])),
     )
 
 

@@ -63,7 +63,7 @@ def notes(run: RunView) -> list[str]:
     return [
         kinds[facts.base_kind(run)],
         f"n = {n} held-out examples is {'small' if n < 500 else 'what the intervals rest on'}: the "
-        "intervals tell nothing about another seed set or another run, and a lower NLL alone is no "
+        "intervals say nothing about another seed set or another run, and a lower NLL alone is no "
         "measure of quality (LIMA saw perplexity rise while answers got better).",
     ]
 
@@ -116,6 +116,7 @@ def backward(run: RunView) -> Table:
         ["lift of the response's log-likelihood, nats a token", _estimate(meter["lift"])],
         ["copy rate", f"{meter['copy_rate']:.3f}"],
         ["echo rate", f"{meter['echo_rate']:.3f}"],
+        ["pass rate", f"{meter['pass_rate']:.3f}"],
     ]
     return Table(("figure", f"value (n = {meter['nll']['n']})"), rows)
 

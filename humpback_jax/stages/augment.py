@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, Stage
-from humpback_jax.config import effective_fields
 from humpback_jax.evaluation.meters import copy_rate, echoes
 from humpback_jax.inference import Generation, Inference, holds
 from humpback_jax.progress import Progress
@@ -25,7 +25,7 @@ def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Art
     section = context.config.augment
     segments = [Segment(**row) for row in context.folder.read(corpus)]
     decoding = Decoding(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
-    fields = {**effective_fields(section), "seed": context.config.seed}
+    fields: Row = {"decoding": dataclasses.asdict(decoding), "seed": context.config.seed}
     fields["precision"] = context.compute.sampling_formats
     stage = Stage("augment", VERSION, json.loads(json.dumps(fields)))
     size = section.shard_rows
@@ -87,19 +87,24 @@ def _fits(reader: Inference, response: str, decoding: Decoding) -> bool:
     return holds(reader.model, prompt, decoding.max_new_tokens)
 
 
-def gate(candidate: Candidate, template: Template, min_chars: int, max_chars: int) -> str | None:
-    """The structural reason to refuse a candidate before any model rates it, or None."""
-    text = candidate.instruction
-    if candidate.finish_reason == NO_ROOM:
+def gate(
+    text: str, response: str, finish_reason: str, template: Template, section: Any
+) -> str | None:
+    """The structural reason to refuse a generated instruction before any model rates it, or None.
+
+    Args:
+      section: `config.augment`.
+    """
+    if finish_reason == NO_ROOM:
         return "response_exceeds_window"
-    if candidate.finish_reason != "stop":
+    if finish_reason != "stop":
         return "instruction_unfinished"
-    if not text or len(text) < min_chars:
+    if not text or len(text) < section.min_chars:
         return "instruction_too_short"
-    if len(text) > max_chars:
+    if len(text) > section.max_chars:
         return "instruction_too_long"
     if echoes(text, template):
         return "instruction_echoes_prompt"
-    if len(text) >= 40 and copy_rate(text, candidate.response) > 0.9:
+    if len(text) >= 40 and copy_rate(text, response) > 0.9:
         return "instruction_copies_document"
     return None

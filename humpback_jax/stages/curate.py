@@ -24,6 +24,7 @@ from humpback_jax.records import Candidate, Pair, Score
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.augment import gate
 from humpback_jax.stages.context import Context
+from humpback_jax.text.template import Template
 
 VERSION = 1
 
@@ -35,8 +36,9 @@ def rubric_decoding(section: Any) -> Decoding:
 
 def scores_name(section: Any, t: int, curator: str, limit: int) -> str:
     """The name of a curator's scores in round t: those of all pairs by the loop's own select."""
-    selects = curator == section.curator and not limit
-    return f"round_{t}/scores" if selects else f"round_{t}/scores_{curator}"
+    if limit:
+        return f"round_{t}/scores_{curator}_of_{limit}"
+    return f"round_{t}/scores" if curator == section.curator else f"round_{t}/scores_{curator}"
 
 
 def score_stage(
@@ -69,7 +71,7 @@ def score_stage(
         )
     pairs = sorted(pairs, key=lambda pair: pair.id)[:limit] if limit else pairs
     decoding = rubric_decoding(section)
-    fields: Row = {"curator": curator, "limit": limit, "gate": _gate_fields(config)}
+    fields: Row = {"curator": curator, "limit": limit, "gate": gate_fields(config)}
     fields["precision"] = context.compute.scoring_formats
     if curator == "rubric":
         fields |= {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
@@ -142,17 +144,14 @@ def select_stage(context: Context, name: str, candidates: Artifact, scores: Arti
     config = context.config
     section = config.curate
     names = ("curator", "select", "threshold", "fraction", "count")
-    fields = {key: section[key] for key in names} | {"gate": _gate_fields(config)}
+    fields = {key: section[key] for key in names} | {"gate": gate_fields(config)}
     stage = Stage("select", VERSION, json.loads(json.dumps(fields)))
 
     def make(_: int) -> list[Row]:
         rows = [Candidate(**row) for row in context.folder.read(candidates)]
         values = {row["candidate_id"]: row["value"] for row in context.folder.read(scores)}
         template = context.base.template
-        refused = {
-            c.id: gate(c, template, config.augment.min_chars, config.augment.max_chars)
-            for c in rows
-        }
+        refused = {c.id: _gate(c, template, config) for c in rows}
         rated = {c.id: v for c in rows if (v := values.get(c.id)) is not None and math.isfinite(v)}
         chosen, rule = choose(rated, section)
         pairs = []
@@ -201,17 +200,21 @@ def choose(rated: dict[str, float], section: Any) -> tuple[set[str], str]:
 
 
 def _gated(context: Context, candidates: Artifact) -> list[PairText]:
-    section = context.config.augment
     rows = [Candidate(**row) for row in context.folder.read(candidates)]
     template = context.base.template
     return [
         PairText(c.id, c.instruction, c.response)
         for c in rows
-        if gate(c, template, section.min_chars, section.max_chars) is None
+        if _gate(c, template, context.config) is None
     ]
 
 
-def _gate_fields(config: Any) -> Row:
+def _gate(candidate: Candidate, template: Template, config: Any) -> str | None:
+    written = candidate.instruction, candidate.response, candidate.finish_reason
+    return gate(*written, template, config.augment)
+
+
+def gate_fields(config: Any) -> Row:
     return {"min_chars": config.augment.min_chars, "max_chars": config.augment.max_chars}
 
 

@@ -1,7 +1,12 @@
-"""Which held-out pairs the model's window holds, in every form that a run asks for."""
+"""Which held-out pairs the model's window holds: as evaluation asks about them, and as meters do.
+
+Evaluation leaves out none for what only the meters ask, so that runs that differ in curator or
+augmentation are compared on the same pairs.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,11 +26,9 @@ def fitting_pairs(
     Raises:
       HumpbackError: none fits.
     """
-    longest = max((pair.instruction for pair in pairs), key=len, default="")
     fitting, too_long = [], []
     for pair in pairs:
-        fits = all(holds(base, *form) for form in _forms(base, config, pair))
-        if fits and _rateable(base, config, pair, longest):
+        if all(holds(base, *form) for form in _forms(base, config, pair)):
             fitting.append(pair)
         else:
             too_long.append(pair.id)
@@ -33,19 +36,41 @@ def fitting_pairs(
         raise HumpbackError(
             f"data.heldout: none of {len(too_long)} pairs fits the window of {base.name}, "
             f"{base.config.max_position_embeddings} tokens, with what is asked about them. Shorten "
-            "them, or lower augment.max_new_tokens, curate.max_new_tokens and "
-            "evaluate.answer_tokens."
+            "them, or lower evaluate.answer_tokens."
         )
     return fitting, too_long
 
 
 def _forms(base: LanguageModel, config: Any, pair: Example) -> Iterator[tuple[str, int]]:
-    """(text, tokens written after it) of what evaluation and answers make of a pair, and M_yx."""
+    """(text, tokens written after it) of what evaluation and answers make of a pair."""
     template, chat = base.template, pair.chat()
     for tags in (*config.evaluate.tags, "both"):
         yield template.forward(chat, tags).text, 0
         yield template.forward_prompt(chat[:-1], tags), config.evaluate.answer_tokens
-    yield template.backward_prompt(pair.response), config.augment.max_new_tokens
+
+
+def meter_pairs(base: LanguageModel, config: Any, pairs: Sequence[Example]) -> list[Example]:
+    """The first `meters.pairs` that M_yx can be asked about and the meters' curators can rate.
+
+    Raises:
+      HumpbackError: none of the pairs.
+    """
+    longest = max((pair.instruction for pair in pairs), key=len, default="")
+    new = config.augment.max_new_tokens
+    fitting = (
+        pair
+        for pair in pairs
+        if holds(base, base.template.backward_prompt(pair.response), new)
+        and _rateable(base, config, pair, longest)
+    )
+    found = list(itertools.islice(fitting, config.meters.pairs))
+    if pairs and not found:
+        raise HumpbackError(
+            f"data.heldout: the window of {base.name}, {base.config.max_position_embeddings} "
+            f"tokens, holds none of {len(pairs)} pairs with what the meters ask about them. "
+            "Shorten them, or lower augment.max_new_tokens and curate.max_new_tokens."
+        )
+    return found
 
 
 def _rateable(base: LanguageModel, config: Any, pair: Example, instruction: str) -> bool:

@@ -10,18 +10,20 @@ from collections.abc import Sequence
 from humpback_jax.artifacts import Artifact, Row, Stage, rows_hash
 from humpback_jax.curators import PairText, Rating, Scored, rate
 from humpback_jax.errors import HumpbackError
-from humpback_jax.evaluation.meters import backward_meter, curation_meter
-from humpback_jax.inference import Inference
+from humpback_jax.evaluation.meters import backward_meter, corruptions, curation_meter
+from humpback_jax.inference import Generation, Inference
 from humpback_jax.records import Example, stable_id
 from humpback_jax.sampling.sampler import Decoding
+from humpback_jax.stages.augment import gate
 from humpback_jax.stages.context import Context
-from humpback_jax.stages.curate import rubric_decoding
+from humpback_jax.stages.curate import gate_fields, rubric_decoding
+from humpback_jax.stages.heldout import meter_pairs
 
-VERSION = 1
+CURATION_VERSION, BACKWARD_VERSION = 1, 2
 
 
 def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) -> Artifact:
-    """Measures M_yx on held-out pairs: NLL, lift under M_0, copy rate, echo rate.
+    """Measures M_yx on held-out pairs: NLL, lift under M_0, copy, echo and pass rates.
 
     Raises:
       HumpbackError: a limit of `config.meters` is broken and its action is "stop".
@@ -32,7 +34,12 @@ def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) 
     decoding = Decoding(section.temperature, section.top_p, section.top_k, section.max_new_tokens)
     fields: Row = {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
     fields |= {"examples": _content(examples), "precision": context.compute.sampling_formats}
-    stage = Stage("backward_meter", VERSION, fields)
+    fields["gate"] = gate_fields(config)
+    stage = Stage("backward_meter", BACKWARD_VERSION, fields)
+
+    def passes(drawn: Generation, example: Example) -> bool:
+        text, response = drawn.text, example.response
+        return gate(text, response, drawn.finish_reason, context.base.template, section) is None
 
     def make(_: int) -> list[Row]:
         writer = context.inference(backward)
@@ -47,6 +54,7 @@ def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) 
             examples,
             drawn,
             functools.partial(_rate, "pmi", reader, decoding, config.seed, Scored()),
+            passes,
         )
         pairs = [[e.instruction, g.text] for e, g in zip(examples, drawn, strict=True)]
         return [{"meter": json.dumps(measured.record()), "examples": json.dumps(pairs)}]
@@ -73,14 +81,20 @@ def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) 
             f"echo rate {meter['echo_rate']:.2f} is above {limits.max_echo_rate}": (
                 meter["echo_rate"] > limits.max_echo_rate
             ),
+            f"pass rate {meter['pass_rate']:.2f} is below {limits.min_pass_rate}": (
+                meter["pass_rate"] < limits.min_pass_rate
+            ),
         },
         "the backward model's instructions do not fit their responses",
     )
     return artifact
 
 
-def curation_meter_stage(context: Context, name: str, judge: Artifact) -> Artifact:
+def curation_meter_stage(context: Context, t: int, judge: Artifact) -> Artifact:
     """AUC of every curator of interest on true against shuffled, truncated and promo pairs.
+
+    Args:
+      t: the round. judge: M_{t-1}.
 
     Raises:
       HumpbackError: the loop's curator cannot tell true from shuffled pairs, and the action is
@@ -95,7 +109,7 @@ def curation_meter_stage(context: Context, name: str, judge: Artifact) -> Artifa
     if "rubric" in curators:
         fields |= {"decoding": dataclasses.asdict(decoding), "seed": config.seed}
         fields["precision"] = context.compute.sampling_formats
-    stage = Stage("curation_meter", VERSION, json.loads(json.dumps(fields)))
+    stage = Stage("curation_meter", CURATION_VERSION, json.loads(json.dumps(fields)))
 
     def make(_: int) -> list[Row]:
         scored = Scored()
@@ -116,6 +130,7 @@ def curation_meter_stage(context: Context, name: str, judge: Artifact) -> Artifa
             table.setdefault(row["curator"], {})[row["kind"]] = {"auc": row["auc"], "n": row["n"]}
         return table
 
+    name = f"round_{t}/curation_meter"
     artifact = context.folder.rows(name, "meter", stage, [judge], 1, make, nested)
     auc = artifact.details[config.curate.curator]["shuffled"]["auc"]
     _judge(
@@ -138,10 +153,20 @@ def _rate(
     return rate(curator, reader, pairs, decoding, seed, scored)
 
 
+def check_meters(context: Context) -> None:
+    """Refuses a run whose meters would have nothing to measure.
+
+    Raises:
+      HumpbackError: too few held-out pairs with different instructions.
+    """
+    if context.config.rounds:
+        corruptions(_examples(context))
+
+
 def _examples(context: Context) -> list[Example]:
     """The held-out pairs that the meters use, chosen by a hash of their ids."""
     order = sorted(context.heldout, key=lambda e: stable_id("meter", e.id))
-    return order[: context.config.meters.pairs]
+    return meter_pairs(context.base, context.config, order)
 
 
 def _content(examples: list[Example]) -> str:
