@@ -31,6 +31,8 @@ class Progress:
 
     def add(self, rows: int, detail: Callable[[float], str] = lambda seconds: "") -> None:
         """`detail` is given the seconds since the start, and added to the line if one is due."""
+        if not rows:
+            return
         self._done += rows
         now = time.monotonic()
         due = max(EVERY, SHARE * (now - self._started))
