@@ -176,9 +176,11 @@ class Inference:
     def check(self, record_id: str, prompt: str, decoding: Decoding) -> None:
         """Raises HumpbackError for what `stream` cannot draw.
 
-        That is a prompt that leaves no room in the model's window, or too many stop tokens.
+        That is a prompt that leaves no room in the model's window, a row that the memory does not
+        hold, or too many stop tokens.
         """
-        self.replicas.check(record_id, len(self.model.tokenizer.encode(prompt)))
+        length = len(self.model.tokenizer.encode(prompt))
+        self.replicas.check(record_id, length, decoding.max_new_tokens)
         try:
             all_stop_ids(_by_id(decoding, self._hidden), self.model.stop_ids)
         except HumpbackError as error:

@@ -118,6 +118,18 @@ def test_a_small_budget_changes_the_text_or_is_not_kept() -> None:
         np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
+def test_a_row_too_long_for_the_memory_ends_a_job_midway_without_its_name() -> None:
+    _, config, params = from_engine()
+    config = dataclasses.replace(config, max_position_embeddings=8192)
+    memory = tree_bytes(params) + 3 * cache_bytes(config, 1, 1024, "float32")
+    shape = Shape(8, chunks=2, chunk_tokens=16, steps=4)
+    engine = Engine(config, params, (5,), shape=shape, memory=memory)
+    engine.check("short", 200, 300)
+    with pytest.raises(HumpbackError, match="record long: the budget of"):
+        engine.check("long", 200, 5000)
+    engine.check("mostly shared", 5000, 500, shared=4900)
+
+
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -147,6 +147,7 @@ class Engine:
         self.memory, self.kernels = memory, kernels
         self.params = params if mesh else jax.tree.map(jnp.asarray, params)
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
+        self._slots_of: dict[int, int] = {}  # by capacity
         self._prefill = prefill_program(config, precision, mesh, kernels)
         self._decode = decode_program(config, precision, shape.steps, shape.drafts, mesh, kernels)
 
@@ -192,14 +193,28 @@ class Engine:
         programs: tuple[Any, ...] = (self._prefill, self._decode)
         return sum(program._cache_size() for program in programs)
 
-    def check(self, name: str, length: int) -> None:
-        """Raises HumpbackError for a prompt length that the window has no room for."""
+    def check(self, name: str, length: int, new: int, shared: int = 0) -> None:
+        """Raises HumpbackError where window or memory have no room for a row.
+
+        Args:
+          length: tokens of its prompt. new: drawn after it, at most. shared: of the prompt's, in
+            the prefix.
+        """
         window = self.config.max_position_embeddings
         if not 0 < length < window:
             raise HumpbackError(
                 f"record {name}: the prompt has {length} tokens; the model's window of {window} "
                 "must hold it and at least one new token. Shorten the record."
             )
+        try:
+            self.slots_of(self.capacity_of(length - shared + new))
+        except HumpbackError as error:
+            raise HumpbackError(f"record {name}: {error}") from error
+
+    def capacity_of(self, places: int) -> int:
+        """Places of the slots of rows that use so many; jobs of all kinds share programs."""
+        window = self.config.max_position_embeddings
+        return capacity_for(max(min(places, window), min(CAPACITY, window)))
 
     def slots_of(self, capacity: int) -> int:
         """How many slots of so many places there are.
@@ -207,23 +222,27 @@ class Engine:
         Raises:
           HumpbackError: not even one fits into the memory.
         """
-        shape = self.shape
-        device = jax.tree.leaves(self.params)[0].addressable_shards[0].device
-        return rows_that_fit(
-            self.config,
-            self.precision.kv or self.precision.activations,
-            capacity,
-            shape.slots,
-            self.memory or device_bytes(device),
-            tree_bytes(self.params),
-            shape.chunks * shape.chunk_tokens,
-            axis_size(self.mesh, "tensor"),
-            axis_size(self.mesh, "fsdp") if self.kernels.cuts_the_cache(self.precision) else 1,
-        )
+        if capacity not in self._slots_of:
+            shape = self.shape
+            device = jax.tree.leaves(self.params)[0].addressable_shards[0].device
+            self._slots_of[capacity] = rows_that_fit(
+                self.config,
+                self.precision.kv or self.precision.activations,
+                capacity,
+                shape.slots,
+                self.memory or device_bytes(device),
+                tree_bytes(self.params),
+                shape.chunks * shape.chunk_tokens,
+                axis_size(self.mesh, "tensor"),
+                axis_size(self.mesh, "fsdp") if self.kernels.cuts_the_cache(self.precision) else 1,
+            )
+        return self._slots_of[capacity]
 
     def _row(self, index: int, request: Request, prefix: Prefix) -> _Row:
-        self.check(request.id, len(request.prompt))
-        return _Row(index, request, prefix.shared_by(request.prompt))
+        row = _Row(index, request, prefix.shared_by(request.prompt))
+        new = request.decoding.max_new_tokens
+        self.check(request.id, len(request.prompt), new, row.shared)
+        return row
 
 
 CAPACITY = 1024  # places of a slot, where rows do not need more
@@ -313,8 +332,7 @@ class _Run:
         if needed > self.capacity:
             if any(self.rows):
                 return False
-            # Jobs of all kinds share the programs of one capacity while they can.
-            self._allocate(capacity_for(max(needed, min(CAPACITY, window))))
+            self._allocate(self.engine.capacity_of(needed))
         return None in self.rows
 
     def _allocate(self, capacity: int) -> None:

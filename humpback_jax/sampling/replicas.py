@@ -40,9 +40,9 @@ class Replicas:
         """How many programs of generation have been compiled, at most, for one copy."""
         return self.engines[0].programs()
 
-    def check(self, name: str, length: int) -> None:
+    def check(self, name: str, length: int, new: int) -> None:
         """See `Engine.check`."""
-        self.engines[0].check(name, length)
+        self.engines[0].check(name, length, new)
 
     def generate(self, requests: Sequence[Request], tokens: Sequence[int] = ()) -> list[Completion]:
         """Completions in the order of `requests`; see `stream`."""
