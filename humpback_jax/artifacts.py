@@ -72,7 +72,7 @@ class RunFolder:
         except OSError as error:
             raise HumpbackError(
                 f"the run folder {root} cannot be written ({error.strerror}). Choose another "
-                "--workdir, or mend its permissions."
+                "--workdir, or fix its permissions."
             ) from error
         self.redone = 0
 
@@ -173,7 +173,8 @@ class RunFolder:
         if seal.exists() and complete(folder):
             with _undamaged(seal, "the artifact is then finished again"):
                 record = json.loads(seal.read_text("utf-8"))
-            self._say(f"{name}: already done, {record['hash'][:12]}")
+                digest, rows, details = record["hash"], record["rows"], record["details"]
+            self._say(f"{name}: already done, {digest[:12]}")
         else:
             self.redone += 1
             started = time.monotonic()
@@ -188,13 +189,13 @@ class RunFolder:
             name,
             kind,
             key,
-            record["hash"],
+            digest,
             tuple(parent.hash for parent in parents),
-            record["rows"],
+            rows,
             str(folder.relative_to(self.root)),
             stage.name,
             stage.fields,
-            record["details"],
+            details,
         )
         self._enter(artifact)
         return artifact
@@ -323,6 +324,6 @@ def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise HumpbackError(
-            f"{path} cannot be written ({error.strerror or error}). Make room or mend the "
+            f"{path} cannot be written ({error.strerror or error}). Make room or fix the "
             "permissions, then run again: what is finished is kept."
         ) from error

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in OF_THE_MACHINE:
             return _defect(error, arguments)
         where = f"{error.filename}: " if error.filename else ""
-        advice = "Make room or mend the permissions, then run the same command again."
+        advice = "Make room or fix the permissions, then run the same command again."
         return _fail(f"error: {where}{error.strerror}. {advice}", arguments)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to continue.", arguments, 130)
@@ -101,7 +101,8 @@ def config_overrides(rest: Sequence[str], arguments: argparse.Namespace) -> dict
         item = items.pop(0)
         if not item.startswith("--config.") or not hasattr(arguments, "config"):
             raise HumpbackError(
-                f"unknown argument {item!r}; `humpback {arguments.verb} --help` lists the known."
+                f"unknown argument {item!r}; `humpback {arguments.verb} --help` lists those that "
+                "are known."
             )
         name, equals, value = item.removeprefix("--config.").partition("=")
         if not equals:
@@ -180,9 +181,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--min-p", type=float, default=0.0)
     sample.add_argument("--repetition-penalty", type=float, default=1.0)
     sample.add_argument("--stop", action="append", default=[], help="a text that ends the answer")
-    sample.add_argument("--stop-id", action="append", type=int, default=[])
-    sample.add_argument("--logprobs", action="store_true", help="write each drawn token's")
-    sample.add_argument("--prompt-logprobs", action="store_true", help="and the prompt's")
+    _add_list(sample, "--stop-id", "a token that ends the answer", int)
+    sample.add_argument("--logprobs", action="store_true", help="write each new token's")
+    sample.add_argument("--prompt-logprobs", action="store_true", help="write the prompt tokens'")
     sample.add_argument("--max-tokens", type=int, default=256)
     sample.add_argument("--n", type=_count, default=1, help="draws per prompt")
     sample.add_argument("--seed", type=int, default=0)
@@ -197,7 +198,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_adapter(score)
     _add_template(score)
     score.add_argument("--data", required=True)
-    score.add_argument("--curator", default="rubric_likelihood")
+    score.add_argument(
+        "--curator",
+        default="rubric_likelihood",
+        help="rubric, rubric_likelihood, pmi, pmi_frozen or combined: docs/by_hand.md",
+    )
     score.add_argument("--out", required=True)
     score.add_argument("--format", choices=("jsonl", "parquet"), default=None)
     score.add_argument("--max-tokens", type=int, default=256, help="of the reasoned rubric")
@@ -208,11 +213,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", "score a model on held-out data")
     evaluate.add_argument("--model", default="smollm2-135m-instruct")
-    evaluate.add_argument(
-        "--adapter", action="append", help="as for sample; several: each in turn on the one base"
-    )
+    _add_list(evaluate, "--adapter", "as for sample; several: each in turn on the one base")
     _add_template(evaluate)
-    evaluate.add_argument("--suite", default="nll", help="nll, fidelity (to float32), or both")
+    _add_list(evaluate, "--suite", "nll (the default), fidelity (to float32)")
     evaluate.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
     evaluate.add_argument(
         "--tags", choices=("none", "S_a", "S_w", "both", "model"), default="model"
@@ -223,14 +226,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     _bench_verbs(verb("bench", "measure speed: ours, and others' on the same work"))
 
-    ahead = verb("aot", "compile for a TPU slice that need not be there", config=True)
+    ahead = verb("aot", "compile for a TPU slice, without having one", config=True)
     ahead.add_argument("--topology", help="KIND:SHAPE, e.g. v5e:2x4 or v5p:2x2x1")
     ahead.add_argument("--model", default=None, help="instead of a config's; random:SHAPE is known")
-    ahead.add_argument("--programs", default="train,prefill,decode", help="some of these")
+    _add_list(ahead, "--programs", "some of train, prefill, decode; all by default")
     ahead.add_argument(
         "--rows",
         type=int,
-        help="that a device trains on at a time; else the most that a batch of the config can take",
+        help="of a device and micro-batch; else the most that a batch of the config can need",
     )
     ahead.add_argument("--lora", type=int, help="rank of an adapter; 0: full tuning")
     ahead.add_argument(
@@ -287,6 +290,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _add_list(
+    verb: argparse.ArgumentParser, flag: str, help_text: str, of: Callable[[str], Any] = str
+) -> None:
+    """A flag whose values are separated by commas, or given by repeating it."""
+
+    def values(text: str) -> list[Any]:
+        return [of(part) for part in text.split(",") if part]
+
+    verb.add_argument(flag, action="extend", type=values, default=[], help=help_text)
+
+
 def _add_adapter(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--adapter",
@@ -309,7 +323,7 @@ def _add_compute(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--kv",
         default="auto",
-        help="int8: cached keys and values of one byte; counts where text is drawn",
+        help="int8: cached keys and values of one byte; for generation alone",
     )
     verb.add_argument("--mesh", default="auto", help="auto, or e.g. data=2,tensor=4")
     verb.add_argument("--drafts", default="auto", help="tokens guessed in each step: auto, or N")
@@ -346,7 +360,7 @@ def _bench_verbs(bench: argparse.ArgumentParser) -> None:
     sample.add_argument(
         "--mesh", default="auto", help="auto, or e.g. data=1: one copy of the model"
     )
-    sample.add_argument("--vs", action="append", default=[], help="hf (transformers), llamacpp")
+    _add_list(sample, "--vs", "hf (transformers), llamacpp")
 
     score = kind("score", "what each curator costs on real pairs")
     score.add_argument("--data", default="builtin", help="pairs; builtin: the packaged ones")
@@ -362,9 +376,9 @@ def _bench_verbs(bench: argparse.ArgumentParser) -> None:
     train.add_argument("--batch-size", type=int, default=8, help="rows of a batch")
     train.add_argument("--row-tokens", type=int, default=2048, help="of the longest row")
     train.add_argument("--lora", type=int, default=0, help="rank of an adapter; 0: full tuning")
-    train.add_argument("--lora-targets", default="all", help="of --lora: projections, e.g. q,v")
+    _add_list(train, "--lora-targets", "of --lora: projections, e.g. q,v; all by default")
     train.add_argument(
         "--remat", choices=("none", "named", "full"), default="none", help="what we keep of a layer"
     )
     train.add_argument("--precision", choices=("float32", "bfloat16", "best"), default="float32")
-    train.add_argument("--vs", action="append", default=[], help="trl, trl_default, torch")
+    _add_list(train, "--vs", "trl, trl_default, torch")

@@ -26,7 +26,9 @@ class RunView:
         """Raises HumpbackError where no readable manifest stands."""
         self.root = root
         if not (root / "manifest.json").is_file():
-            raise HumpbackError(f"{root}: no run stands there (manifest.json is missing).")
+            raise HumpbackError(
+                f"{root}: there is no run in this folder (manifest.json is missing)."
+            )
         try:
             self.entries: dict[str, Row] = {e["name"]: e for e in read_manifest(root)}
         except (ValueError, KeyError, TypeError) as error:

@@ -121,11 +121,14 @@ def test_a_damaged_shard_is_named_with_a_remedy_that_works(tmp_path):
     assert maker.made == [1]
 
 
-@pytest.mark.parametrize("name", ["artifact.json", "layout.json"])
-def test_damaged_notes_are_named_with_a_remedy_that_works(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("artifact.json", '{"ha'), ("artifact.json", "{}"), ("layout.json", '{"ha')],
+)
+def test_damaged_notes_are_named_with_a_remedy_that_works(name, text, tmp_path):
     artifact = Maker().run(folder_at(tmp_path))
     note = tmp_path / "run" / artifact.path / name
-    note.write_text('{"ha')
+    note.write_text(text)
     with pytest.raises(HumpbackError, match=f"{name} cannot be read"):
         Maker().run(folder_at(tmp_path))
     note.unlink()

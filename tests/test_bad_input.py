@@ -354,7 +354,7 @@ def test_run_folder_that_is_none_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for verb in (["verify"], ["report"], ["trace", "x"]):
-        assert "no run stands there" in refused(capsys, *verb, f"--workdir={tmp_path}")
+        assert "there is no run in this folder" in refused(capsys, *verb, f"--workdir={tmp_path}")
 
 
 @pytest.mark.parametrize(

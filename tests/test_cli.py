@@ -73,6 +73,22 @@ def test_both_forms_of_a_flag_mean_the_same() -> None:
     assert vars(spaced) == vars(joined)
 
 
+def test_of_a_list_by_commas_or_by_repeating_its_flag_only_the_last_item_counts() -> None:
+    for verb, flag, field, items in (
+        ("evaluate", "suite", "suite", ["nll", "fidelity"]),
+        ("evaluate", "adapter", "adapter", ["a", "b"]),
+        ("sample", "stop-id", "stop_id", ["3", "5"]),
+        ("bench train", "vs", "vs", ["trl", "torch"]),
+        ("aot", "programs", "programs", ["train", "decode"]),
+    ):
+        commas, repeated = (
+            build_parser().parse_args([*verb.split(), *given])
+            for given in ([f"--{flag}={','.join(items)}"], [f"--{flag}={i}" for i in items])
+        )
+        assert [str(item) for item in getattr(commas, field)] == items
+        assert getattr(commas, field) == getattr(repeated, field)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

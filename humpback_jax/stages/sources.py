@@ -32,7 +32,7 @@ def seed_pairs(config: Any) -> tuple[list[Example], list[Example]]:
     shared = {e.instruction for e in seed} & {e.instruction for e in heldout}
     if shared:
         raise HumpbackError(
-            f"{len(shared)} instructions stand in both data.seed and data.heldout, for example "
+            f"{len(shared)} instructions appear in both data.seed and data.heldout, for example "
             f"{min(shared)[:80]!r}. Remove them from one of the two."
         )
     if config.data.seed_limit:

@@ -38,7 +38,7 @@ def start(arguments: argparse.Namespace) -> None:
     use_cores()
     use_compilation_cache()
     in_many = arguments.verb in ("score", "train")
-    in_many |= arguments.verb == "sample" and bool(arguments.out)
+    in_many |= arguments.verb == "sample" and bool(arguments.prompts and arguments.out)
     if join_processes() > 1 and not in_many:
         raise HumpbackError(
             f"{arguments.verb} runs in one process; train, score, and sample with --prompts and "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from humpback_jax.aot.programs import compile_for
+from humpback_jax.aot.programs import ALL, compile_for
 from humpback_jax.aot.suggest import suggest_for
 from humpback_jax.aot.summary import summary_lines
 from humpback_jax.aot.table import fill_table
@@ -30,7 +30,7 @@ def aot(arguments: argparse.Namespace) -> Result:
     if arguments.suggest:
         result = suggest_for(config, arguments.model, arguments.topology, timed_lines())
     else:
-        names = arguments.programs.split(",")
+        names = arguments.programs or ALL
         result = compile_for(config, arguments.model, arguments.topology, arguments.rows, names)
     for line in summary_lines(result):
         print(line)

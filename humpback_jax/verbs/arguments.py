@@ -45,7 +45,9 @@ def chosen_compute(arguments: argparse.Namespace, rows: int) -> Compute:
 def run_folder(arguments: argparse.Namespace) -> Path:
     folder = Path(arguments.workdir)
     if not (folder / "manifest.json").is_file():
-        raise HumpbackError(f"--workdir={folder}: no run stands there (manifest.json is missing).")
+        raise HumpbackError(
+            f"--workdir={folder}: there is no run in this folder (manifest.json is missing)."
+        )
     return folder
 
 

@@ -15,6 +15,7 @@ from humpback_jax.bench.train import bench_train
 from humpback_jax.bench.training_job import TrainingWorkload
 from humpback_jax.bench.workload import Case, choose_cases
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.lora import PROJECTIONS
 from humpback_jax.progress import timed_lines
 from humpback_jax.verbs.arguments import Result
 
@@ -79,11 +80,10 @@ def _bench_train(arguments: argparse.Namespace) -> Result:
         arguments.row_tokens,
         arguments.lora,
         arguments.remat,
-        lora_targets=tuple(arguments.lora_targets.split(",")),
+        lora_targets=tuple(arguments.lora_targets) or PROJECTIONS,
     )
     return bench_train(workload, _comparison(arguments), timed_lines())
 
 
 def _comparison(arguments: argparse.Namespace) -> Comparison:
-    peers = tuple(peer for given in arguments.vs for peer in given.split(","))
-    return Comparison(arguments.precision, peers, arguments.rounds)
+    return Comparison(arguments.precision, tuple(arguments.vs), arguments.rounds)

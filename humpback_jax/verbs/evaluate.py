@@ -23,12 +23,9 @@ from humpback_jax.verbs.arguments import Result, adapted, chosen_compute, writab
 
 def evaluate(arguments: argparse.Namespace) -> Result:
     """Held-out figures of one model: see `SUITES`."""
-    suites = [name for name in arguments.suite.split(",") if name]
-    unknown = sorted(set(suites) - set(SUITES))
-    if unknown or not suites:
-        raise HumpbackError(
-            f"--suite={arguments.suite}: {unknown} is unknown; known: {', '.join(SUITES)}."
-        )
+    suites = arguments.suite or ["nll"]
+    if unknown := sorted(set(suites) - set(SUITES)):
+        raise HumpbackError(f"--suite={','.join(unknown)} is unknown; known: {', '.join(SUITES)}.")
     if arguments.data == "builtin":
         examples = packaged_pairs("heldout")
     else:
