@@ -16,9 +16,8 @@ IS_NEW_ENOUGH = 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for name in python3 python3.12 python3.13 python3.11 python; do \
   $$name -c $(IS_NEW_ENOUGH) 2>/dev/null && echo $$name && break; done)
 
-# Most of a quick test is compilation and the start of processes, which one processor does. A third
-# worker would want memory that a laptop has not, and so would a second one of the slow tests: two
-# that train the real model at once take more than 24 GB.
+# Most of a test is compilation and the start of processes, which one processor does. A third worker
+# would want memory that a laptop has not. tests/conftest.py says which tests share a worker.
 WORKERS := 2
 
 # A stamp is newer than setup.py and constraints.txt when .venv holds what they ask for.
@@ -35,10 +34,10 @@ demo: $(HAS_PACKAGE)
 	$(BIN)/humpback run --config=configs/smollm2_demo.py --workdir=runs/demo --json
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadgroup
 
 test-slow: $(HAS_TESTS)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist loadgroup
 
 lint: $(HAS_TESTS)
 	$(BIN)/ruff check .

@@ -25,6 +25,15 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay with one worker, and so do all of the real model: two of those at once
+    take more than 24 GB.
+    """
+    for item in items:
+        group = "real_model" if item.get_closest_marker("real_model") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_program_outlives_its_module() -> Iterator[None]:
     """Compiled programs keep scratch memory: those of all slow tests took more than 12 GB."""

@@ -361,6 +361,7 @@ def test_sample_score_and_evaluate_take_both_options(
 
 
 @pytest.mark.slow
+@pytest.mark.real_model
 def test_the_default_model_keeps_its_quality() -> None:
     """Real prompts; the figures stand in docs/precision.md."""
     model, examples = load_model("smollm2-135m-instruct"), packaged_pairs("heldout")

@@ -75,6 +75,7 @@ def test_on_some_mesh_shape_the_text_is_another_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.real_model
 def test_nine_heads_that_never_divide_evenly_change_the_default_models_text() -> None:
     meshes = ("tensor=2,data=1", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")
     found = on_meshes("smollm2-135m-instruct", 32, 16, ONE, *meshes)

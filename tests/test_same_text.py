@@ -32,7 +32,7 @@ from humpback_jax.sampling.engine import Completion, Request
 from humpback_jax.sampling.sampler import Decoding, record_key
 from humpback_jax.weights.safetensors_io import save_hf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
 ROOT = Path(__file__).parent.parent
 MODEL = "smollm2-135m-instruct"

@@ -92,7 +92,7 @@ def test_exported_model_says_the_same_in_transformers(tuned: Path, tmp_path: Pat
 def test_real_model_trained_on_dolly_says_the_same_in_transformers(
     shared_data: Path, tmp_path: Path
 ) -> None:
-    rows = json.loads((shared_data / "seeds" / "dolly_3k.json").read_text())[:200]
+    rows = json.loads((shared_data / "seeds" / "dolly_3k.json").read_text())[:64]
     data = write(tmp_path / "dolly.jsonl", rows)
     drop = ("--config.train.on_long=drop", "--config.train.row_tokens=1024")
     model = train(tmp_path / "model", data, "smollm2-135m-instruct", *drop)
