@@ -16,7 +16,14 @@ from jax.sharding import Mesh
 from humpback_jax.compute import Compute
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.llama import Params, count_parameters, quantize_params, unstack_layers
+from humpback_jax.model.llama import (
+    Params,
+    count_parameters,
+    flatten,
+    quantize_params,
+    unflatten,
+    unstack_layers,
+)
 from humpback_jax.models import LanguageModel
 from humpback_jax.parallel.mesh import Share, our_share
 from humpback_jax.parallel.rules import param_shardings, place
@@ -231,24 +238,42 @@ def _share(config: LlamaConfig, compute: Compute) -> Share:
 
 
 def _prepare(model: LanguageModel, weights: str, mesh: Mesh | None) -> Params:
-    """Layers apart; kernels and embeddings in the format given, norms and biases in their own."""
+    """Layers apart; kernels and embeddings in the format given, norms and biases in their own.
+
+    Layer by layer: beside the result, a device holds one of them as it was.
+    """
+    wide = "" if weights == "int8" else weights
+    cast = functools.partial(_cast, weights=wide)
     apart = unstack_layers(model.params)
-    cast = functools.partial(_cast, weights=weights)
-    where = None
     if mesh is None:
-        # One by one: beside the result, the device holds one of them as it was.
-        placed = jax.tree.map(lambda leaf: cast(jnp.asarray(leaf)), apart)
+        placed = (
+            (path, jax.tree.map(lambda leaf: cast(jnp.asarray(leaf)), part))
+            for path, part in _parts(apart)
+        )
+        after: dict[Any, Any] = {}
     else:
-        placed = place(apart, param_shardings(model.config, mesh, "unrolled"), cast)
-        where = param_shardings(model.config, mesh, "unrolled", quantize=True)
-    if weights != "int8":
-        return placed
-    quantized = jax.jit(quantize_params, static_argnums=(0, 2), out_shardings=where)
-    return quantized(model.config, placed, "unrolled")
+        before = dict(_parts(param_shardings(model.config, mesh, "unrolled")))
+        placed = ((path, place(part, before[path], cast)) for path, part in _parts(apart))
+        after = dict(_parts(param_shardings(model.config, mesh, "unrolled", quantize=True)))
+    prepared: dict[Any, Any] = {}
+    for path, part in placed:
+        if weights == "int8":
+            part = jax.jit(quantize_params, out_shardings=after.get(path))(part)
+        prepared |= flatten(part, path)
+    return unflatten(prepared)
+
+
+def _parts(params: Params) -> Iterator[tuple[tuple[Any, ...], Params]]:
+    """(path, parameters) of each layer, and of what is in none."""
+    for name, part in params.items():
+        if name == "layers":
+            yield from (((name, number), layer) for number, layer in part.items())
+        else:
+            yield (name,), part
 
 
 def _cast(x: Any, weights: str) -> Any:
-    return x.astype(weights) if x.ndim > 1 and weights != "int8" else x
+    return x.astype(weights) if x.ndim > 1 and weights else x
 
 
 def _by_id(decoding: Decoding, hidden: Mapping[str, int]) -> Decoding:

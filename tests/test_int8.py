@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -35,6 +36,7 @@ from tiny_llama import (
 )
 from tiny_run import tiny_config
 
+from humpback_jax import inference
 from humpback_jax.cli import main
 from humpback_jax.compute import choose_compute
 from humpback_jax.errors import HumpbackError
@@ -60,6 +62,7 @@ from humpback_jax.model.llama import (
 )
 from humpback_jax.model.quantize import quantize
 from humpback_jax.models import load_model
+from humpback_jax.parallel.mesh import MeshShape, make_mesh
 from humpback_jax.run_view import RunView
 from humpback_jax.sampling.engine import Engine
 from humpback_jax.sampling.likelihood import sequence_nll
@@ -115,9 +118,7 @@ def test_int8_weights_give_the_logits_of_torch_with_rounded_weights(name, layout
     model, config, params = rounded_model(name)
     params = unstack_layers(params) if layout == "unrolled" else params
     tokens = random_tokens((2, 40))
-    logits = logits_function(config, layout)(
-        quantize_params(config, params, layout), *whole_rows(tokens)
-    )
+    logits = logits_function(config, layout)(quantize_params(params), *whole_rows(tokens))
     assert np.abs(np.asarray(logits) - torch_logits(model, tokens)).max() < 1e-4
     before = torch_logits(torch_llama(**MODELS[name]), tokens)
     assert np.abs(np.asarray(logits) - before).max() > 1e-2  # else nothing has been rounded
@@ -126,7 +127,7 @@ def test_int8_weights_give_the_logits_of_torch_with_rounded_weights(name, layout
 def test_scores_under_int8_weights_are_those_of_torch_with_rounded_weights() -> None:
     model, config, params = rounded_model("untied")
     examples = random_examples(6)
-    quantized = quantize_params(config, unstack_layers(params), "unrolled")
+    quantized = quantize_params(unstack_layers(params))
     nll, _ = sequence_nll(config, quantized, examples, FLOAT32)
     with torch.no_grad():
         assert nll == pytest.approx(torch_nll(model, examples).numpy(), rel=1e-5, abs=1e-4)
@@ -135,7 +136,7 @@ def test_scores_under_int8_weights_are_those_of_torch_with_rounded_weights() -> 
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_logits_of_a_part_of_the_vocabulary_have_their_own_scales(name) -> None:
     _, config, params = rounded_model(name)
-    model = bind(config, quantize_params(config, params))
+    model = bind(config, quantize_params(params))
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
     whole = model.logits(hidden, FLOAT32)
     part = model.some_logits(hidden, jnp.int32(40), 32, FLOAT32)
@@ -150,7 +151,7 @@ def test_an_adapter_beside_int8_weights_stays_exact() -> None:
     for path, leaf in fresh.items():
         if path[-1] == "lora_b":
             fresh[path] = leaf + 0.1
-    quantized = quantize_params(config, unflatten(fresh), lora=spec)
+    quantized = quantize_params(unflatten(fresh))
     flat = flatten(quantized)
     plain = {path: leaf for path, leaf in flat.items() if leaf.dtype != jnp.int8}
     for path, leaf in flat.items():
@@ -163,7 +164,7 @@ def test_an_adapter_beside_int8_weights_stays_exact() -> None:
     inputs = whole_rows(random_tokens((2, 40)))
     exact = run(unflatten(plain), *inputs)
     assert np.abs(run(quantized, *inputs) - exact).max() < 1e-4
-    without = logits_function(config)(quantize_params(config, params), *inputs)
+    without = logits_function(config)(quantize_params(params), *inputs)
     assert np.abs(without - exact).max() > 1e-2
 
 
@@ -175,7 +176,7 @@ def test_int8_weights_take_a_quarter_of_the_memory() -> None:
         **{"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
     )
     whole = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    small = jax.eval_shape(functools.partial(quantize_params, config), whole)
+    small = jax.eval_shape(quantize_params, whole)
 
     def size(params) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
@@ -183,9 +184,39 @@ def test_int8_weights_take_a_quarter_of_the_memory() -> None:
     assert 0.25 < size(small) / size(whole) < 0.253
 
 
+@pytest.mark.parametrize("mesh", [None, "fsdp=1"])
+def test_int8_weights_need_room_for_the_wide_ones_of_all_layers(mesh, monkeypatch) -> None:
+    model = load_model("tiny-random")
+    params = init_params(dataclasses.replace(model.config, num_hidden_layers=12), jax.random.key(0))
+    config = dataclasses.replace(model.config, num_hidden_layers=12)
+    params = jax.tree.map(np.array, params)
+    deep = dataclasses.replace(model, config=config, params=params)
+    gc.collect()
+    before, held = _device_bytes(), []
+
+    def watched(part, path):
+        held.append(_device_bytes() - before)
+        return flatten(part, path)
+
+    monkeypatch.setattr(inference, "flatten", watched)
+    where = None if mesh is None else make_mesh(MeshShape(1, 1, 1), jax.devices()[:1])
+    found = inference._prepare(deep, "int8", where)
+    expected = flatten(quantize_params(unstack_layers(params)))
+    assert flatten(found).keys() == expected.keys()
+    for path, leaf in flatten(found).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=str(path))
+    wide = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert max(held) < 0.5 * wide, "with the int8 ones, a quarter of it"
+    assert held[-1] > 0.2 * wide
+
+
+def _device_bytes() -> int:
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
 def test_a_quantised_tree_without_a_scale_is_an_error_that_names_it() -> None:
     _, config, params = rounded_model("tied")
-    flat = flatten(quantize_params(config, params))
+    flat = flatten(quantize_params(params))
     del flat["layers", "attn", "q", "scale"]
     with pytest.raises(HumpbackError, match=r"missing layers\.attn\.q\.scale"):
         bind(config, unflatten(flat))
@@ -243,7 +274,7 @@ def test_prefill_reads_the_rounded_keys_that_decoding_reads() -> None:
 @functools.cache
 def narrow_engine() -> Engine:
     _, config, params = model_of()
-    quantized = quantize_params(config, unstack_layers(params), "unrolled")
+    quantized = quantize_params(unstack_layers(params))
     return Engine(config, quantized, (STOP,), INT8_KV, small(3))
 
 

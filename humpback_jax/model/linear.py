@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from humpback_jax.model.quantize import quantize
+from humpback_jax.model.quantize import QUANTIZED_ALONG, quantize
 
 Axes = tuple[str | None, ...]
 NARROW = 8  # times as many inputs as outputs: a low-rank adapter's first matrix
@@ -183,7 +183,7 @@ class Linear(nnx.Module):
 
     def quantize(self) -> None:
         """Makes the kernel int8, a scale for each output; biases and adapters stay as they are."""
-        self.kernel, self.scale = quantized(self.kernel, -2)
+        self.kernel, self.scale = quantized(self.kernel, QUANTIZED_ALONG["kernel"])
 
     def __call__(
         self, x: jax.Array, precision: Precision, dropout_keys: jax.Array | None = None

@@ -26,6 +26,7 @@ from humpback_jax.model.linear import (
     matmul,
     quantized,
 )
+from humpback_jax.model.quantize import QUANTIZED_ALONG, quantize
 from humpback_jax.model.remat import Remat, named, recomputed
 from humpback_jax.model.rope import apply_rope, rope_tables
 
@@ -342,7 +343,7 @@ class Embedding(nnx.Module):
 
     def quantize(self) -> None:
         """Makes the table int8, a scale for each token."""
-        self.embedding, self.scale = quantized(self.embedding, -1)
+        self.embedding, self.scale = quantized(self.embedding, QUANTIZED_ALONG["embedding"])
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         rows = jnp.take(self.embedding[...], tokens, axis=0)
@@ -410,16 +411,20 @@ def _names(paths: set[tuple[Any, ...]]) -> str:
     return ", ".join(sorted(".".join(map(str, path)) for path in paths)) or "none"
 
 
-def quantize_params(
-    config: LlamaConfig, params: Params, layout: Layout = "scan", lora: LoraSpec | None = None
-) -> Params:
+def quantize_params(params: Params) -> Params:
     """Kernels and embeddings in int8, with their scales; all else, adapters too, as it is.
 
     For sampling and scoring alone: nothing can be trained, merged or exported afterwards.
+
+    Args:
+      params: of either layout; a part of a model's will do.
     """
-    model = bind(config, params, layout, lora)
-    model.quantize()
-    return nnx.to_pure_dict(nnx.state(model))
+    flat = {}
+    for path, leaf in flatten(params).items():
+        if path[-1] in QUANTIZED_ALONG:
+            leaf, flat[*path[:-1], "scale"] = quantize(leaf, QUANTIZED_ALONG[path[-1]])
+        flat[path] = leaf
+    return unflatten(flat)
 
 
 def init_params(

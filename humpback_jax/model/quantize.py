@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 HIGHEST = 127
+# Of weights: the axis that shares a scale, by the name of the parameter, in either layout.
+QUANTIZED_ALONG = {"kernel": -2, "embedding": -1}
 
 
 def quantize(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

@@ -123,7 +123,7 @@ def _int8_base(spec: StepSpec, base: Params) -> Params:
     """An int8 copy, norms and biases in float32; a wider one of all weights is never made."""
 
     def quantized(arranged: Params) -> Params:
-        flat = flatten(quantize_params(spec.config, arranged, spec.layout))
+        flat = flatten(quantize_params(arranged))
         wide = {path: leaf for path, leaf in flat.items() if leaf.dtype != jnp.int8}
         return unflatten({**flat, **_float32(wide)})
 
