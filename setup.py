@@ -53,7 +53,7 @@ INSTALL = [
 ]
 
 EXTRAS = {
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]", "gcsfs"],  # gcsfs: models in gs:// buckets
     "cuda": ["jax[cuda13]"],
     "beam": ["apache-beam>=2.70,<3"],
     "eval": ["lm-eval>=0.4.9,<0.5"],

@@ -64,7 +64,8 @@ def check_peer(peer: str, packages: Mapping[str, Sequence[str]], extra: str) -> 
     absent = [name for name in packages[peer] if importlib.util.find_spec(name) is None]
     if absent:
         raise HumpbackError(
-            f"--vs={peer} needs {' and '.join(absent)}: pip install 'humpback-jax[{extra}]'."
+            f"--vs={peer} needs {' and '.join(absent)}; in the clone: pip install -c "
+            f"constraints.txt -e '.[{extra}]'."
         )
 
 

@@ -62,6 +62,6 @@ def tpu_slice(text: str) -> tuple[list[Any], Chip]:
     except Exception as error:
         raise HumpbackError(
             f"--topology={text}: no such slice, or TPU support is not installed "
-            f"(pip install 'humpback_jax[tpu]'): {error}"
+            f"(in the clone: pip install -c constraints.txt -e '.[tpu]'): {error}"
         ) from error
     return list(found.devices), CHIPS[kind]
