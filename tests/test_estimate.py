@@ -259,10 +259,9 @@ def test_the_page_shows_another_table_than_the_file_holds(tmp_path: Path) -> Non
     full = [row.get("train", row) for row in rows.values()]
     full = [row for row in full if not row["lora"]]
     adding = {row["mesh"]["fsdp"] for row in full if _largest(row) == "all-reduce"}
-    assert adding == {16, 64, 256}
-    assert {row["mesh"]["fsdp"] for row in full} - adding == {4, 8}
-    assert "full tuning with 16, 64 or 256 chips along fsdp, XLA adds up whole gradients" in text
-    assert "with 4 or 8 it scatters the sums" in text
+    assert adding == {row["mesh"]["fsdp"] for row in full if row["mesh"]["fsdp"] >= 16}
+    assert "full tuning with 16 or more chips along fsdp, XLA adds up whole gradients" in text
+    assert "with fewer it scatters the sums" in text
     copy.write_text("no marks", encoding="utf-8")
     with pytest.raises(HumpbackError, match="has no place"):
         write_page(copy, rows)

@@ -127,7 +127,8 @@ def write_page(page: Path, rows: dict[str, Any]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise HumpbackError(f"{page} has no place for the table: {BEGIN} and {END}.")
-    table = "\n".join([BEGIN, *table_lines(rows), "", *check_lines(rows), END])
+    lines = [*table_lines(rows), "", missing_line(rows), "", *check_lines(rows)]
+    table = "\n".join([BEGIN, *lines, END])
     page.write_text(before + table + after, encoding="utf-8")
 
 
@@ -154,6 +155,12 @@ def table_lines(rows: dict[str, Any]) -> Iterator[str]:
             f"{1e3 * decode['est_step_s']:.1f} ms",
         )
         yield "| " + " | ".join(cells) + " |"
+
+
+def missing_line(rows: dict[str, Any]) -> str:
+    """What the table lacks."""
+    missing = [setting.name.replace(":", " ") for setting in SETTINGS if setting.name not in rows]
+    return f"Not computed yet: {', '.join(missing) or 'none'}."
 
 
 def check_lines(rows: dict[str, Any]) -> Iterator[str]:
