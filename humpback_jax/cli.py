@@ -376,6 +376,9 @@ def _bench_verbs(bench: argparse.ArgumentParser) -> None:
     train.add_argument("--batch-size", type=int, default=8, help="rows of a batch")
     train.add_argument("--row-tokens", type=int, default=2048, help="of the longest row")
     train.add_argument("--lora", type=int, default=0, help="rank of an adapter; 0: full tuning")
+    train.add_argument(
+        "--optimizer", default="adamw", choices=("adamw", "adamw_bf16", "adafactor", "lion")
+    )
     _add_list(train, "--lora-targets", "of --lora: projections, e.g. q,v; all by default")
     train.add_argument(
         "--remat", choices=("none", "named", "full"), default="none", help="what we keep of a layer"

@@ -32,7 +32,9 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
         batch_examples=workload.batch_examples,
         row_tokens=workload.row_tokens,
         accumulation=compute.accumulation,
-        optimizer=OptimizerSpec(workload.learning_rate, schedule="constant"),
+        optimizer=OptimizerSpec(
+            workload.learning_rate, schedule="constant", name=workload.optimizer
+        ),
         lora=adapter,
         precision=compute.precision,
         layout=compute.train_layout,
@@ -59,6 +61,7 @@ def measure(job: TrainingJob, precision: str) -> dict[str, Any]:
         "precision": precision,
         "setting": _setting(adapter),
         "remat": workload.remat,
+        "optimizer": workload.optimizer,
         "batch": workload.batch_examples,
         "packing_efficiency": trained.plan.efficiency,
         "row_tokens": trained.plan.row_tokens,

@@ -43,6 +43,8 @@ def bench_train(workload: TrainingWorkload, comparison: Comparison, say: Say) ->
         check_peer(peer, PACKAGES, "bench")
     if workload.lora_rank and "torch" in comparison.peers:
         raise HumpbackError("--vs=torch tunes all weights: leave --lora or --vs=torch out.")
+    if workload.optimizer != "adamw" and comparison.peers:
+        raise HumpbackError("--vs trains with AdamW: leave --optimizer or --vs out.")
     workload.adapter()
     if workload.steps < 2:
         raise HumpbackError(

@@ -35,7 +35,7 @@ class TrainingWorkload:
       row_tokens: the longest example, and the longest packed row.
       lora_rank: of an adapter on the projections `lora_targets` (names); 0 for full tuning.
       remat: what our backward pass finds kept (`model/remat.py`).
-      learning_rate: the same one in every step.
+      learning_rate: the same one in every step. optimizer: one of `optimizer.OPTIMIZERS`.
     """
 
     model: str
@@ -48,6 +48,7 @@ class TrainingWorkload:
     remat: Remat = "none"
     learning_rate: float = 1e-5
     lora_targets: tuple[str, ...] = PROJECTIONS
+    optimizer: str = "adamw"
 
     def adapter(self) -> LoraSpec | None:
         """None for full tuning.

@@ -81,6 +81,7 @@ def _bench_train(arguments: argparse.Namespace) -> Result:
         arguments.lora,
         arguments.remat,
         lora_targets=tuple(arguments.lora_targets) or PROJECTIONS,
+        optimizer=arguments.optimizer,
     )
     return bench_train(workload, _comparison(arguments), timed_lines())
 
