@@ -26,11 +26,15 @@ settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay with one worker, and so do all of the real model: two of those at once
-    take more than 24 GB.
+    """A file's tests stay with one worker. So do all of the real model, two of which at once take
+    more than 24 GB, and all that read the rehearsal, which then runs once.
     """
     for item in items:
-        group = "real_model" if item.get_closest_marker("real_model") else item.path.name
+        group = item.path.name
+        if item.get_closest_marker("real_model"):
+            group = "real_model"
+        elif "tiny_run" in getattr(item, "fixturenames", ()):
+            group = "tiny_run"
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -182,6 +182,7 @@ def test_float32_and_bfloat16_rows_are_planned_alike() -> None:
     assert sizes[0] == 2 * sizes[1] == 2 * (2 * 32 * 3 * 4096 * 256 * 2)
 
 
+@pytest.mark.slow
 def test_the_judge_gives_its_memory_back_before_the_next_model_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_a_mesh_larger_than_the_machine_is_an_error_before_any_work() -> None:
         our_share(parse_mesh("tensor=64"))
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_model_waits_for_another() -> None:
     """Each copy is a mesh of its own: no program spans two of them."""
     assert our_share(None).meshes == (None,)
