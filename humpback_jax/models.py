@@ -23,6 +23,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, init_params
 from humpback_jax.model.shapes import PUBLISHED, SHAPES
+from humpback_jax.text.baked import baked_chat_template, unbaked
 from humpback_jax.text.template import Tags, Template, require_same_template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 from humpback_jax.weights.hashing import params_hash
@@ -98,7 +99,8 @@ def load_model(
         config, params = open_hf(found.path) if stored else load_hf(found.path)
         tokenizer = Tokenizer.from_folder(found.path)
     check_vocab(tokenizer, config.vocab_size)
-    return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))
+    tokenizer, chosen, tags = _prompting(tokenizer, template)
+    return LanguageModel(name, config, params, tokenizer, chosen, tags)
 
 
 def load_config(name: str) -> LlamaConfig:
@@ -240,8 +242,6 @@ def _export_tokenizer(folder: Path, model: LanguageModel) -> None:
 
 def _exported_tokenizer(model: LanguageModel) -> Tokenizer:
     """With a chat template that does by itself what ours does with the model's tags."""
-    from humpback_jax.text.template import baked_chat_template
-
     return model.tokenizer.with_chat_template(baked_chat_template(model.template, model.tags))
 
 
@@ -270,13 +270,23 @@ def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
     return LanguageModel(raw["name"], config, params, tokenizer, stored, raw["tags"], adapter)
 
 
-def _choose(tokenizer: Tokenizer, template: str) -> Template:
+def _prompting(tokenizer: Tokenizer, template: str) -> tuple[Tokenizer, Template, Tags]:
+    """How a model from files is prompted; what its export had added to its chat template is off."""
+    if not tokenizer.chat_template:
+        return tokenizer, _choose(tokenizer, template), "none"
+    found = unbaked(tokenizer.chat_template)
+    if found.chat_template != tokenizer.chat_template:
+        tokenizer = tokenizer.with_chat_template(found.chat_template)
+    return tokenizer, _choose(tokenizer, template, found.system), found.tags
+
+
+def _choose(tokenizer: Tokenizer, template: str, system: str | None = None) -> Template:
     if template == "auto":
-        return Template.for_tokenizer(tokenizer)
+        return Template.for_tokenizer(tokenizer, system=system)
     if template not in ("chat", "plain"):
         raise HumpbackError(f"template={template!r} is unknown; choose auto, chat or plain.")
     # mypy does not narrow a str by its membership.
-    return Template.for_tokenizer(tokenizer, name=template)  # type: ignore[arg-type]
+    return Template.for_tokenizer(tokenizer, name=template, system=system)  # type: ignore[arg-type]
 
 
 def is_random(name: str) -> bool:
