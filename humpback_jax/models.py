@@ -14,6 +14,9 @@ from humpback_jax.adapters import (
     DESCRIPTION,
     Adapter,
     from_peft,
+    peft_prompting,
+    require_same_ids,
+    same_wording,
     stored_adapter,
     with_adapter,
 )
@@ -23,7 +26,8 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, init_params
 from humpback_jax.model.shapes import PUBLISHED, SHAPES
-from humpback_jax.text.baked import baked_chat_template, unbaked
+from humpback_jax.text.baked import baked_chat_template
+from humpback_jax.text.prompting import choose_template, prompting
 from humpback_jax.text.template import Tags, Template, require_same_template
 from humpback_jax.text.tokenizer import Tokenizer, check_vocab
 from humpback_jax.weights.hashing import params_hash
@@ -88,9 +92,7 @@ def load_model(
     if found.kind == "checkpoint":
         return dataclasses.replace(load_checkpoint(found.path, template), name=name)
     if found.kind == "peft":
-        base = load_model(base_name(found.path), template, seed)
-        base = dataclasses.replace(base, adapter=None)  # its own is part of what the config names
-        adapted = with_adapter(base, from_peft(found.path, base))
+        adapted = load_peft(found.path, base_name(found.path), template, seed)
         return dataclasses.replace(adapted, name=name)
     if found.kind == "gguf":
         config, params = load_gguf(found.path)
@@ -99,8 +101,23 @@ def load_model(
         config, params = open_hf(found.path) if stored else load_hf(found.path)
         tokenizer = Tokenizer.from_folder(found.path)
     check_vocab(tokenizer, config.vocab_size)
-    tokenizer, chosen, tags = _prompting(tokenizer, template)
-    return LanguageModel(name, config, params, tokenizer, chosen, tags)
+    return LanguageModel(name, config, params, *prompting(tokenizer, template))
+
+
+def load_peft(folder: Path, base: str, template: str = "auto", seed: int = 0) -> LanguageModel:
+    """The adapter of a PEFT folder on the base of this name, prompted as the folder says.
+
+    Raises:
+      HumpbackError: as `load_model`, or the folder's tokenizer has other ids than the base's.
+    """
+    own = peft_prompting(folder, template)
+    # A base may lack the chat template that its adapter was trained in.
+    model = load_model(base, template if own is None or template == "plain" else "auto", seed)
+    model = dataclasses.replace(model, adapter=None)  # its own is part of what the config names
+    if own is not None and not same_wording(own.template, model.template):
+        require_same_ids(own.tokenizer, model.tokenizer, folder)
+        model = dataclasses.replace(model, tokenizer=own.tokenizer, template=own.template)
+    return with_adapter(model, from_peft(folder, model, own and own.tags))
 
 
 def load_config(name: str) -> LlamaConfig:
@@ -264,29 +281,10 @@ def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
     check_vocab(tokenizer, config.vocab_size)
     if template != "auto":
-        require_same_template(stored, _choose(tokenizer, template), str(folder))
+        require_same_template(stored, choose_template(tokenizer, template), str(folder))
     params = load_params(folder / "weights", leaf_shapes(config))
     adapter = stored_adapter(folder, raw)
     return LanguageModel(raw["name"], config, params, tokenizer, stored, raw["tags"], adapter)
-
-
-def _prompting(tokenizer: Tokenizer, template: str) -> tuple[Tokenizer, Template, Tags]:
-    """How a model from files is prompted; what its export had added to its chat template is off."""
-    if not tokenizer.chat_template:
-        return tokenizer, _choose(tokenizer, template), "none"
-    found = unbaked(tokenizer.chat_template)
-    if found.chat_template != tokenizer.chat_template:
-        tokenizer = tokenizer.with_chat_template(found.chat_template)
-    return tokenizer, _choose(tokenizer, template, found.system), found.tags
-
-
-def _choose(tokenizer: Tokenizer, template: str, system: str | None = None) -> Template:
-    if template == "auto":
-        return Template.for_tokenizer(tokenizer, system=system)
-    if template not in ("chat", "plain"):
-        raise HumpbackError(f"template={template!r} is unknown; choose auto, chat or plain.")
-    # mypy does not narrow a str by its membership.
-    return Template.for_tokenizer(tokenizer, name=template, system=system)  # type: ignore[arg-type]
 
 
 def is_random(name: str) -> bool:
@@ -306,7 +304,7 @@ def _random(name: str, seed: int, template: str) -> LanguageModel:
     )
     dtype = "float32" if name == "tiny-random" else "bfloat16"
     params = init_params(config, jax.random.key(seed), dtype)
-    return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))
+    return LanguageModel(name, config, params, tokenizer, choose_template(tokenizer, template))
 
 
 def _random_config(name: str) -> LlamaConfig:
