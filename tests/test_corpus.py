@@ -275,6 +275,9 @@ SENTENCES = (
         (SENTENCES, "Forums", "heading_navigation"),
         (SENTENCES, "Please log in", "heading_navigation"),
         (SENTENCES, "Dialog interfaces", None),
+        (SENTENCES, "Cookie policy", "heading_navigation"),
+        (SENTENCES, "Your cookies settings", "heading_navigation"),
+        (SENTENCES, "Chocolate chip cookies", None),
         (SENTENCES, "Prolog in ten minutes", None),
         ("1 2 3 4 5 | 6 7 8 9 + " * 10, "Table", "alphabetic"),
         ("one two\nthree\nfour five\n" * 6, "Poem", "line_length"),
@@ -283,6 +286,29 @@ SENTENCES = (
 )
 def test_each_rule_refuses_what_it_names_and_nothing_else(text, heading, rule):
     assert failed_rule(segment(text, heading), True, set(), 100, 600) == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "भारत एक विशाल देश है और यहाँ अनेक भाषाएँ बोली जाती हैं। हिन्दी सबसे अधिक बोली जाती है।",
+        "বাংলা ভাষা দক্ষিণ এশিয়ার একটি প্রধান ভাষা, যা বাংলাদেশে ও ভারতে প্রচলিত।",
+        "தமிழ் மொழி மிகவும் பழமையான மொழிகளில் ஒன்றாகும், இது இன்றும் பேசப்படுகிறது.",
+        "తెలుగు భాష ఆంధ్ర ప్రదేశ్ మరియు తెలంగాణ రాష్ట్రాల అధికార భాష.",
+        "မြန်မာဘာသာစကားသည် မြန်မာနိုင်ငံ၏ ရုံးသုံးဘာသာစကား ဖြစ်သည်။",
+        "اللُّغَةُ العَرَبِيَّةُ هِيَ أَكْثَرُ اللُّغَاتِ السَّامِيَّةِ تَحَدُّثًا.",
+    ],
+    ids=["hindi", "bengali", "tamil", "telugu", "burmese", "arabic"],
+)
+def test_texts_in_scripts_with_vowel_signs_are_thrown_out_as_tables(text):
+    assert failed_rule(segment(text), True, set(), 20, 600) is None
+
+
+def test_words_that_differ_in_vowel_signs_alone_are_taken_for_a_repetition():
+    told = "कल मैं बाज़ार गया और मैंने वहाँ से फल लिए"
+    other = re.sub("[\u093e-\u094c]", "\u093f", told)
+    assert other != told and not repeats_sentences(f"{told}. {other}.")
+    assert repeats_sentences(f"{told}. {told}.")
 
 
 def test_a_text_met_before_is_a_duplicate_whatever_its_case_and_spacing():
