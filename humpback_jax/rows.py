@@ -37,6 +37,11 @@ _PAIRS = (
     ("inputs", "targets"),
 )
 _RESPONSES = tuple(response for _, response in _PAIRS)
+# Beside `text` these say that it is a part of a dialogue: plain text has an origin, never a reply.
+_OF_DIALOGUES = (
+    *("role", "parent_id", "question", "answer"),
+    *dict.fromkeys(name for pair in _PAIRS for name in pair),
+)
 
 
 @dataclasses.dataclass
@@ -237,7 +242,7 @@ def _rows(path: Path, report: ReadReport, skip_bad: bool) -> Iterator[tuple[str,
 
 def _reject(path: Path, place: str, reason: str, report: ReadReport, skip_bad: bool) -> None:
     if not skip_bad:
-        raise HumpbackError(f"{path}, {place}: {reason}. Mend the row, or pass --skip-bad.")
+        raise HumpbackError(f"{path}, {place}: {reason}. Fix the row, or pass --skip-bad.")
     report.skip(reason.partition(":")[0])
 
 
@@ -263,8 +268,20 @@ def _parse(row: Row) -> tuple[str, tuple[Message, ...], str | None]:
             turns.append(Message("assistant", _text(row, y, "response").strip()))
             return f"{x}+{y}", tuple(turns), None
     if "text" in row:
+        _require_plain(row)
         return "text", (), _text(row, "text")
     raise _BadRow(f"unknown form: the fields are {sorted(row)}; accepted: {FORMS}")
+
+
+def _require_plain(row: Row) -> None:
+    found = [name for name in _OF_DIALOGUES if name in row]
+    if found:
+        raise _BadRow(
+            f"text of a dialogue: beside 'text' the row has {', '.join(map(repr, found))}, and "
+            "would be learnt whole, as a document. Rename the fields of a pair to instruction and "
+            "output, gather single turns in 'messages' (role, content), or, where the texts are "
+            "documents, remove the other fields"
+        )
 
 
 def _training_turns(turns: list[Message], field: str) -> tuple[Message, ...]:

@@ -122,6 +122,13 @@ def test_a_first_line_of_a_request_keeps_its_indentation(tmp_path):
         ({"instruction": "a", "input": 7, "output": "b"}, "wrong type: field 'input'"),
         ({"instruction": "a", "output": None}, "unknown form"),
         ({"question": "a", "answer": "b"}, "unknown form: the fields are ['answer', 'question']"),
+        (
+            {"message_id": "a", "parent_id": "b", "text": "c", "role": "assistant"},
+            "'role', 'parent",
+        ),
+        ({"prompt": "a", "response": "b", "text": "ab"}, "text of a dialogue"),
+        ({"question": "a", "answer": "b", "text": "ab"}, "text of a dialogue"),
+        ({"instruction": "a", "output": None, "text": "a"}, "text of a dialogue"),
         ({"messages": []}, "wrong type: field 'messages'"),
         ({"messages": "hello"}, "wrong type: field 'messages'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "turn 1"),
@@ -152,6 +159,12 @@ def test_a_bad_row_is_named_or_with_skip_bad_counted_by_reason(row, reason, tmp_
     assert len(examples) == 1 and sum(report.bad.values()) == 1
     (label,) = report.bad
     assert message.split("line 2: ")[1].startswith(label) and ":" not in label
+
+
+def test_plain_text_is_refused_for_what_a_corpus_says_of_it(tmp_path):
+    said = {"id": "a", "url": "b", "source": "c", "meta": {"role": "d"}, "title": "e", "label": 1}
+    (example,), report = read_examples(jsonl(tmp_path, {"text": "Ice.", **said}), "plain")
+    assert example.text == "Ice." and report.forms == {"text": 1}
 
 
 def test_malformed_lines_are_named_and_with_skip_bad_counted(tmp_path):
