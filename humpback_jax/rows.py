@@ -37,11 +37,10 @@ _PAIRS = (
     ("inputs", "targets"),
 )
 _RESPONSES = tuple(response for _, response in _PAIRS)
+_OF_PAIRS = tuple(dict.fromkeys(name for pair in _PAIRS for name in pair))
+_FIELDS = {"text", *_CONVERSATIONS, *_OF_PAIRS}
 # Beside `text` these say that it is a part of a dialogue: plain text has an origin, never a reply.
-_OF_DIALOGUES = (
-    *("role", "parent_id", "question", "answer"),
-    *dict.fromkeys(name for pair in _PAIRS for name in pair),
-)
+_OF_DIALOGUES = ("role", "parent_id", "question", "answer", *_OF_PAIRS)
 
 
 @dataclasses.dataclass
@@ -110,7 +109,7 @@ def stream_examples(
     seen: collections.Counter[str] = collections.Counter()
     for place, row in _rows(path, report, skip_bad):
         try:
-            form, messages, text = _parse(row)
+            form, messages, text = _parse(_without_empty(row))
             if pairs:
                 _require_pair(messages)
         except _BadRow as error:
@@ -142,7 +141,8 @@ def stream_prompts(
     seen: collections.Counter[str] = collections.Counter()
     for place, row in _rows(path, report, skip_bad):
         try:
-            turns = _response_turns(row) if reverse else _prompt_turns(row)
+            told = _without_empty(row)
+            turns = _response_turns(told) if reverse else _prompt_turns(told)
         except _BadRow as error:
             _reject(path, place, str(error), report, skip_bad)
             continue
@@ -255,6 +255,12 @@ def _given_id(row: Row) -> str:
     return str(given) if isinstance(given, str | int) and not isinstance(given, bool) else ""
 
 
+def _without_empty(row: Row) -> Row:
+    """The row without empty conversations, where it has another form beside them."""
+    rest = {name: x for name, x in row.items() if not (name in _CONVERSATIONS and x == [])}
+    return rest if rest.keys() & _FIELDS else row
+
+
 def _parse(row: Row) -> tuple[str, tuple[Message, ...], str | None]:
     """(form, messages, plain text or None) of a row."""
     for field in _CONVERSATIONS:
@@ -360,6 +366,7 @@ def _plain_turns(row: Row, field: str) -> list[Message]:
         where = f"field {field!r}, turn {number}"
         if not isinstance(turn, Mapping):
             raise _BadRow(f"wrong type: {where} must be an object")
+        turn = {name: value for name, value in turn.items() if value is not None}
         role = turn.get("role", turn.get("from"))
         if not isinstance(role, str) or role not in _ROLES:
             raise _BadRow(f"wrong type: {where} needs 'role', one of {sorted(_ROLES)}")

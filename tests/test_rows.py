@@ -41,6 +41,7 @@ def turns_of(row: dict, folder: Path) -> list[tuple[str, str]]:
     return [(m.role, m.content) for m in example.messages]
 
 
+SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "weight": None}]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -54,6 +55,9 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
             "Hi Yes",
         ),
         ({"conversations": CHAT}, "Hi Hello"),
+        ({"messages": [dict.fromkeys(CHAT[0]) | turn for turn in SHARED]}, "Hi Hello"),
+        ({"messages": [], "conversations": CHAT, "id": "a"}, "Hi Hello"),
+        ({"messages": [], **GOOD}, "Name a colour. Blue."),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "Hi Hello"),
         ({"system": "Be brief.", "prompt": CHAT[:1], "completion": CHAT[1:]}, "Be brief. Hi Hello"),
         ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "Add.\n\n1, 2 3"),
@@ -130,6 +134,7 @@ def test_a_first_line_of_a_request_keeps_its_indentation(tmp_path):
         ({"question": "a", "answer": "b", "text": "ab"}, "text of a dialogue"),
         ({"instruction": "a", "output": None, "text": "a"}, "text of a dialogue"),
         ({"messages": []}, "wrong type: field 'messages'"),
+        ({"messages": [], "id": "a"}, "wrong type: field 'messages'"),
         ({"messages": "hello"}, "wrong type: field 'messages'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "turn 1"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "turn 1"),
@@ -272,6 +277,7 @@ def test_prompts_keep_their_row_and_end_with_the_user(tmp_path):
         ({"inputs": "a", "targets": "b"}, "b"),
         ({"output": "b"}, "b"),
         ({"messages": CHAT}, "Hello"),
+        ({"messages": [], **GOOD}, "Blue."),
         ({"messages": [*CHAT, {"role": "user", "content": "More?"}]}, "Hello"),
         ({"conversations": [{"from": "gpt", "value": "Hello"}]}, "Hello"),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "Hello"),
