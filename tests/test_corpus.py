@@ -133,6 +133,11 @@ def titles(text: str) -> list[tuple[int, str]]:
         ("text\n```python\n# no\n```\n# Title\n", [(1, "Title")]),
         ("~~~\n```\n# no\n~~~\n# Title\n", [(1, "Title")]),
         ("````\n```\n# no\n````\n# Title\n", [(1, "Title")]),
+        ("text\n```python\n# Title\n", [(1, "Title")]),
+        ("~~~\n\n# Title\n", [(1, "Title")]),
+        ("````\n# One\n```\n# Two\n", [(1, "One"), (1, "Two")]),
+        ("```\n~~~\n# no\n~~~\n# Title\n", [(1, "Title")]),
+        ("```\n# no\n```\n\n```\n# Title\n", [(1, "Title")]),
         ("a ``` b\n# Title\n", [(1, "Title")]),
         ("```x``` y\n# Title\n", [(1, "Title")]),
         ("  # indented\n", []),
@@ -170,6 +175,13 @@ def test_text_between_rules_is_not_taken_for_a_page_s_fields(text):
     assert [text[p.start : p.end] for p in pieces(text, 100)] == [text.rstrip()]
 
 
+def test_text_below_a_code_mark_that_nothing_closes_is_neither_cut_nor_headed():
+    paragraph = "Some words of a paragraph.\n\n"
+    text = "Run:\n\n```sh\nls\n\n" + paragraph * 9 + "# Title\n\n" + paragraph * 9
+    found = list(pieces(text, 120))
+    assert found[-1].heading == "Title" and max(p.end - p.start for p in found) <= 120
+
+
 def test_a_section_that_fits_stays_whole_and_a_long_one_is_cut_at_its_children():
     text = "# A\n\nintro\n\n## B\n\n" + "b " * 20 + "\n\n## C\n\n" + "c " * 20 + "\n\n# D\n\nd\n"
     assert [p.heading for p in pieces(text, 1000)] == ["A", "D"]
@@ -194,8 +206,9 @@ def test_long_texts_are_cut_into_even_runs_that_fit(lengths, max_chars):
         "# " * 500_000,
         ("# a\n## b\n### c\n#### d\n##### e\n###### f\nSome words.\n" * 20_000),
         "A line.\n\n```\ncode\n```\n\n" * 40_000,
+        "```python\n" * 100_000,
     ],
-    ids=["sections", "paragraphs", "line", "spaces", "hashes", "deep", "code"],
+    ids=["sections", "paragraphs", "line", "spaces", "hashes", "deep", "code", "unclosed"],
 )
 def test_a_document_of_a_megabyte_takes_no_time(text):
     times = []
