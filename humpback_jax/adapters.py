@@ -86,7 +86,7 @@ def load_adapter(name: str, model: LanguageModel) -> Adapter:
             where = f"--adapter={name} (as --model it is prompted in its own wording)"
             require_same_template(own.template, model.template, where)
         return from_peft(found.path, model, own and own.tags)
-    raw = _description(found.path) if found.kind == "checkpoint" else {}
+    raw = read_description(found.path) if found.kind == "checkpoint" else {}
     adapter = stored_adapter(found.path, raw)
     if adapter is None:
         raise HumpbackError(
@@ -164,7 +164,12 @@ def stored_adapter(folder: Path, description: dict[str, Any]) -> Adapter | None:
     return Adapter(spec, load_params(folder / ADAPTER), base, tags)
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `humpback.json` of a checkpoint says.
+
+    Raises:
+      HumpbackError: it is absent, or not readable.
+    """
     path = folder / DESCRIPTION
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from humpback_jax.adapters import (
     Adapter,
     from_peft,
     peft_prompting,
+    read_description,
     require_same_ids,
     same_wording,
     stored_adapter,
@@ -121,7 +122,7 @@ def load_peft(folder: Path, base: str, template: str = "auto", seed: int = 0) ->
 
 
 def load_config(name: str) -> LlamaConfig:
-    """The architecture of a model alone; of well-known ones without any file.
+    """The architecture of a model, without its weights; of well-known ones without any file.
 
     Raises:
       HumpbackError: as `load_model`.
@@ -130,11 +131,21 @@ def load_config(name: str) -> LlamaConfig:
         return _random_config(name)
     if name in PUBLISHED:
         return SHAPES[PUBLISHED[name]]
+    from humpback_jax.weights.gguf_io import read_gguf_config
     from humpback_jax.weights.named import resolve
+    from humpback_jax.weights.peft_io import base_name
     from humpback_jax.weights.safetensors_io import read_config
 
     found = resolve(name)
-    return read_config(found.path) if found.kind == "hf" else load_model(name).config
+    match found.kind:
+        case "hf":
+            return read_config(found.path)
+        case "gguf":
+            return read_gguf_config(found.path)
+        case "checkpoint":
+            return _stored_config(found.path, read_description(found.path))
+        case "peft":
+            return load_config(base_name(found.path))
 
 
 def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any]) -> None:
@@ -268,23 +279,36 @@ def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
     Raises:
       HumpbackError: incomplete or unreadable, or another template was asked for.
     """
-    path = folder / DESCRIPTION
+    raw = read_description(folder)
+    config = _stored_config(folder, raw)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        fields = raw["config"]
-        fields["rope_scaling"] = tuple((key, value) for key, value in fields["rope_scaling"])
-        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
-        config = LlamaConfig(**fields)
-        stored = Template.from_json(json.dumps(raw["template"]), str(path))
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise HumpbackError(f"{path}: not a readable checkpoint description ({error}).") from error
+        stored = Template.from_json(json.dumps(raw["template"]), str(folder / DESCRIPTION))
+        name, tags = raw["name"], raw["tags"]
+    except KeyError as error:
+        raise _undescribed(folder, error) from error
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
     check_vocab(tokenizer, config.vocab_size)
     if template != "auto":
         require_same_template(stored, choose_template(tokenizer, template), str(folder))
     params = load_params(folder / "weights", leaf_shapes(config))
     adapter = stored_adapter(folder, raw)
-    return LanguageModel(raw["name"], config, params, tokenizer, stored, raw["tags"], adapter)
+    return LanguageModel(name, config, params, tokenizer, stored, tags, adapter)
+
+
+def _stored_config(folder: Path, description: dict[str, Any]) -> LlamaConfig:
+    try:
+        fields = description["config"]
+        fields["rope_scaling"] = tuple((key, value) for key, value in fields["rope_scaling"])
+        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+        return LlamaConfig(**fields)
+    except (KeyError, ValueError, TypeError) as error:
+        raise _undescribed(folder, error) from error
+
+
+def _undescribed(folder: Path, error: Exception) -> HumpbackError:
+    return HumpbackError(
+        f"{folder / DESCRIPTION}: not a readable checkpoint description ({error})."
+    )
 
 
 def is_random(name: str) -> bool:
