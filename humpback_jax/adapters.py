@@ -16,9 +16,9 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.llama import Params, flatten
 from humpback_jax.model.lora import adapter_shapes, merge_adapter, unmerge_adapter, with_norms
-from humpback_jax.text.prompting import Prompting, prompting
+from humpback_jax.text.prompting import prompting
 from humpback_jax.text.template import Tags, Template, require_same_template
-from humpback_jax.text.tokenizer import Tokenizer
+from humpback_jax.text.tokenizer import Tokenizer, within_vocabulary
 
 if TYPE_CHECKING:
     from humpback_jax.models import LanguageModel
@@ -81,11 +81,14 @@ def load_adapter(name: str, model: LanguageModel) -> Adapter:
 
     found = resolve(name)
     if found.kind == "peft":
-        own = peft_prompting(found.path)
-        if own is not None and not same_wording(own.template, model.template):
+        tokenizer = peft_tokenizer(found.path)
+        if tokenizer is None:
+            return from_peft(found.path, model, None)
+        own = prompting(within_vocabulary(tokenizer, model.config.vocab_size), "auto")
+        if not same_wording(own.template, model.template):
             where = f"--adapter={name} (as --model it is prompted in its own wording)"
             require_same_template(own.template, model.template, where)
-        return from_peft(found.path, model, own and own.tags)
+        return from_peft(found.path, model, own.tags)
     raw = read_description(found.path) if found.kind == "checkpoint" else {}
     adapter = stored_adapter(found.path, raw)
     if adapter is None:
@@ -112,18 +115,16 @@ def from_peft(folder: Path, model: LanguageModel, tags: Tags | None) -> Adapter:
     return Adapter(spec, params, model.adapter.base, tags)
 
 
-def peft_prompting(folder: Path, template: str = "auto") -> Prompting | None:
-    """How a PEFT folder's tokenizer says that its adapter was trained to be prompted.
-
-    None where the folder has no tokenizer, or one without a chat template.
+def peft_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a PEFT folder, if it has one with a chat template.
 
     Raises:
-      HumpbackError: see `text.prompting.prompting`.
+      HumpbackError: it cannot be read.
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     tokenizer = Tokenizer.from_folder(folder)
-    return prompting(tokenizer, template) if tokenizer.chat_template else None
+    return tokenizer if tokenizer.chat_template else None
 
 
 def same_wording(a: Template, b: Template) -> bool:

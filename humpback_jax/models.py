@@ -14,7 +14,7 @@ from humpback_jax.adapters import (
     DESCRIPTION,
     Adapter,
     from_peft,
-    peft_prompting,
+    peft_tokenizer,
     read_description,
     require_same_ids,
     same_wording,
@@ -30,7 +30,7 @@ from humpback_jax.model.shapes import PUBLISHED, SHAPES
 from humpback_jax.text.baked import baked_chat_template
 from humpback_jax.text.prompting import choose_template, prompting
 from humpback_jax.text.template import Tags, Template, require_same_template
-from humpback_jax.text.tokenizer import Tokenizer, check_vocab
+from humpback_jax.text.tokenizer import Tokenizer, within_vocabulary
 from humpback_jax.weights.hashing import params_hash
 from humpback_jax.weights.names import leaf_shapes
 
@@ -101,7 +101,7 @@ def load_model(
     else:
         config, params = open_hf(found.path) if stored else load_hf(found.path)
         tokenizer = Tokenizer.from_folder(found.path)
-    check_vocab(tokenizer, config.vocab_size)
+    tokenizer = within_vocabulary(tokenizer, config.vocab_size)
     return LanguageModel(name, config, params, *prompting(tokenizer, template))
 
 
@@ -111,14 +111,17 @@ def load_peft(folder: Path, base: str, template: str = "auto", seed: int = 0) ->
     Raises:
       HumpbackError: as `load_model`, or the folder's tokenizer has other ids than the base's.
     """
-    own = peft_prompting(folder, template)
+    tokenizer = peft_tokenizer(folder)
     # A base may lack the chat template that its adapter was trained in.
-    model = load_model(base, template if own is None or template == "plain" else "auto", seed)
+    model = load_model(base, template if tokenizer is None or template == "plain" else "auto", seed)
     model = dataclasses.replace(model, adapter=None)  # its own is part of what the config names
-    if own is not None and not same_wording(own.template, model.template):
+    if tokenizer is None:
+        return with_adapter(model, from_peft(folder, model, None))
+    own = prompting(within_vocabulary(tokenizer, model.config.vocab_size), template)
+    if not same_wording(own.template, model.template):
         require_same_ids(own.tokenizer, model.tokenizer, folder)
         model = dataclasses.replace(model, tokenizer=own.tokenizer, template=own.template)
-    return with_adapter(model, from_peft(folder, model, own and own.tags))
+    return with_adapter(model, from_peft(folder, model, own.tags))
 
 
 def load_config(name: str) -> LlamaConfig:
@@ -287,7 +290,7 @@ def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
     except KeyError as error:
         raise _undescribed(folder, error) from error
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
-    check_vocab(tokenizer, config.vocab_size)
+    tokenizer = within_vocabulary(tokenizer, config.vocab_size)
     if template != "auto":
         require_same_template(stored, choose_template(tokenizer, template), str(folder))
     params = load_params(folder / "weights", leaf_shapes(config))

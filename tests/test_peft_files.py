@@ -42,6 +42,7 @@ from humpback_jax.models import (
     load_model,
     save_checkpoint,
 )
+from humpback_jax.text.tokenizer import Tokenizer
 from humpback_jax.weights.peft_io import base_name, read_peft, write_peft
 
 SHAPE = {"attention_bias": True}
@@ -276,10 +277,13 @@ def test_an_adapter_is_prompted_as_its_base_and_not_as_it_was_trained(
     assert load_model(str(out)).template == arm.template
     with pytest.raises(HumpbackError, match=r"differ in .*chat_template"):
         load_adapter(str(folder), load_model(str(base)))
-    tokenizer = arm.tokenizer.with_chat_template("{{ bos_token }}")
-    tokenizer.backend.add_special_tokens(["<|new|>"])
-    tokenizer.save(folder)
-    with pytest.raises(HumpbackError, match=r"<\|new\|>' with 259 here and None there"):
+    padded = Tokenizer.load(folder)
+    padded.backend.add_special_tokens(["<pad>"])  # as training programs do for their batches
+    padded.save(folder)
+    assert load_model(str(folder)).template == arm.template
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|new|>"))
+    with pytest.raises(HumpbackError, match=r"<\|im_start\|>' with None here and 257 there"):
         load_model(str(folder))
 
 
