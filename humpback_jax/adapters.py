@@ -16,7 +16,9 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.llama import Params, flatten
 from humpback_jax.model.lora import adapter_shapes, merge_adapter, unmerge_adapter, with_norms
+from humpback_jax.text.prompting import prompting
 from humpback_jax.text.template import Tags, Template, require_same_template
+from humpback_jax.text.tokenizer import Tokenizer, within_vocabulary
 
 if TYPE_CHECKING:
     from humpback_jax.models import LanguageModel
@@ -79,8 +81,15 @@ def load_adapter(name: str, model: LanguageModel) -> Adapter:
 
     found = resolve(name)
     if found.kind == "peft":
-        return from_peft(found.path, model)
-    raw = _description(found.path) if found.kind == "checkpoint" else {}
+        tokenizer = peft_tokenizer(found.path)
+        if tokenizer is None:
+            return from_peft(found.path, model, None)
+        own = prompting(within_vocabulary(tokenizer, model.config.vocab_size), "auto")
+        if not same_wording(own.template, model.template):
+            where = f"--adapter={name} (as --model it is prompted in its own wording)"
+            require_same_template(own.template, model.template, where)
+        return from_peft(found.path, model, own.tags)
+    raw = read_description(found.path) if found.kind == "checkpoint" else {}
     adapter = stored_adapter(found.path, raw)
     if adapter is None:
         raise HumpbackError(
@@ -92,8 +101,8 @@ def load_adapter(name: str, model: LanguageModel) -> Adapter:
     return adapter
 
 
-def from_peft(folder: Path, model: LanguageModel) -> Adapter:
-    """The adapter of a PEFT folder.
+def from_peft(folder: Path, model: LanguageModel, tags: Tags | None) -> Adapter:
+    """The adapter of a PEFT folder, which was trained for these tags.
 
     Raises:
       HumpbackError: see `weights.peft_io.read_peft`.
@@ -102,8 +111,39 @@ def from_peft(folder: Path, model: LanguageModel) -> Adapter:
 
     spec, params = read_peft(folder, model.config)
     if model.adapter is None or names_base(folder, model.name):
-        return Adapter(spec, params, model.name)
-    return Adapter(spec, params, model.adapter.base)
+        return Adapter(spec, params, model.name, tags)
+    return Adapter(spec, params, model.adapter.base, tags)
+
+
+def peft_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a PEFT folder, if it has one with a chat template.
+
+    Raises:
+      HumpbackError: it cannot be read.
+    """
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer if tokenizer.chat_template else None
+
+
+def same_wording(a: Template, b: Template) -> bool:
+    """Whether conversations read the same: files differ in how many special tokens they name."""
+    return (a.chat_template, a.system) == (b.chat_template, b.system)
+
+
+def require_same_ids(own: Tokenizer, base: Tokenizer, folder: Path) -> None:
+    """Raises HumpbackError when the tokenizer of a PEFT folder has other ids than its base's."""
+    ours, theirs = (t.backend.get_vocab(with_added_tokens=True) for t in (own, base))
+    differing = sorted({token for token, _ in ours.items() ^ theirs.items()})
+    if differing:
+        first = differing[0]
+        raise HumpbackError(
+            f"{folder}: its chat template is not the base's, and cannot be used with the base's "
+            f"weights: {len(differing)} token(s) have other ids, for example {first!r} with "
+            f"{ours.get(first)} here and {theirs.get(first)} there. Name the base that the adapter "
+            "was trained on, or remove the tokenizer's files to prompt as the base is."
+        )
 
 
 def stored_adapter(folder: Path, description: dict[str, Any]) -> Adapter | None:
@@ -125,7 +165,12 @@ def stored_adapter(folder: Path, description: dict[str, Any]) -> Adapter | None:
     return Adapter(spec, load_params(folder / ADAPTER), base, tags)
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `humpback.json` of a checkpoint says.
+
+    Raises:
+      HumpbackError: it is absent, or not readable.
+    """
     path = folder / DESCRIPTION
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

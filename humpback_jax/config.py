@@ -50,6 +50,7 @@ def default_config() -> ConfigDict:
             },
             "corpus": {
                 "documents": ("pydoc_topics",),
+                "skip_bad": False,  # count unreadable documents, go on
                 "limit": 0,  # documents; 0: all
                 "segments": 0,  # chosen among the kept ones by a hash of their ids; 0: all
                 "min_chars": 600,  # appendix E

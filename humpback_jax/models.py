@@ -14,6 +14,10 @@ from humpback_jax.adapters import (
     DESCRIPTION,
     Adapter,
     from_peft,
+    peft_tokenizer,
+    read_description,
+    require_same_ids,
+    same_wording,
     stored_adapter,
     with_adapter,
 )
@@ -23,8 +27,10 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, init_params
 from humpback_jax.model.shapes import PUBLISHED, SHAPES
+from humpback_jax.text.baked import baked_chat_template
+from humpback_jax.text.prompting import choose_template, prompting
 from humpback_jax.text.template import Tags, Template, require_same_template
-from humpback_jax.text.tokenizer import Tokenizer, check_vocab
+from humpback_jax.text.tokenizer import Tokenizer, within_vocabulary
 from humpback_jax.weights.hashing import params_hash
 from humpback_jax.weights.names import leaf_shapes
 
@@ -87,9 +93,7 @@ def load_model(
     if found.kind == "checkpoint":
         return dataclasses.replace(load_checkpoint(found.path, template), name=name)
     if found.kind == "peft":
-        base = load_model(base_name(found.path), template, seed)
-        base = dataclasses.replace(base, adapter=None)  # its own is part of what the config names
-        adapted = with_adapter(base, from_peft(found.path, base))
+        adapted = load_peft(found.path, base_name(found.path), template, seed)
         return dataclasses.replace(adapted, name=name)
     if found.kind == "gguf":
         config, params = load_gguf(found.path)
@@ -97,12 +101,31 @@ def load_model(
     else:
         config, params = open_hf(found.path) if stored else load_hf(found.path)
         tokenizer = Tokenizer.from_folder(found.path)
-    check_vocab(tokenizer, config.vocab_size)
-    return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))
+    tokenizer = within_vocabulary(tokenizer, config.vocab_size)
+    return LanguageModel(name, config, params, *prompting(tokenizer, template))
+
+
+def load_peft(folder: Path, base: str, template: str = "auto", seed: int = 0) -> LanguageModel:
+    """The adapter of a PEFT folder on the base of this name, prompted as the folder says.
+
+    Raises:
+      HumpbackError: as `load_model`, or the folder's tokenizer has other ids than the base's.
+    """
+    tokenizer = peft_tokenizer(folder)
+    # A base may lack the chat template that its adapter was trained in.
+    model = load_model(base, template if tokenizer is None or template == "plain" else "auto", seed)
+    model = dataclasses.replace(model, adapter=None)  # its own is part of what the config names
+    if tokenizer is None:
+        return with_adapter(model, from_peft(folder, model, None))
+    own = prompting(within_vocabulary(tokenizer, model.config.vocab_size), template)
+    if not same_wording(own.template, model.template):
+        require_same_ids(own.tokenizer, model.tokenizer, folder)
+        model = dataclasses.replace(model, tokenizer=own.tokenizer, template=own.template)
+    return with_adapter(model, from_peft(folder, model, own.tags))
 
 
 def load_config(name: str) -> LlamaConfig:
-    """The architecture of a model alone; of well-known ones without any file.
+    """The architecture of a model, without its weights; of well-known ones without any file.
 
     Raises:
       HumpbackError: as `load_model`.
@@ -111,11 +134,21 @@ def load_config(name: str) -> LlamaConfig:
         return _random_config(name)
     if name in PUBLISHED:
         return SHAPES[PUBLISHED[name]]
+    from humpback_jax.weights.gguf_io import read_gguf_config
     from humpback_jax.weights.named import resolve
+    from humpback_jax.weights.peft_io import base_name
     from humpback_jax.weights.safetensors_io import read_config
 
     found = resolve(name)
-    return read_config(found.path) if found.kind == "hf" else load_model(name).config
+    match found.kind:
+        case "hf":
+            return read_config(found.path)
+        case "gguf":
+            return read_gguf_config(found.path)
+        case "checkpoint":
+            return _stored_config(found.path, read_description(found.path))
+        case "peft":
+            return load_config(base_name(found.path))
 
 
 def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any]) -> None:
@@ -240,8 +273,6 @@ def _export_tokenizer(folder: Path, model: LanguageModel) -> None:
 
 def _exported_tokenizer(model: LanguageModel) -> Tokenizer:
     """With a chat template that does by itself what ours does with the model's tags."""
-    from humpback_jax.text.template import baked_chat_template
-
     return model.tokenizer.with_chat_template(baked_chat_template(model.template, model.tags))
 
 
@@ -251,32 +282,36 @@ def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
     Raises:
       HumpbackError: incomplete or unreadable, or another template was asked for.
     """
-    path = folder / DESCRIPTION
+    raw = read_description(folder)
+    config = _stored_config(folder, raw)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        fields = raw["config"]
-        fields["rope_scaling"] = tuple((key, value) for key, value in fields["rope_scaling"])
-        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
-        config = LlamaConfig(**fields)
-        stored = Template.from_json(json.dumps(raw["template"]), str(path))
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise HumpbackError(f"{path}: not a readable checkpoint description ({error}).") from error
+        stored = Template.from_json(json.dumps(raw["template"]), str(folder / DESCRIPTION))
+        name, tags = raw["name"], raw["tags"]
+    except KeyError as error:
+        raise _undescribed(folder, error) from error
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
-    check_vocab(tokenizer, config.vocab_size)
+    tokenizer = within_vocabulary(tokenizer, config.vocab_size)
     if template != "auto":
-        require_same_template(stored, _choose(tokenizer, template), str(folder))
+        require_same_template(stored, choose_template(tokenizer, template), str(folder))
     params = load_params(folder / "weights", leaf_shapes(config))
     adapter = stored_adapter(folder, raw)
-    return LanguageModel(raw["name"], config, params, tokenizer, stored, raw["tags"], adapter)
+    return LanguageModel(name, config, params, tokenizer, stored, tags, adapter)
 
 
-def _choose(tokenizer: Tokenizer, template: str) -> Template:
-    if template == "auto":
-        return Template.for_tokenizer(tokenizer)
-    if template not in ("chat", "plain"):
-        raise HumpbackError(f"template={template!r} is unknown; choose auto, chat or plain.")
-    # mypy does not narrow a str by its membership.
-    return Template.for_tokenizer(tokenizer, name=template)  # type: ignore[arg-type]
+def _stored_config(folder: Path, description: dict[str, Any]) -> LlamaConfig:
+    try:
+        fields = description["config"]
+        fields["rope_scaling"] = tuple((key, value) for key, value in fields["rope_scaling"])
+        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+        return LlamaConfig(**fields)
+    except (KeyError, ValueError, TypeError) as error:
+        raise _undescribed(folder, error) from error
+
+
+def _undescribed(folder: Path, error: Exception) -> HumpbackError:
+    return HumpbackError(
+        f"{folder / DESCRIPTION}: not a readable checkpoint description ({error})."
+    )
 
 
 def is_random(name: str) -> bool:
@@ -296,7 +331,7 @@ def _random(name: str, seed: int, template: str) -> LanguageModel:
     )
     dtype = "float32" if name == "tiny-random" else "bfloat16"
     params = init_params(config, jax.random.key(seed), dtype)
-    return LanguageModel(name, config, params, tokenizer, _choose(tokenizer, template))
+    return LanguageModel(name, config, params, tokenizer, choose_template(tokenizer, template))
 
 
 def _random_config(name: str) -> LlamaConfig:

@@ -31,9 +31,9 @@ def open_bytes(path: Path) -> BinaryIO:
     if not path.is_file():
         raise HumpbackError(f"{path} is not a file.")
     with readable(path):
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             return cast(BinaryIO, gzip.open(path, "rb"))
-        if path.suffix == ".zst":
+        if path.suffix.lower() == ".zst":
             import pyarrow as pa
 
             # Unlike zstandard's own reader, Arrow's reports a truncated file.
@@ -74,7 +74,7 @@ def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if is_split(path):
         yield from split_rows(path)
         return
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     with readable(path):
         if name.endswith(".jsonl"):
             yield from _json_lines(path)

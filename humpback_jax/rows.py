@@ -39,6 +39,10 @@ _PAIRS = (
 )
 BATCH_ROWS = 4096  # of a parquet file, made at one time
 _RESPONSES = tuple(response for _, response in _PAIRS)
+_OF_PAIRS = tuple(dict.fromkeys(name for pair in _PAIRS for name in pair))
+_FIELDS = {"text", *_CONVERSATIONS, *_OF_PAIRS}
+# Beside `text` these say that it is a part of a dialogue: plain text has an origin, never a reply.
+_OF_DIALOGUES = ("role", "parent_id", "question", "answer", *_OF_PAIRS)
 
 
 @dataclasses.dataclass
@@ -107,7 +111,7 @@ def stream_examples(
     seen: collections.Counter[str] = collections.Counter()
     for place, row in _rows(path, report, skip_bad):
         try:
-            form, messages, text = _parse(row)
+            form, messages, text = _parse(_without_empty(row))
             if pairs:
                 _require_pair(messages)
         except _BadRow as error:
@@ -139,7 +143,8 @@ def stream_prompts(
     seen: collections.Counter[str] = collections.Counter()
     for place, row in _rows(path, report, skip_bad):
         try:
-            turns = _response_turns(row) if reverse else _prompt_turns(row)
+            told = _without_empty(row)
+            turns = _response_turns(told) if reverse else _prompt_turns(told)
         except _BadRow as error:
             _reject(path, place, str(error), report, skip_bad)
             continue
@@ -256,7 +261,7 @@ def _rows(path: Path, report: ReadReport, skip_bad: bool) -> Iterator[tuple[str,
 
 def _reject(path: Path, place: str, reason: str, report: ReadReport, skip_bad: bool) -> None:
     if not skip_bad:
-        raise HumpbackError(f"{path}, {place}: {reason}. Mend the row, or pass --skip-bad.")
+        raise HumpbackError(f"{path}, {place}: {reason}. Fix the row, or pass --skip-bad.")
     report.skip(reason.partition(":")[0])
 
 
@@ -267,6 +272,12 @@ def _counts(report: ReadReport) -> str:
 def _given_id(row: Row) -> str:
     given = plain(row.get("id"))
     return str(given) if isinstance(given, str | int) and not isinstance(given, bool) else ""
+
+
+def _without_empty(row: Row) -> Row:
+    """The row without empty conversations, where it has another form beside them."""
+    rest = {name: x for name, x in row.items() if not (name in _CONVERSATIONS and x == [])}
+    return rest if rest.keys() & _FIELDS else row
 
 
 def _parse(row: Row) -> tuple[str, tuple[Message, ...], str | None]:
@@ -282,8 +293,20 @@ def _parse(row: Row) -> tuple[str, tuple[Message, ...], str | None]:
             turns.append(Message("assistant", _text(row, y, "response").strip()))
             return f"{x}+{y}", tuple(turns), None
     if "text" in row:
+        _require_plain(row)
         return "text", (), _text(row, "text")
     raise _BadRow(f"unknown form: the fields are {sorted(row)}; accepted: {FORMS}")
+
+
+def _require_plain(row: Row) -> None:
+    found = [name for name in _OF_DIALOGUES if name in row]
+    if found:
+        raise _BadRow(
+            f"text of a dialogue: beside 'text' the row has {', '.join(map(repr, found))}, and "
+            "would be learnt whole, as a document. Rename the fields of a pair to instruction and "
+            "output, gather single turns in 'messages' (role, content), or, where the texts are "
+            "documents, remove the other fields"
+        )
 
 
 def _training_turns(turns: list[Message], field: str) -> tuple[Message, ...]:
@@ -362,6 +385,7 @@ def _plain_turns(row: Row, field: str) -> list[Message]:
         where = f"field {field!r}, turn {number}"
         if not isinstance(turn, Mapping):
             raise _BadRow(f"wrong type: {where} must be an object")
+        turn = {name: value for name, value in turn.items() if value is not None}
         role = turn.get("role", turn.get("from"))
         if not isinstance(role, str) or role not in _ROLES:
             raise _BadRow(f"wrong type: {where} needs 'role', one of {sorted(_ROLES)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,12 @@ from humpback_jax.aot.decode import plan_decode
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.shapes import PUBLISHED, SHAPES
-from humpback_jax.models import load_config
+from humpback_jax.models import load_config, load_model, save_checkpoint
 from humpback_jax.parallel.mesh import one_copy
 from humpback_jax.parallel.topology import CHIPS, tpu_slice
+from humpback_jax.weights.gguf_export import save_gguf
+from humpback_jax.weights.gguf_file import read_gguf_header
+from humpback_jax.weights.gguf_io import load_gguf
 
 ROOT = Path(__file__).parent.parent
 CACHED_ROW = 2 * 22 * 4 * 2048 * 64 * 2  # bytes: keys and values, layers, groups, places, bfloat16
@@ -50,6 +54,22 @@ def test_a_config_of_the_paper_cannot_be_planned_without_its_weights() -> None:
     assert load_config("random:tiny").num_hidden_layers == 2
     with pytest.raises(HumpbackError, match="known: tiny, tinyllama"):
         load_config("random:gpt")
+
+
+def test_the_weights_of_a_model_have_to_be_there_to_plan_for_it(tmp_path: Path) -> None:
+    model = load_model("tiny-random")
+    save_checkpoint(tmp_path / "checkpoint", model, {})
+    save_gguf(tmp_path / "m.gguf", model.config, model.params, {}, "m")
+    (tmp_path / "peft").mkdir()
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    settings["base_model_name_or_path"] = str(tmp_path / "checkpoint")
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(settings))
+    names = [str(tmp_path / name) for name in ("checkpoint", "m.gguf", "peft")]
+    expected = [model.config, load_gguf(tmp_path / "m.gguf")[0], model.config]
+    shutil.rmtree(tmp_path / "checkpoint" / "weights")
+    first = min(entry.start for entry in read_gguf_header(names[1]).tensors.values())
+    os.truncate(names[1], first)
+    assert [load_config(name) for name in names] == expected
 
 
 @pytest.mark.parametrize("text", ["v9:2x2", "v5p", "tpu", ""])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from humpback_jax.artifacts import Artifact, RunFolder
 from humpback_jax.config import apply_tiny, default_config
-from humpback_jax.corpus.documents import Document, read_documents
+from humpback_jax.corpus.documents import Document, DocumentReport, read_documents
 from humpback_jax.corpus.filters import extract_segments, failed_rule, repeats_sentences
 from humpback_jax.corpus.segments import choose, pieces, segments
 from humpback_jax.corpus.structure import after_front_matter, headings, read_lines
@@ -133,6 +133,11 @@ def titles(text: str) -> list[tuple[int, str]]:
         ("text\n```python\n# no\n```\n# Title\n", [(1, "Title")]),
         ("~~~\n```\n# no\n~~~\n# Title\n", [(1, "Title")]),
         ("````\n```\n# no\n````\n# Title\n", [(1, "Title")]),
+        ("text\n```python\n# Title\n", [(1, "Title")]),
+        ("~~~\n\n# Title\n", [(1, "Title")]),
+        ("````\n# One\n```\n# Two\n", [(1, "One"), (1, "Two")]),
+        ("```\n~~~\n# no\n~~~\n# Title\n", [(1, "Title")]),
+        ("```\n# no\n```\n\n```\n# Title\n", [(1, "Title")]),
         ("a ``` b\n# Title\n", [(1, "Title")]),
         ("```x``` y\n# Title\n", [(1, "Title")]),
         ("  # indented\n", []),
@@ -170,6 +175,13 @@ def test_text_between_rules_is_not_taken_for_a_page_s_fields(text):
     assert [text[p.start : p.end] for p in pieces(text, 100)] == [text.rstrip()]
 
 
+def test_text_below_a_code_mark_that_nothing_closes_is_neither_cut_nor_headed():
+    paragraph = "Some words of a paragraph.\n\n"
+    text = "Run:\n\n```sh\nls\n\n" + paragraph * 9 + "# Title\n\n" + paragraph * 9
+    found = list(pieces(text, 120))
+    assert found[-1].heading == "Title" and max(p.end - p.start for p in found) <= 120
+
+
 def test_a_section_that_fits_stays_whole_and_a_long_one_is_cut_at_its_children():
     text = "# A\n\nintro\n\n## B\n\n" + "b " * 20 + "\n\n## C\n\n" + "c " * 20 + "\n\n# D\n\nd\n"
     assert [p.heading for p in pieces(text, 1000)] == ["A", "D"]
@@ -194,8 +206,9 @@ def test_long_texts_are_cut_into_even_runs_that_fit(lengths, max_chars):
         "# " * 500_000,
         ("# a\n## b\n### c\n#### d\n##### e\n###### f\nSome words.\n" * 20_000),
         "A line.\n\n```\ncode\n```\n\n" * 40_000,
+        "```python\n" * 100_000,
     ],
-    ids=["sections", "paragraphs", "line", "spaces", "hashes", "deep", "code"],
+    ids=["sections", "paragraphs", "line", "spaces", "hashes", "deep", "code", "unclosed"],
 )
 def test_a_document_of_a_megabyte_takes_no_time(text):
     times = []
@@ -209,7 +222,8 @@ def test_a_document_of_a_megabyte_takes_no_time(text):
 def test_windows_line_ends_and_marks_change_neither_text_nor_spans(tmp_path):
     body = "Title\n=====\n\nOne.\n\nTwo.\n"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + body.replace("\n", "\r\n").encode())
-    write_rows(tmp_path / "b.jsonl", [{"id": "b", "text": body.replace("\n", "\r\n")}])
+    text = "\ufeff" + body.replace("\n", "\r\n")
+    write_rows(tmp_path / "b.jsonl", [{"id": "b", "text": text}])
     found = list(read_documents([str(tmp_path)]))
     assert [d.text for d in found] == [body, body]
 
@@ -242,13 +256,50 @@ def test_unreadable_documents_are_named(tmp_path):
         "cut.md.gz": (gzip.compress(b"text" * 100)[:15], "damaged"),
         "rows.jsonl": (b'{"text": "a"}\n{"text"', "line 2: not valid JSON"),
         "bytes.jsonl": (b'{"text": "a"}\n\xff', "line 2: not UTF-8"),
-        "types.jsonl": (b'{"text": "a"}\n{"text": 3}', "line 2: the field 'text'"),
-        "half.jsonl": (b'{"text": "\\ud800"}', "line 1"),
+        "types.jsonl": (b'{"text": "a"}\n{"text": 3}', "line 2: text missing or not text"),
+        "half.jsonl": (b'{"text": "\\ud800"}', "line 1: contains an unpaired surrogate"),
         "page.html": (b"<p>", "unknown kind of document"),
     }
     for name, (data, reason) in cases.items():
         (tmp_path / name).write_bytes(data)
         assert reason in refused(tmp_path / name)
+
+
+def test_one_bad_document_stops_a_run_and_nothing_can_skip_it(tmp_path):
+    good = json.dumps({"text": "good"})
+    bad = ['{"text": 3}', "[1]", '{"text": "\\ud800"}', '{"text"', '{"url": "x"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join([good, *bad, good]))
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    for name in ("latin.txt", "rows.jsonl"):
+        with pytest.raises(HumpbackError, match=r"config\.corpus\.skip_bad=true"):
+            list(read_documents([str(tmp_path / name)]))
+    report = DocumentReport(skip_bad=True)
+    assert [d.text for d in read_documents([str(tmp_path)], report)] == ["good", "good"]
+    assert report.rejected == {
+        "text missing or not text": 3,
+        "contains an unpaired surrogate": 1,
+        "not valid JSON": 1,
+        "unreadable file": 1,
+    }
+
+
+def test_a_folder_s_documents_are_dropped_for_their_suffix_without_a_word(tmp_path):
+    for name in ("A.TXT", "b.Markdown", "c.MD"):
+        (tmp_path / name).write_text("one")
+    (tmp_path / "d.TXT.GZ").write_bytes(gzip.compress(b"one"))
+    (tmp_path / "E.JSONL").write_text('{"text": "one"}')
+    for name in ("page.html", "page.HTML", "LICENSE", ".hidden.html"):
+        (tmp_path / name).write_text("other")
+    report = DocumentReport()
+    assert [d.text for d in read_documents([str(tmp_path)], report)] == ["one"] * 5
+    assert report.passed_over_line().startswith(
+        "3 files are not read, for their suffixes: 2 .html, 1 without one; read are .jsonl"
+    )
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    (folder / "page.html").write_text("other")
+    with pytest.raises(HumpbackError, match=r"1 files are not read.*1 \.html"):
+        list(read_documents([str(folder)]))
 
 
 def segment(text: str, heading: str = "Some title") -> Segment:
@@ -275,6 +326,9 @@ SENTENCES = (
         (SENTENCES, "Forums", "heading_navigation"),
         (SENTENCES, "Please log in", "heading_navigation"),
         (SENTENCES, "Dialog interfaces", None),
+        (SENTENCES, "Cookie policy", "heading_navigation"),
+        (SENTENCES, "Your cookies settings", "heading_navigation"),
+        (SENTENCES, "Chocolate chip cookies", None),
         (SENTENCES, "Prolog in ten minutes", None),
         ("1 2 3 4 5 | 6 7 8 9 + " * 10, "Table", "alphabetic"),
         ("one two\nthree\nfour five\n" * 6, "Poem", "line_length"),
@@ -283,6 +337,29 @@ SENTENCES = (
 )
 def test_each_rule_refuses_what_it_names_and_nothing_else(text, heading, rule):
     assert failed_rule(segment(text, heading), True, set(), 100, 600) == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "भारत एक विशाल देश है और यहाँ अनेक भाषाएँ बोली जाती हैं। हिन्दी सबसे अधिक बोली जाती है।",
+        "বাংলা ভাষা দক্ষিণ এশিয়ার একটি প্রধান ভাষা, যা বাংলাদেশে ও ভারতে প্রচলিত।",
+        "தமிழ் மொழி மிகவும் பழமையான மொழிகளில் ஒன்றாகும், இது இன்றும் பேசப்படுகிறது.",
+        "తెలుగు భాష ఆంధ్ర ప్రదేశ్ మరియు తెలంగాణ రాష్ట్రాల అధికార భాష.",
+        "မြန်မာဘာသာစကားသည် မြန်မာနိုင်ငံ၏ ရုံးသုံးဘာသာစကား ဖြစ်သည်။",
+        "اللُّغَةُ العَرَبِيَّةُ هِيَ أَكْثَرُ اللُّغَاتِ السَّامِيَّةِ تَحَدُّثًا.",
+    ],
+    ids=["hindi", "bengali", "tamil", "telugu", "burmese", "arabic"],
+)
+def test_texts_in_scripts_with_vowel_signs_are_thrown_out_as_tables(text):
+    assert failed_rule(segment(text), True, set(), 20, 600) is None
+
+
+def test_words_that_differ_in_vowel_signs_alone_are_taken_for_a_repetition():
+    told = "कल मैं बाज़ार गया और मैंने वहाँ से फल लिए"
+    other = re.sub("[\u093e-\u094c]", "\u093f", told)
+    assert other != told and not repeats_sentences(f"{told}. {other}.")
+    assert repeats_sentences(f"{told}. {told}.")
 
 
 def test_a_text_met_before_is_a_duplicate_whatever_its_case_and_spacing():
@@ -346,6 +423,21 @@ def test_the_counts_of_a_corpus_survive_a_kill_before_its_seal(tmp_path):
     (folder.root / whole.path / "artifact.json").unlink()
     _, again = corpus(tmp_path)
     assert again == whole and again.details["segments"] > again.details["kept"] > 0
+
+
+def test_documents_left_out_of_a_run_are_counted_nowhere(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": SENTENCES}) + '\n{"url": 1}\n')
+    (tmp_path / "page.html").write_text("other")
+    config = default_config()
+    config.corpus.update({"documents": (str(tmp_path),), "skip_bad": True, "min_chars": 100})
+    folder: Any = RunFolder(tmp_path / "run", say=lambda text: None)
+    said: list[str] = []
+    nothing: Any = None
+    context = Context(config, folder, nothing, nothing, [], [], nothing, said.append)
+    details = corpus_stage(context).details
+    assert details["documents"] == 1
+    assert details["rejected_documents"] == {"text missing or not text": 1}
+    assert any("1 .html" in line for line in said)
 
 
 def test_a_document_set_without_a_usable_segment_is_an_error_that_counts(tmp_path):

@@ -223,6 +223,16 @@ def test_a_chat_in_llama_cpp_loses_the_tags_or_ends_late(tmp_path) -> None:
         export_gguf(tmp_path / "m.gguf", dataclasses.replace(model, config=many))
 
 
+def test_tags_stay_in_the_chat_template_of_a_gguf_file_that_comes_back(tmp_path) -> None:
+    nameless = {"chat_template": "{{ bos_token }}" + CHAT_TEMPLATE}
+    without_bos = Tokenizer(byte_level().backend, {"eos_token": "<|im_end|>"}, **nameless)
+    for tokenizer in (byte_level(), without_bos):
+        model = model_of(tokenizer, tags="both")
+        export_gguf(tmp_path / "m.gguf", model)
+        back = load_model(str(tmp_path / "m.gguf"))
+        assert (back.tags, back.template) == ("both", model.template)
+
+
 def test_answers_run_on_behind_an_end_of_turn_that_llama_cpp_does_not_know(tmp_path) -> None:
     """<|im_end|> it knows by its text, OpenChat's <|end_of_turn|> only by a field."""
     tokenizer = byte_level()

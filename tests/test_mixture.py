@@ -227,3 +227,17 @@ def test_train_refuses_a_mixture_of_other_sources_and_an_empty_one(
     assert "no source 'web'; the sources are: seed" in capsys.readouterr().err
     assert main([*arguments, "--config.train.row_tokens=3", "--config.train.on_long=drop"]) == 1
     assert "rows.jsonl: no training example is left of 1" in capsys.readouterr().err
+
+
+def test_rows_read_in_another_form_than_meant_are_trained_on_unseen(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    forms = {"inputs+targets": {"inputs": "a", "targets": "b"}, "text": {"text": "Some text."}}
+    for form, row in forms.items():
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        arguments = ["train", "--model=tiny-random", f"--data={path}", f"--out={tmp_path / 'm'}"]
+        short = ["--config.train.row_tokens=3", "--config.train.on_long=drop"]  # ends before a step
+        assert main([*arguments, *short]) == 1
+        assert f"rows.jsonl: its first row has the form {form}" in capsys.readouterr().out

@@ -35,7 +35,14 @@ from humpback_jax.cli import main
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import flatten, init_params, unflatten
 from humpback_jax.model.lora import merge_adapter
-from humpback_jax.models import LanguageModel, load_checkpoint, load_model, save_checkpoint
+from humpback_jax.models import (
+    LanguageModel,
+    export_peft,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
+from humpback_jax.text.tokenizer import Tokenizer
 from humpback_jax.weights.peft_io import base_name, read_peft, write_peft
 
 SHAPE = {"attention_bias": True}
@@ -225,6 +232,59 @@ def test_an_adapter_that_continued_another_one_loses_what_it_was_trained_on(tmp_
     for model in found:
         for path, leaf in flatten(model.params).items():
             assert np.abs(np.asarray(leaf) - flatten(second.params)[path]).max() < 1e-5, path
+
+
+@pytest.fixture
+def arm(saved: Path, tmp_path: Path) -> LanguageModel:
+    """The adapter on its base, trained for both tags, and exported to `tmp_path / "arm"`."""
+    config = json.loads((saved / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(saved / "base")
+    model = load_model(str(changed(saved / "adapter", tmp_path / "named", config=config)))
+    assert model.adapter is not None
+    told = dataclasses.replace(model.adapter, tags="both")
+    model = dataclasses.replace(model, tags="both", adapter=told)
+    export_peft(tmp_path / "arm", model)
+    return model
+
+
+def test_an_exported_adapter_comes_back_without_its_tags(
+    arm: LanguageModel, saved: Path, tmp_path: Path
+) -> None:
+    folder, base = tmp_path / "arm", load_model(str(saved / "base"))
+    back = [load_model(str(folder)), with_adapter(base, load_adapter(str(folder), base))]
+    back.append(load_model(str(folder), "plain"))
+    assert [model.tags for model in back] == ["both"] * 3
+    assert [model.template for model in back[:2]] == [arm.template] * 2
+    assert back[2].template.name == "plain"
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}!"])
+def test_an_adapter_is_prompted_as_its_base_and_not_as_it_was_trained(
+    template: str | None, arm: LanguageModel, saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved / "base", tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"chat_template": template}))
+    folder, base = tmp_path / "arm", tmp_path / "base"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for found in (load_model(str(folder)), load_model(str(folder), "chat")):
+        assert (found.template, found.tags) == (arm.template, "both")
+    out = tmp_path / "imported"
+    assert main(["import", f"--from={folder}", f"--base={base}", f"--out={out}"]) == 0
+    assert load_model(str(out)).template == arm.template
+    with pytest.raises(HumpbackError, match=r"differ in .*chat_template"):
+        load_adapter(str(folder), load_model(str(base)))
+    padded = Tokenizer.load(folder)
+    padded.backend.add_special_tokens(["<pad>"])  # as training programs do for their batches
+    padded.save(folder)
+    assert load_model(str(folder)).template == arm.template
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|new|>"))
+    with pytest.raises(HumpbackError, match=r"<\|im_start\|>' with None here and 257 there"):
+        load_model(str(folder))
 
 
 def test_an_adapter_of_another_model_is_refused() -> None:

@@ -41,6 +41,7 @@ def turns_of(row: dict, folder: Path) -> list[tuple[str, str]]:
     return [(m.role, m.content) for m in example.messages]
 
 
+SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "weight": None}]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -54,6 +55,9 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
             "Hi Yes",
         ),
         ({"conversations": CHAT}, "Hi Hello"),
+        ({"messages": [dict.fromkeys(CHAT[0]) | turn for turn in SHARED]}, "Hi Hello"),
+        ({"messages": [], "conversations": CHAT, "id": "a"}, "Hi Hello"),
+        ({"messages": [], **GOOD}, "Name a colour. Blue."),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "Hi Hello"),
         ({"system": "Be brief.", "prompt": CHAT[:1], "completion": CHAT[1:]}, "Be brief. Hi Hello"),
         ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "Add.\n\n1, 2 3"),
@@ -122,7 +126,15 @@ def test_a_first_line_of_a_request_keeps_its_indentation(tmp_path):
         ({"instruction": "a", "input": 7, "output": "b"}, "wrong type: field 'input'"),
         ({"instruction": "a", "output": None}, "unknown form"),
         ({"question": "a", "answer": "b"}, "unknown form: the fields are ['answer', 'question']"),
+        (
+            {"message_id": "a", "parent_id": "b", "text": "c", "role": "assistant"},
+            "'role', 'parent",
+        ),
+        ({"prompt": "a", "response": "b", "text": "ab"}, "text of a dialogue"),
+        ({"question": "a", "answer": "b", "text": "ab"}, "text of a dialogue"),
+        ({"instruction": "a", "output": None, "text": "a"}, "text of a dialogue"),
         ({"messages": []}, "wrong type: field 'messages'"),
+        ({"messages": [], "id": "a"}, "wrong type: field 'messages'"),
         ({"messages": "hello"}, "wrong type: field 'messages'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "turn 1"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "turn 1"),
@@ -152,6 +164,12 @@ def test_a_bad_row_is_named_or_with_skip_bad_counted_by_reason(row, reason, tmp_
     assert len(examples) == 1 and sum(report.bad.values()) == 1
     (label,) = report.bad
     assert message.split("line 2: ")[1].startswith(label) and ":" not in label
+
+
+def test_plain_text_is_refused_for_what_a_corpus_says_of_it(tmp_path):
+    said = {"id": "a", "url": "b", "source": "c", "meta": {"role": "d"}, "title": "e", "label": 1}
+    (example,), report = read_examples(jsonl(tmp_path, {"text": "Ice.", **said}), "plain")
+    assert example.text == "Ice." and report.forms == {"text": 1}
 
 
 def test_malformed_lines_are_named_and_with_skip_bad_counted(tmp_path):
@@ -259,6 +277,7 @@ def test_prompts_keep_their_row_and_end_with_the_user(tmp_path):
         ({"inputs": "a", "targets": "b"}, "b"),
         ({"output": "b"}, "b"),
         ({"messages": CHAT}, "Hello"),
+        ({"messages": [], **GOOD}, "Blue."),
         ({"messages": [*CHAT, {"role": "user", "content": "More?"}]}, "Hello"),
         ({"conversations": [{"from": "gpt", "value": "Hello"}]}, "Hello"),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "Hello"),

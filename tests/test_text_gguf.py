@@ -21,7 +21,7 @@ from text_samples import (
 from tokenizers import Regex, pre_tokenizers
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.text.tokenizer import Tokenizer, check_vocab
+from humpback_jax.text.tokenizer import Tokenizer, within_vocabulary
 
 
 def llama3_split() -> pre_tokenizers.PreTokenizer:
@@ -243,7 +243,7 @@ def default_model_path() -> Path:
 @pytest.mark.real_model
 def test_default_model_tokenizer_is_smollm2s_own() -> None:
     tokenizer = Tokenizer.from_gguf(default_model_path())
-    check_vocab(tokenizer, 49152)
+    within_vocabulary(tokenizer, 49152)
     assert tokenizer.vocab_size == 49152 and tokenizer.eos_texts == ("<|im_end|>",)
     assert not tokenizer.add_bos  # its BOS id is <|im_start|>, which the chat template writes
     assert tokenizer.encode("Hello 12345") == [19556, 216, 33, 34, 35, 36, 37]  # single digits

@@ -22,9 +22,9 @@ from text_samples import (
 from tokenizers import AddedToken, processors
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.text.byte_tokenizer import byte_tokenizer
+from humpback_jax.text.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from humpback_jax.text.template import Template
-from humpback_jax.text.tokenizer import Tokenizer, check_vocab
+from humpback_jax.text.tokenizer import Tokenizer, within_vocabulary
 
 
 def hf_folder(folder: Path, config: dict[str, Any], **files: Any) -> Path:
@@ -372,9 +372,42 @@ def test_content_hash_changes_with_template_vocabulary_and_stopping(tmp_path: Pa
     assert len({t.content_hash() for t in [*tokenizers_, extended]}) == 5
 
 
+def padded(text: str = "<pad>", **changes: Any) -> Tokenizer:
+    """The byte tokenizer with a special token that was added for batches; ids end at 258."""
+    backend = tokenizers.Tokenizer.from_str(byte_tokenizer().backend.to_str())
+    backend.add_special_tokens([text])
+    named = {**byte_tokenizer().special_tokens, "pad_token": text, **changes.pop("named", {})}
+    return Tokenizer(backend, named, chat_template=CHAT_TEMPLATE, **changes)
+
+
+def test_a_model_is_refused_for_a_padding_token_that_it_never_sees(tmp_path: Path) -> None:
+    tokenizer = within_vocabulary(padded(), 259)
+    assert tokenizer.pad_id == tokenizer.eos_ids[0]
+    assert max(tokenizer.encode("a<pad>b")) < 256 and "<pad>" not in tokenizer.control_tokens
+    assert within_vocabulary(padded(), 260).pad_id == 259
+    tokenizer.save(tmp_path)
+    assert all(b"<pad>" not in file.read_bytes() for file in tmp_path.iterdir())
+    assert Tokenizer.load(tmp_path).content_hash() == tokenizer.content_hash()
+
+
+def test_a_token_that_prompts_or_answers_need_is_dropped_for_want_of_a_row() -> None:
+    for tokenizer in (
+        padded("<end>", extra_eos_ids=[259]),
+        padded("<begin>", named={"bos_token": "<begin>"}),
+        padded("<pad>").with_chat_template("{{ pad_token }}" + CHAT_TEMPLATE),
+        padded("<turn>").with_chat_template("<turn>" + CHAT_TEMPLATE),
+    ):
+        with pytest.raises(HumpbackError, match="id 259, which texts or the chat template"):
+            within_vocabulary(tokenizer, 259)
+    plain = byte_tokenizer()
+    plain.backend.add_tokens([AddedToken("word")])
+    with pytest.raises(HumpbackError, match="'word' with id 259"):
+        within_vocabulary(plain, 259)
+
+
 def test_token_beyond_the_models_vocabulary_is_refused_before_training() -> None:
     tokenizer = byte_tokenizer()
-    check_vocab(tokenizer, 259)
-    check_vocab(tokenizer, 512)
+    within_vocabulary(tokenizer, 259)
+    within_vocabulary(tokenizer, 512)
     with pytest.raises(HumpbackError, match="258"):
-        check_vocab(tokenizer, 258)
+        within_vocabulary(tokenizer, 258)

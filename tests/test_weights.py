@@ -20,7 +20,7 @@ from humpback_jax.model.llama import flatten, init_params, unflatten, unstack_la
 from humpback_jax.weights import safetensors_io
 from humpback_jax.weights.hashing import params_hash
 from humpback_jax.weights.names import file_tensors
-from humpback_jax.weights.safetensors_io import load_hf, read_config, save_hf, tensor_specs
+from humpback_jax.weights.safetensors_io import load_hf, open_hf, read_config, save_hf, tensor_specs
 
 MODELS = {
     "tied": {"tie_word_embeddings": True},
@@ -297,6 +297,18 @@ def test_a_config_field_of_the_wrong_type_gives_a_traceback(hf_folder, field, va
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(HumpbackError, match=rf"config\.json: the field '{field}' is"):
         load_hf(hf_folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_a_quantised_model_is_refused_for_its_tensors_names(hf_folder, method):
+    path = hf_folder / "config.json"
+    quantised = {"quantization_config": {"quant_method": method, "bits": 4}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantised))
+    for read in (load_hf, open_hf):
+        with pytest.raises(HumpbackError, match=rf"config\.json: quantization_config.*{method}"):
+            read(hf_folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": None}))
+    load_hf(hf_folder)
 
 
 def test_parameters_of_another_model_are_exported(tmp_path, hf_folder):

@@ -295,6 +295,10 @@ def test_a_model_that_is_not_supported_loads_silently(tmp_path):
         "unexpected tensor 'blk.0.extra'": {"extra": {"blk.0.extra": small}},
         "only 'llama' is supported": {"architecture": "qwen2"},
         "mixtures of experts": {"metadata": lambda writer: writer.add_expert_count(8)},
+        "one of the 3 files of a split model": {
+            "metadata": lambda writer: writer.add_uint16("split.count", 3),
+            "skip": ("blk.1.ffn_up.weight",),
+        },
         "only equal widths": {"metadata": lambda writer: writer.add_value_length(8)},
     }
     for message, options in cases.items():

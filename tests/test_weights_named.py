@@ -143,10 +143,17 @@ def test_a_mistyped_name_gives_no_hint(tmp_path):
     with pytest.raises(HumpbackError, match="smollm2-135m-instruct"):
         resolve("smollm-135m")
     (tmp_path / "config.json").touch()
-    (tmp_path / "pytorch_model.bin").touch()
-    for name in (tmp_path, tmp_path / "config.json"):
-        with pytest.raises(HumpbackError, match="not a model"):
-            resolve(str(name))
+    with pytest.raises(HumpbackError, match="not a model"):
+        resolve(str(tmp_path / "config.json"))
+
+
+def test_a_model_in_bin_files_is_called_no_model_though_it_can_be_converted(tmp_path):
+    (tmp_path / "config.json").touch()
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(HumpbackError, match=r"safetensors.*pytorch_model\*\.bin.*save_pretrained"):
+        resolve(str(tmp_path))
+    (tmp_path / "adapter_config.json").touch()
+    assert resolve(str(tmp_path)).kind == "peft"
 
 
 def test_hub_models_cannot_be_pinned_or_fetch_needless_files(tmp_path, monkeypatch):

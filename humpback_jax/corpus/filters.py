@@ -7,6 +7,7 @@ every threshold that the paper does not give are ours.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,7 +32,7 @@ NAVIGATION = (
     "subscribe",
     "related posts",
     "share this",
-    "cookie",
+    "cookies? (policy|notice|banner|consent|preference|setting)",
     "all rights reserved",
 )
 # Whole words only: a "dialog interface" asks nobody to log in.
@@ -93,7 +94,7 @@ def failed_rule(
     if _NAVIGATION.search(heading):
         return "heading_navigation"
     visible = [c for c in text if not c.isspace()]
-    if sum(c.isalpha() for c in visible) < MIN_ALPHABETIC * len(visible):
+    if sum(map(_is_letter, visible)) < MIN_ALPHABETIC * len(visible):
         return "alphabetic"
     lines = [line for line in text.splitlines() if line.strip()]
     if sum(map(len, lines)) < MIN_LINE_CHARS * len(lines):
@@ -109,7 +110,7 @@ def repeats_sentences(text: str) -> bool:
     """Whether two sentences share `MAX_SENTENCE_JACCARD` of their word trigrams."""
     shingled = []
     for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", text):
-        words = re.findall(r"\w+", sentence.lower())
+        words = _words(sentence.lower())
         grams = {tuple(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)}
         if len(grams) >= SHINGLE:
             shingled.append(grams)
@@ -118,6 +119,17 @@ def repeats_sentences(text: str) -> bool:
         for i, a in enumerate(shingled)
         for b in shingled[i + 1 :]
     )
+
+
+def _is_letter(character: str) -> bool:
+    """Vowel signs, too, are letters: in Hindi or Burmese most syllables have one."""
+    return unicodedata.category(character)[0] in "LM"
+
+
+def _words(text: str) -> list[str]:
+    """Runs of letters with their marks, digits and underscores; `\\w` breaks off at a mark."""
+    shown = (c if c.isalnum() or c == "_" or _is_letter(c) else " " for c in text)
+    return "".join(shown).split()
 
 
 def _fingerprint(text: str) -> str:

@@ -20,7 +20,7 @@ from humpback_jax.corpus.structure import (
 )
 from humpback_jax.records import Segment, stable_id
 
-RULES = "headings-4"
+RULES = "headings-6"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -46,19 +47,30 @@ class Heading:
 
 
 def read_lines(text: str) -> list[Line]:
-    """The lines of a document, in one pass."""
+    """The lines of a document, in time that grows with its length alone."""
+    wholes = text.split("\n")
+    bares = [whole.rstrip() for whole in wholes]
+    closing = {mark: _closing_marks(bares, mark) for mark in "`~" if mark * 3 in text}
     lines: list[Line] = []
     place, fence = 0, ""
-    for whole in text.split("\n"):
-        bare = whole.rstrip()
+    for number, (whole, bare) in enumerate(zip(wholes, bares, strict=True)):
         end = min(place + len(whole) + 1, len(text))
         closed = bool(fence) and _closes(bare, fence)
         if not fence and ("```" in bare or "~~~" in bare):
-            fence = _opened(lines, bare)
+            mark = _opened(lines, bare)
+            # What nothing closes is a slip, or a mark of something else: all below would be code.
+            fence = mark if mark and len(mark) <= closing[mark[0]][number] else ""
         lines.append(Line(place, end, bare, bool(fence)))
         fence = "" if closed else fence
         place = end
     return lines
+
+
+def _closing_marks(bares: Sequence[str], mark: str) -> list[int]:
+    """For each line, the longest closing mark among the lines below it, by its length."""
+    runs = [bare.lstrip() for bare in reversed(bares)]
+    lengths = (0 if run.strip(mark) else len(run) for run in runs)
+    return [0, *itertools.accumulate(lengths, max)][-2::-1]
 
 
 def _opened(before: Sequence[Line], bare: str) -> str:

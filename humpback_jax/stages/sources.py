@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, Stage, rows_hash
-from humpback_jax.corpus.documents import Document, read_documents
+from humpback_jax.corpus.documents import Document, DocumentReport, read_documents
 from humpback_jax.corpus.filters import extract_segments
 from humpback_jax.corpus.segments import RULES, choose
 from humpback_jax.errors import HumpbackError
@@ -69,7 +69,10 @@ def corpus_stage(context: Context) -> Artifact:
       HumpbackError: no segment is left.
     """
     section, seed = context.config.corpus, context.config.seed
-    documents = _documents(section)
+    report = DocumentReport(section.skip_bad)
+    documents = _documents(section, report)
+    if line := report.passed_over_line():
+        context.say(f"corpus: {line}")
     identity = rows_hash({"id": d.id, "text": d.text} for d in documents)
     fields = {**section.to_dict(), "documents": identity, "rules": RULES}
     if section.segments:
@@ -88,6 +91,7 @@ def corpus_stage(context: Context) -> Artifact:
     def rejected(_: int) -> list[Row]:
         return [{**dataclasses.asdict(s), "rule": rule} for s, rule in extracted()[1]]
 
+    documents_read = {"documents": len(documents), "rejected_documents": dict(report.rejected)}
     artifact = context.folder.rows(
         "corpus",
         "corpus",
@@ -95,7 +99,7 @@ def corpus_stage(context: Context) -> Artifact:
         [],
         1,
         chosen,
-        lambda rows: {"documents": len(documents), **extracted()[2]},
+        lambda rows: {**documents_read, **extracted()[2]},
     )
     rejects = dataclasses.replace(stage, name="corpus_rejects")
     context.folder.rows("corpus_rejects", "rejects", rejects, [], 1, rejected)
@@ -107,8 +111,8 @@ def corpus_stage(context: Context) -> Artifact:
     return artifact
 
 
-def _documents(section: Any) -> list[Document]:
-    documents = sorted(read_documents(list(section.documents)), key=lambda d: d.id)
+def _documents(section: Any, report: DocumentReport) -> list[Document]:
+    documents = sorted(read_documents(list(section.documents), report), key=lambda d: d.id)
     if section.limit:
         documents = sorted(documents, key=lambda d: stable_id("limit", d.id))[: section.limit]
     return documents

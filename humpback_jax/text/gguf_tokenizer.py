@@ -36,6 +36,10 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 _QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 
+# What an export writes before a chat template that names BOS, of a model that has none: llama.cpp
+# would hand it some other token's text. Clients drop the newline after a block.
+EMPTY_BOS = "{%- set bos_token = '' %}\n"
+
 # Two tokens of Llama 3 by their ids, which no other vocabulary has there.
 _LLAMA3_TOKENS = {128000: "<|begin_of_text|>", 128009: "<|eot_id|>"}
 
@@ -77,9 +81,14 @@ def tokenizer_from_fields(fields: Mapping[str, Any], where: str) -> Tokenizer:
         {name: tokens[i] for name, i in named.items() if i is not None},
         extra_eos_ids=special.ends,
         add_bos=fields.get("tokenizer.ggml.add_bos_token", adds_bos),
-        chat_template=fields.get("tokenizer.chat_template"),
+        chat_template=_chat_template(fields, special.bos),
         where=where,
     )
+
+
+def _chat_template(fields: Mapping[str, Any], bos: int | None) -> str | None:
+    source: str | None = fields.get("tokenizer.chat_template")
+    return source.removeprefix(EMPTY_BOS) if source and bos is None else source
 
 
 def _need(fields: Mapping[str, Any], key: str, where: str) -> Any:

@@ -11,7 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.text.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_from_fields
+from humpback_jax.text.gguf_tokenizer import (
+    EMPTY_BOS,
+    PRE_TOKENIZERS,
+    pre_tokenizer,
+    tokenizer_from_fields,
+)
 from humpback_jax.text.sentencepiece_tokenizer import (
     BYTE,
     CONTROL,
@@ -93,7 +98,7 @@ def _fields_of_any_rules(
         **special_fields(_special_ids(tokenizer, ends), tokens, kinds),
     }
     if tokenizer.chat_template is not None:
-        fields["tokenizer.chat_template"] = _without_bos(tokenizer)
+        fields["tokenizer.chat_template"] = _chat_template(tokenizer, tokenizer.chat_template)
     return fields
 
 
@@ -140,12 +145,8 @@ def _normalised(state: dict[str, Any], model: dict[str, Any]) -> list[str]:
     return [f"llama.cpp does not normalise text, which this tokenizer does ({kind})."]
 
 
-def _without_bos(tokenizer: Tokenizer) -> str:
-    """The chat template; where there is no BOS, llama.cpp would hand it some other token's text."""
-    source = tokenizer.chat_template or ""
-    if tokenizer.bos_id is not None or "bos_token" not in source:
-        return source
-    return "{%- set bos_token = '' %}\n" + source  # clients drop the newline after a block
+def _chat_template(tokenizer: Tokenizer, source: str) -> str:
+    return EMPTY_BOS + source if tokenizer.bos_id is None and "bos_token" in source else source
 
 
 def _tokens(

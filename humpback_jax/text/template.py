@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from humpback_jax.errors import HumpbackError
-from humpback_jax.text.chat import frozen_date_prefix, render_chat
+from humpback_jax.text.chat import render_chat
 from humpback_jax.text.rubric import score_prefix
 from humpback_jax.text.tokenizer import Tokenizer
 
@@ -84,9 +84,13 @@ class Template:
         name: Literal["chat", "plain"] | None = None,
         system: str | None = None,
     ) -> Template:
-        """The template of a model; by default "chat" where its tokenizer has a chat template."""
-        name = name or ("chat" if tokenizer.chat_template else "plain")
-        source = tokenizer.chat_template if name == "chat" else prompt_text("plain_template")
+        """The template of a model; by default "chat" where its tokenizer has a template of its own.
+
+        That of a model exported under "plain" is our wording, and so is "plain" again.
+        """
+        wording = prompt_text("plain_template")
+        name = name or ("plain" if tokenizer.chat_template in (None, "", wording) else "chat")
+        source = tokenizer.chat_template if name == "chat" else wording
         if not source:
             raise HumpbackError(
                 "The template 'chat' needs a tokenizer with a chat template, and this one has none;"
@@ -278,48 +282,6 @@ def require_same_template(a: Template, b: Template, where: str) -> None:
             f"{b.content_hash()[:12]}; they differ in {', '.join(differing)}). A model must be "
             "prompted as it was trained: use the template stored in its checkpoint."
         )
-
-
-def baked_chat_template(template: Template, tags: Tags) -> str:
-    """A jinja chat template that does by itself what `forward_prompt(messages, tags)` does.
-
-    For export: clients that know nothing of tags then prompt the model as we do. (They do not
-    neutralise control tokens in contents.)
-    """
-    steps = [frozen_date_prefix(template.chat_template)]
-    if template.system is not None:
-        system = {"role": "system", "content": template.system}
-        message = json.dumps(system, ensure_ascii=False)  # llama.cpp's Jinja knows no \u escapes
-        steps.append(
-            "{%- if messages[0]['role'] != 'system' -%}"
-            f"{{%- set messages = [{message}] + messages -%}}"
-            "{%- endif -%}"
-        )
-    if TAG_TEXT[tags]:
-        steps.append(_BAKED_TAGS.replace("TAG", json.dumps(TAG_TEXT[tags])))
-    probe = [{"role": "user", "content": "x"}]
-    text = render_chat(template.chat_template, probe, template.special_tokens, True)
-    if not text.startswith(template.bos_text):
-        steps.append(f"{{{{- {json.dumps(template.bos_text, ensure_ascii=False)} -}}}}")
-    if not any(steps):
-        return template.chat_template
-    # The comment keeps the steps' white-space control off the template; clients drop the newline
-    # after a comment, so that the template's first line begins a line.
-    return "".join([*steps, "{#- the model's own template: #}\n", template.chat_template])
-
-
-_BAKED_TAGS = (
-    "{%- set tagged = namespace(last=-1, messages=[]) -%}"
-    "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-    "{%- set tagged.last = loop.index0 -%}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- for message in messages -%}{%- if loop.index0 == tagged.last -%}"
-    "{%- set content = (message['content'] + '\\n' if message['content'] else '') + TAG -%}"
-    "{%- set tagged.messages = tagged.messages + [{'role': 'user', 'content': content}] -%}"
-    "{%- else -%}{%- set tagged.messages = tagged.messages + [message] -%}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- set messages = tagged.messages -%}"
-)
 
 
 def neutralise(text: str, marks: Sequence[str]) -> str:

@@ -142,9 +142,21 @@ class Tokenizer:
 
     def with_chat_template(self, chat_template: str) -> Tokenizer:
         """The same tokenizer under another chat template, as written at export."""
+        return self._changed(self.backend.to_str(), self.special_tokens, chat_template)
+
+    def without(self, tokens: Iterable[str]) -> Tokenizer:
+        """The same tokenizer, for which these added tokens are ordinary text."""
+        dropped, state = set(tokens), json.loads(self.backend.to_str())
+        state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in dropped]
+        named = {name: text for name, text in self.special_tokens.items() if text not in dropped}
+        return self._changed(json.dumps(state), named, self.chat_template)
+
+    def _changed(
+        self, backend: str, special_tokens: Mapping[str, str], chat_template: str | None
+    ) -> Tokenizer:
         return Tokenizer(
-            tokenizers.Tokenizer.from_str(self.backend.to_str()),
-            self.special_tokens,
+            tokenizers.Tokenizer.from_str(backend),
+            special_tokens,
             extra_eos_ids=self.eos_ids,
             add_bos=self.add_bos,
             chat_template=chat_template,
@@ -224,21 +236,44 @@ class Tokenizer:
         return None if token is None else _require_id(self.backend, token)
 
 
-def check_vocab(tokenizer: Tokenizer, config_vocab_size: int) -> None:
-    """Raises HumpbackError when the tokenizer can produce an id that the model has no row for.
+def within_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model that has embeddings for so many ids.
 
-    An id too large would not fail by itself: an accelerator's gather clamps it and reads a
-    neighbour's embedding.
+    Special tokens beyond them that nothing writes, mostly a <pad> that was added for batches,
+    become ordinary text: we pad with EOS, and the tokenizer is exported without them.
+
+    Raises:
+      HumpbackError: the tokenizer can produce an id that the model has no row for. It would not
+        fail by itself: an accelerator's gather clamps it and reads a neighbour's embedding.
     """
-    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
-    token, largest = max(vocabulary.items(), key=lambda item: item[1])
-    if largest >= config_vocab_size:
-        count = sum(i >= config_vocab_size for i in vocabulary.values())
+    unused = [text for text in _beyond(tokenizer, vocab_size) if _is_unused(tokenizer, text)]
+    kept = tokenizer.without(unused) if unused else tokenizer
+    if beyond := _beyond(kept, vocab_size):
+        token, largest = max(beyond.items(), key=lambda item: item[1])
         raise HumpbackError(
-            f"The tokenizer has {count} token(s) beyond the model's vocabulary of "
-            f"{config_vocab_size}, up to {token!r} with id {largest}. Tokenizer and weights do not "
-            "belong together, or tokens were added without resizing the embedding."
+            f"The tokenizer has {len(beyond)} token(s) beyond the model's vocabulary of "
+            f"{vocab_size}, up to {token!r} with id {largest}, which texts or the chat template "
+            "can have. Tokenizer and weights do not belong together, or tokens were added without "
+            "resizing the embedding."
         )
+    return kept
+
+
+def _beyond(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    return {text: i for text, i in vocabulary.items() if i >= vocab_size}
+
+
+def _is_unused(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a token only stands for structure, and neither begins nor ends anything."""
+    names = [name for name, named in tokenizer.special_tokens.items() if named == text]
+    written = any(word in (tokenizer.chat_template or "") for word in (text, *names))
+    return (
+        text in tokenizer.control_tokens
+        and text not in tokenizer.eos_texts
+        and not {"bos_token", "eos_token"} & set(names)
+        and not written
+    )
 
 
 def _declare_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:

@@ -6,17 +6,20 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from humpback_jax.models import load_model, save_checkpoint
+from humpback_jax.models import load_model, load_peft, save_checkpoint
 from humpback_jax.verbs.arguments import Result, adapted, writable_folder
+from humpback_jax.weights.named import resolve
 
 
 def import_model(arguments: argparse.Namespace) -> Result:
     """Any model that we can name, or a PEFT adapter on its base, as one of our checkpoints."""
-    if arguments.base:
+    if not arguments.base:
+        model = load_model(arguments.source)
+    elif (found := resolve(arguments.source)).kind == "peft":
+        model = load_peft(found.path, arguments.base)
+    else:
         base = dataclasses.replace(load_model(arguments.base), adapter=None)  # which it keeps
         model = adapted(base, arguments.source)
-    else:
-        model = load_model(arguments.source)
     out = Path(arguments.out)
     writable_folder(out)
     save_checkpoint(out, dataclasses.replace(model, name=out.name), {"source": arguments.source})

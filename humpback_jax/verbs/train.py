@@ -21,7 +21,7 @@ from humpback_jax.parallel.mesh import training_mesh
 from humpback_jax.parallel.preemption import StopSignal
 from humpback_jax.progress import timed_lines
 from humpback_jax.records import Example
-from humpback_jax.rows import read_examples
+from humpback_jax.rows import ReadReport, read_examples, stream_examples
 from humpback_jax.stages.texts import TAGS_BY_SOURCE, Direction
 from humpback_jax.stages.tokens import RowFile, Tokenization, parse_files, token_store
 from humpback_jax.stages.tune import progress_line, run_identity, tune, tuned_model
@@ -62,6 +62,8 @@ def train(arguments: argparse.Namespace) -> Result:
         base.tokenizer, way.first_rows(files[0], arguments.preview), sys.stdout.isatty()
     ):
         print(line)
+    for file in files:
+        say(f"{file.path}: its first row has the form {_first_form(file, arguments.skip_bad)}")
     tokens = Path(arguments.tokens) if arguments.tokens else out / "resume" / "tokens"
     examples, bad = token_store(files, way, tokens, say)
     sources = source_counts(examples.columns, parse_mixture(section.mixture))
@@ -114,6 +116,13 @@ def _leads() -> bool:
 
 def _nothing(text: str) -> None:
     """What processes other than the first say."""
+
+
+def _first_form(file: RowFile, skip_bad: bool) -> str:
+    """What `text` or an unusual field turns a row into should be seen before it is trained on."""
+    report = ReadReport()
+    next(stream_examples(file.path, file.source, report, skip_bad))
+    return next(iter(report.forms))
 
 
 def _heldout(arguments: argparse.Namespace) -> list[Example]:

@@ -34,9 +34,15 @@ def config_from_gguf(
       rope_factors: contents [head_dim / 2] of the tensor `ROPE_FACTORS`, if the file has it.
 
     Raises:
-      HumpbackError: another architecture, a key missing or absurd, or a variant of the model or of
-        its position scaling that is not supported.
+      HumpbackError: a part of a model, another architecture, a key missing or absurd, or a
+        variant of the model or of its position scaling that is not supported.
     """
+    parts = header.metadata.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise HumpbackError(
+            f"{path}: this is one of the {parts} files of a split model; join them with llama.cpp: "
+            "llama-gguf-split --merge FIRST_FILE MODEL.gguf."
+        )
     architecture = header.metadata.get("general.architecture")
     if architecture != "llama":
         raise HumpbackError(

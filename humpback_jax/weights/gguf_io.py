@@ -12,7 +12,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params
 from humpback_jax.weights.gguf_config import ROPE_FACTORS, config_from_gguf
-from humpback_jax.weights.gguf_file import TensorEntry, read_gguf_header
+from humpback_jax.weights.gguf_file import GgufHeader, TensorEntry, read_gguf_header
 from humpback_jax.weights.layout import assemble
 from humpback_jax.weights.names import FileTensor, LeafPath, file_tensors, leaf_shapes
 
@@ -29,11 +29,9 @@ def load_gguf(path: Path, dtype: str = "float32") -> tuple[LlamaConfig, Params]:
     """
     path = Path(path)
     header = read_gguf_header(path)
-    tensors = dict(header.tensors)
-    rope_factors = tensors.pop(ROPE_FACTORS, None)
     data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
-    factors = None if rope_factors is None else _values(path, ROPE_FACTORS, rope_factors, data)
-    config = config_from_gguf(path, header, factors)
+    config = _config(path, header, data)
+    tensors = {name: entry for name, entry in header.tensors.items() if name != ROPE_FACTORS}
     _check_tensors(path, config, tensors)
 
     def read(tensor: FileTensor) -> np.ndarray:
@@ -43,6 +41,22 @@ def load_gguf(path: Path, dtype: str = "float32") -> tuple[LlamaConfig, Params]:
 
     dtypes = dict.fromkeys(leaf_shapes(config), np.dtype(dtype))
     return config, assemble(config, dtypes, read)
+
+
+def read_gguf_config(path: Path) -> LlamaConfig:
+    """The model that a GGUF file holds, whose weights are not read.
+
+    Raises:
+      HumpbackError: not a GGUF file, or a model that is not supported.
+    """
+    header = read_gguf_header(path)  # which refuses a file that is none
+    return _config(path, header, np.memmap(path, np.uint8, mode="r").view(np.ndarray))
+
+
+def _config(path: Path, header: GgufHeader, data: np.ndarray) -> LlamaConfig:
+    stored = header.tensors.get(ROPE_FACTORS)
+    factors = None if stored is None else _values(path, ROPE_FACTORS, stored, data)
+    return config_from_gguf(path, header, factors)
 
 
 def rotated_heads(config: LlamaConfig, tensor: FileTensor) -> int | None:

@@ -92,6 +92,13 @@ def _kind_of(path: Path, name: str) -> Kind:
         return "hf"
     if (path / "adapter_config.json").is_file():
         return "peft"
+    if (path / "config.json").is_file():
+        raise HumpbackError(
+            f"{name}: config.json is there without *.safetensors, the only weights beside it that "
+            'are read. Convert pytorch_model*.bin where torch is installed: python -c "from '
+            "transformers import AutoModelForCausalLM as M; M.from_pretrained('FROM')"
+            ".save_pretrained('TO')\", and copy the tokenizer's files."
+        )
     if path.exists():
         raise HumpbackError(
             f"{name}: not a model. Expected a .gguf file, a folder with config.json and "

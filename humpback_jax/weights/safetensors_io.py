@@ -49,7 +49,14 @@ def read_config(folder: Path) -> LlamaConfig:
       HumpbackError: it is absent, is not JSON, or describes a model that is not supported.
     """
     path = folder / "config.json"
-    return LlamaConfig.from_hf(_read_json(path), str(path))
+    fields = _read_json(path)
+    if quantised := fields.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise HumpbackError(
+            f"{path}: quantization_config says that the weights are quantised ({method}); use the "
+            "unquantised model, or a GGUF file, whose quantised weights are read."
+        )
+    return LlamaConfig.from_hf(fields, str(path))
 
 
 def load_hf(folder: Path, config: LlamaConfig | None = None) -> tuple[LlamaConfig, Params]:
