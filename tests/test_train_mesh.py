@@ -92,8 +92,8 @@ def test_the_default_model_s_loss_depends_on_the_number_of_chips() -> None:
 
 def test_a_mesh_for_training_larger_than_the_machine_is_an_error() -> None:
     with pytest.raises(HumpbackError, match="does not fit"):
-        training_mesh(parse_mesh("data=64"))
-    assert training_mesh(None) is None, "one CPU trains alone"
+        training_mesh(parse_mesh("data=64"), 64)
+    assert training_mesh(None, 64) is None, "one CPU trains alone"
 
 
 DATA = [{"instruction": f"Say {i}", "output": f"{i} " * (i % 9 + 1)} for i in range(64)]

@@ -16,8 +16,8 @@ from humpback_jax.model.llama import Layout
 from humpback_jax.model.lora import split_adapter
 from humpback_jax.model.shares import ROWS
 from humpback_jax.parallel.batches import row_parts
-from humpback_jax.parallel.mesh import MeshShape, make_mesh
-from humpback_jax.parallel.rules import abstract_params
+from humpback_jax.parallel.mesh import MeshShape, cut_rows_and_weights, make_mesh
+from humpback_jax.parallel.rules import abstract_params, check_sharded
 from humpback_jax.training.loss import Batch
 from humpback_jax.training.optimizer import make_optimizer
 from humpback_jax.training.state import StepSpec, TrainState, state_shardings
@@ -66,12 +66,13 @@ def plan_training(
     config: LlamaConfig, run: TrainSpec, devices: Sequence[Any], shape: MeshShape | None, rows: int
 ) -> TrainPlan:
     """Args:
-      shape: None cuts weights and rows over all devices (fsdp), as `parallel.mesh.training_mesh`.
+      shape: None cuts rows and weights over all devices, as `parallel.mesh.training_mesh`.
 
     Raises:
-      HumpbackError: the devices do not divide into the shape.
+      HumpbackError: the devices do not divide into the shape, or it does not cut the weights.
     """
-    mesh = make_mesh(shape or MeshShape(data=1, fsdp=len(devices)), devices)
+    mesh = make_mesh(shape or cut_rows_and_weights(len(devices), config.hidden_size), devices)
+    check_sharded(config, mesh)
     return TrainPlan(config, dataclasses.replace(run, mesh=mesh), rows)
 
 

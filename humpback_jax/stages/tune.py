@@ -55,7 +55,7 @@ def tune(
     shares = shares_of(index.names, parse_mixture(section.mixture))
     pools = pools_of(index.keys, index.sources, shares)
     spec = train_spec(section, compute, seed, draws_of(pools))
-    spec = dataclasses.replace(spec, mesh=training_mesh(compute.mesh))
+    spec = dataclasses.replace(spec, mesh=training_mesh(compute.mesh, base.config.hidden_size))
     return train(
         base.config,
         base.params,

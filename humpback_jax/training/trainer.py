@@ -19,6 +19,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.llama import Params
 from humpback_jax.parallel.batches import row_parts
+from humpback_jax.parallel.rules import check_sharded
 from humpback_jax.training.examples import ExampleIndex, TrainingExample, index_of
 from humpback_jax.training.goodput import Goodput
 from humpback_jax.training.mixture import Share, loss_weights, pools_of, shares_of
@@ -151,11 +152,13 @@ def train(
     Raises:
       Preempted: `stops` said so.
       HumpbackError: too little data, an example without supervised tokens or longer than the
-        model's window, a loss that is not finite or jumps (the message names the step and the ids
-        of its examples), or a state that cannot be saved.
+        model's window, a mesh that does not cut the weights, a loss that is not finite or jumps
+        (the message names the step and the ids of its examples), or a state that cannot be saved.
     """
     goodput = Goodput()
     with goodput.phase("setup"):
+        if spec.mesh is not None:
+            check_sharded(config, spec.mesh)
         index = index_of(examples)
         window = "the model's window", config.max_position_embeddings
         _check("training", examples, index, window, ("a row", spec.row_tokens))

@@ -52,7 +52,7 @@ def train(arguments: argparse.Namespace) -> Result:
     heldout = _heldout(arguments)
     section = _section(config, arguments, files, heldout)
     compute = choose_compute(**config.compute)
-    on_mesh = training_mesh(compute.mesh) is not None
+    on_mesh = training_mesh(compute.mesh, width=1) is not None  # whatever the width
     base = load_model(arguments.model, config.base.template, config.seed, stored=on_mesh)
     say = timed_lines() if _leads() else _nothing
     metrics = MetricsLog(out)
