@@ -205,14 +205,22 @@ def test_two_axes_of_an_array_on_one_axis_of_the_mesh_are_an_error() -> None:
 
 
 def start_several(
-    count: int, arguments: list[str], devices: int, program: Sequence[str] = ("-m", "humpback_jax")
+    count: int,
+    arguments: list[str],
+    devices: int,
+    program: Sequence[str] = ("-m", "humpback_jax"),
+    numbers: Sequence[int] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """A verb, or another program, in `count` processes of so many devices each."""
+    """A verb, or another program, in `count` processes of so many devices each.
+
+    Args:
+      numbers: of those that are started; None for all.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for number in range(count):
+    for number in range(count) if numbers is None else numbers:
         environment = {
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -302,3 +310,48 @@ def test_half_a_description_of_the_processes_is_an_error() -> None:
     )
     assert done.returncode == 1
     assert "JAX_NUM_PROCESSES" in done.stderr
+
+
+JOIN = """
+import sys
+from humpback_jax.errors import HumpbackError
+from humpback_jax.parallel import processes
+processes.START_SECONDS = int(sys.argv[1])
+try:
+    print(processes.join_processes())
+except HumpbackError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def joined(count: int, numbers: Sequence[int], seconds: int) -> list[tuple[int, str]]:
+    """(exit code, all that it printed) of those processes of a job that were started."""
+    program = ("-c", JOIN)
+    started = start_several(count, [f"{seconds}"], 1, program, numbers)
+    printed = [process.communicate(timeout=120) for process in started]
+    return [
+        (process.returncode, output + errors)
+        for process, (output, errors) in zip(started, printed, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "came", "missing"),
+    [(4, (0, 2), "processes 1, 3 are missing"), (3, (1, 2), "process 0 is missing")],
+)
+def test_a_missing_host_aborts_the_others_and_nobody_says_which_one_it_is(
+    count: int, came: tuple[int, ...], missing: str
+) -> None:
+    for code, printed in joined(count, came, 5):
+        assert code == 1, printed
+        (line,) = printed.splitlines()
+        assert line.startswith(f"error: {missing} of the {count} of this job"), printed
+
+
+def test_two_hosts_with_the_same_number_wait_for_a_third() -> None:
+    for code, printed in joined(3, (0, 1, 1), 60):
+        assert code == 1 and "process 1 of 3 came twice" in printed
+
+
+def test_hosts_that_have_met_are_not_connected() -> None:
+    assert joined(2, (1, 0), 60) == [(0, "2\n"), (0, "2\n")]

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.parallel.rendezvous import meet
 
 Made = TypeVar("Made")
 START_SECONDS = 300
@@ -22,8 +23,9 @@ def join_processes() -> int:
     """Connects this process to the others of its job; has to run before devices are used.
 
     Three variables describe a job on any machines: `JAX_COORDINATOR_ADDRESS` (host:port of the
-    first process), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. Where jax can find these itself (Cloud
-    TPU slices, Slurm, Open MPI), `HUMPBACK_DISTRIBUTED=1` is enough.
+    first process), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; the port after that one has to be
+    reachable, too (`rendezvous.py`). Where jax can find these itself (Cloud TPU slices, Slurm, Open
+    MPI), `HUMPBACK_DISTRIBUTED=1` is enough; jax itself then aborts where a process is missing.
 
     Returns:
       How many processes the job has; 1 where nothing says that it has more.
@@ -39,12 +41,14 @@ def join_processes() -> int:
         raise HumpbackError(
             "JAX_COORDINATOR_ADDRESS is set; JAX_NUM_PROCESSES and JAX_PROCESS_ID must be, too."
         )
+    if address is not None and count is not None and number is not None:
+        meet(address, count, number, START_SECONDS)
     try:
         jax.distributed.initialize(address, count, number, initialization_timeout=START_SECONDS)
     except Exception as error:
         raise HumpbackError(
-            f"process {number} of {count} did not reach the others within {START_SECONDS} s; is a "
-            f"process missing, and {address or 'the first host'} reachable? ({error})"
+            f"the processes of this job could not be connected ({error}). Is one of them missing, "
+            f"and {address or 'the first host'} reachable from all?"
         ) from error
     return jax.process_count()
 
