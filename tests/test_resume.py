@@ -26,8 +26,11 @@ from tiny_llama import from_torch, torch_llama
 
 import humpback_jax
 from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.config import default_config
 from humpback_jax.errors import HumpbackError
+from humpback_jax.models import load_model
 from humpback_jax.parallel.mesh import make_mesh, parse_mesh
+from humpback_jax.stages.tune import run_identity
 from humpback_jax.training.optimizer import make_optimizer
 from humpback_jax.training.state import StepSpec, TrainState, abstract_state, initial_state
 from humpback_jax.training.trainer import train
@@ -114,6 +117,33 @@ def test_what_is_read_has_another_form_than_what_is_trained(variant, mesh, optim
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert ours.sharding.is_equivalent_to(theirs.sharding, theirs.ndim)
+
+
+def identity(**changes: Any) -> dict[str, str]:
+    model, section = load_model("tiny-random"), default_config().train
+    section.update(changes)
+    return run_identity("tiny-random", model, section, "forward", 0, "data", [])
+
+
+def test_a_run_cannot_go_on_with_less_memory_on_fewer_chips(tmp_path) -> None:
+    """More micro-batches, or activations that are computed again, change rounding alone."""
+    spec = dataclasses.replace(SPEC, resume_every=3, dropout=0.1)
+    smaller = {"accumulation": 4, "remat": "full"}
+    resume = ResumeFolder(tmp_path, belongs_to=identity())
+    with pytest.raises(Stop):
+        run(spec, resume=resume, on_metrics=stop_after(4))
+    rows: list[dict] = []
+    resumed = run(
+        dataclasses.replace(spec, **smaller),
+        resume=ResumeFolder(tmp_path, belongs_to=identity(**smaller)),
+        on_metrics=rows.append,
+    )
+    assert rows[0]["step"] == 4
+    assert identity(learning_rate=1.0) != identity() != identity(row_tokens=64)
+    for ours, theirs in zip(
+        jax.tree.leaves(resumed.params), jax.tree.leaves(run(spec).params), strict=True
+    ):
+        assert jax.numpy.allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
 OURS = {"model": "a"}
