@@ -33,7 +33,7 @@ from humpback_jax.model.llama import init_params
 from humpback_jax.model.lora import lora_spec, split_adapter
 from humpback_jax.models import holds_checkpoint, load_model, save_checkpoint
 from humpback_jax.sampling.likelihood import sequence_nll
-from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
+from humpback_jax.training.optimizer import OPTIMIZERS, OptimizerSpec, make_optimizer
 from humpback_jax.training.state import (
     TrainState,
     initial_state,
@@ -75,13 +75,17 @@ def test_a_state_written_while_training_goes_on_is_of_a_later_step(layout, tmp_p
 LAYOUTS = [("scan", "unrolled"), ("unrolled", "scan")]
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "adapter"])
+@pytest.mark.parametrize(
+    ("lora", "optimizer"),
+    [(None, "adamw"), (LORA, "adamw"), (None, "adafactor"), (LORA, "adafactor")],
+)
 @pytest.mark.parametrize(("before", "after"), LAYOUTS)
 def test_a_run_on_an_accelerator_is_lost_to_a_cpu_or_the_other_way_round(
-    before, after, lora, tmp_path
+    before, after, lora, optimizer, tmp_path
 ) -> None:
     """Accelerators scan over stacked layers; a CPU keeps them apart."""
     spec = dataclasses.replace(SPEC, resume_every=3, lora=lora)
+    spec = dataclasses.replace(spec, optimizer=dataclasses.replace(SPEC.optimizer, name=optimizer))
     unbroken = run(dataclasses.replace(spec, layout=after))
     with pytest.raises(Stop):
         run(
@@ -102,17 +106,20 @@ def test_a_run_on_an_accelerator_is_lost_to_a_cpu_or_the_other_way_round(
         assert np.allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
-def test_layers_come_back_in_another_order_from_the_other_layout() -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_layers_come_back_in_another_order_from_the_other_layout(optimizer) -> None:
     """Eleven layers: as text, the tenth sorts before the second."""
     layers = {i: {"q": {"kernel": jax.numpy.full((2, 3), float(i))}} for i in range(11)}
     params = {"layers": layers, "norm": {"scale": jax.numpy.ones(3)}}
-    kept = make_optimizer(SPEC.optimizer, 4).init(params)
-    apart = TrainState(jax.numpy.int32(4), params, {}, kept)
+    made = make_optimizer(dataclasses.replace(SPEC.optimizer, name=optimizer), 4)
+    apart = TrainState(jax.numpy.int32(4), params, {}, made.init(params))
     stacked = stacked_state(apart)
     kernel = stacked.trainable["layers"]["q"]["kernel"]
     assert kernel.shape == (11, 2, 3)
     assert kernel[:, 0, 0].tolist() == list(range(11))
     assert same(stacked_state(stacked), stacked)
+    scanned = made.init(stacked.trainable)
+    assert jax.tree.map(np.shape, stacked.optimizer) == jax.tree.map(np.shape, scanned)
     assert same(laid_out_like(apart, stacked), apart)
 
 

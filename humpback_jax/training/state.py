@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -204,14 +205,13 @@ def stacked_state(state: TrainState) -> TrainState:
     if not _kept_apart(state.trainable):
         return state
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_stacked(state))
-    return jax.jit(_stack_all, out_shardings=where)(state)
+    return jax.jit(lambda state: _stack_all(state, _stacked), out_shardings=where)(state)
 
 
 def abstract_stacked(state: TrainState) -> TrainState:
     """Shapes of `stacked_state`, and where its arrays lie."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    where = _stack_all(shardings, _stacked_sharding)
-    return jax.tree.map(_placed, jax.eval_shape(_stack_all, state), where)
+    shapes = jax.tree.map(lambda leaf: _placed(leaf, leaf.sharding), state)
+    return _stack_all(shapes, _stacked_shape)
 
 
 def laid_out_like(state: TrainState, stacked: TrainState) -> TrainState:
@@ -222,12 +222,13 @@ def laid_out_like(state: TrainState, stacked: TrainState) -> TrainState:
     """
     if not _kept_apart(state.trainable):
         return stacked
+    apart = functools.partial(_taken_apart, layers=len(state.trainable["layers"]))
     return _each_tree(
-        lambda tree: unstack_layers(tree, _taken_apart) if isinstance(tree, dict) else tree, stacked
+        lambda tree: unstack_layers(tree, apart) if isinstance(tree, dict) else tree, stacked
     )
 
 
-def _stack_all(state: TrainState, stack: Callable[[list[Any]], Any] = jnp.stack) -> TrainState:
+def _stack_all(state: TrainState, stack: Callable[[list[Any]], Any]) -> TrainState:
     def stacked(params: Any) -> Any:
         apart = isinstance(params, dict) and _kept_apart(params)
         return stack_layers(params, stack) if apart else params
@@ -235,7 +236,28 @@ def _stack_all(state: TrainState, stack: Callable[[list[Any]], Any] = jnp.stack)
     return _each_tree(stacked, state)
 
 
-def _taken_apart(leaf: jax.Array) -> list[jax.Array]:
+# What optax puts in the place of something that it does not keep of a parameter: of stacked layers,
+# it puts one.
+PLACEHOLDER = (1,)
+
+
+def _stacked(layers: list[jax.Array]) -> jax.Array:
+    return layers[0] if layers[0].shape == PLACEHOLDER else jnp.stack(layers)
+
+
+def _stacked_shape(layers: list[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
+    first = layers[0]
+    if first.shape == PLACEHOLDER:
+        return first
+    where = first.sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
+    return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype, sharding=where)
+
+
+def _taken_apart(leaf: jax.Array, layers: int) -> list[jax.Array]:
+    if leaf.shape == PLACEHOLDER:
+        return [leaf.copy() for _ in range(layers)]  # each is donated
     where = [_sharding_apart(leaf.sharding)] * len(leaf)
     apart = jax.block_until_ready(jax.jit(list, out_shardings=where)(leaf))
     leaf.delete()
@@ -251,15 +273,8 @@ def _each_tree(change: Callable[[Any], Any], state: TrainState) -> TrainState:
     return jax.tree.map(change, state, is_leaf=lambda node: isinstance(node, dict) and bool(node))
 
 
-def _stacked_sharding(layers: list[Any]) -> Any:
-    first = layers[0]
-    if isinstance(first, NamedSharding):
-        return NamedSharding(first.mesh, PartitionSpec(None, *first.spec))
-    return first
-
-
 def _sharding_apart(stacked: Sharding) -> Sharding:
-    """The inverse of `_stacked_sharding`."""
+    """Of a layer's leaf; the inverse of what `_stacked_shape` does."""
     if isinstance(stacked, NamedSharding):
         return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
     return stacked
