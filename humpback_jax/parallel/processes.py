@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -116,6 +117,34 @@ def all_or_none(
         raise made
     kind = mild if weights.max() == 1 else HumpbackError
     raise kind(f"{what} failed in process {weights.argmax()}; its message says why.")
+
+
+def require_same(values: Mapping[str, str]) -> None:
+    """Every process calls this with values that all of them have to share, by what they are.
+
+    Raises:
+      HumpbackError: in all of them, where they do not; names the processes that differ.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    own = [hashlib.sha256(value.encode()).digest()[:8] for value in values.values()]
+    ours = np.frombuffer(b"".join(own), np.uint32).reshape(len(own), 2)
+    gathered = multihost_utils.process_allgather(ours)
+    faults = []
+    for name, of_all in zip(values, gathered.swapaxes(0, 1), strict=True):
+        same = (of_all[:, None] == of_all[None]).all(-1)  # [process, process]
+        usual = same[same.sum(1).argmax()]
+        if not usual.all():
+            odd = [str(number) for number in np.flatnonzero(~usual)]
+            who = f"process {odd[0]} has" if len(odd) == 1 else f"processes {', '.join(odd)} have"
+            faults.append(f"{who} another {name} than process {usual.argmax()}")
+    if faults:
+        raise HumpbackError(
+            f"{'; '.join(faults)}. Start all processes of a job with the same command, the same "
+            "files and the same version of humpback_jax."
+        )
 
 
 def as_first_sees(numbers: Sequence[int]) -> list[int]:
