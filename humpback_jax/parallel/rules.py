@@ -136,17 +136,22 @@ def abstract_params(
     layout: Layout,
     lora: LoraSpec | None = None,
     mesh: Mesh | None = None,
+    quantize: bool = False,
 ) -> Params:
-    """Shapes of the parameters, and where they lie; norms and biases are float32 in any case."""
-    _, state = abstract_model(config, layout, lora)
-    where = {} if mesh is None else flatten(param_shardings(config, mesh, layout, lora))
+    """Shapes of the parameters, and where they lie; norms, biases and the scales of int8 kernels
+    are float32 in any case.
+    """
+    _, state = abstract_model(config, layout, lora, quantize)
+    where = {} if mesh is None else flatten(param_shardings(config, mesh, layout, lora, quantize))
 
-    def kept(path: tuple[Any, ...]) -> str:
+    def kept(path: tuple[Any, ...], leaf: Any) -> str:
+        if leaf.dtype == "int8":
+            return "int8"
         return "float32" if path[-1] in ("scale", "bias") else dtype
 
     return unflatten(
         {
-            path: jax.ShapeDtypeStruct(leaf.shape, kept(path), sharding=where.get(path))
+            path: jax.ShapeDtypeStruct(leaf.shape, kept(path, leaf), sharding=where.get(path))
             for path, leaf in nnx.to_flat_state(state)
         }
     )

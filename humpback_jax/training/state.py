@@ -82,7 +82,7 @@ def initial_state(
 
     frozen: Params = {}
     if spec.lora is not None:
-        frozen = _int8_base(spec, base) if spec.lora.base == "int8" else _float32_base(spec, base)
+        frozen = _int8_base(spec, base) if _int8(spec) else _float32_base(spec, base)
     if saved is not None:
         return saved._replace(frozen=frozen)
     if spec.lora is None:
@@ -94,18 +94,29 @@ def initial_state(
 
 
 def abstract_state(spec: StepSpec, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes of an `initial_state` but for `frozen`, which is empty, and where its arrays lie."""
-    shapes = abstract_params(spec.config, "float32", spec.layout, spec.lora)
-    if spec.lora is not None:
-        _, shapes = split_adapter(shapes)
+    """Shapes of an `initial_state`, and where its arrays lie."""
+    shapes, frozen = _abstract_weights(spec)
     step, kept = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(optimizer.init, shapes)
-    state = TrainState._make((step, shapes, {}, kept))
+    state = TrainState._make((step, shapes, frozen, kept))
     if spec.mesh is None:
         here = SingleDeviceSharding(jax.local_devices()[0])
         where = jax.tree.map(lambda _: here, state)
     else:
-        where = state_shardings(spec, optimizer)._replace(frozen={})
+        where = state_shardings(spec, optimizer)
     return jax.tree.map(_placed, state, where)
+
+
+def _abstract_weights(spec: StepSpec) -> tuple[Params, Params]:
+    """Shapes of (what is trained, what is frozen)."""
+    params = abstract_params(spec.config, "float32", spec.layout, spec.lora, quantize=_int8(spec))
+    if spec.lora is None:
+        return params, {}
+    frozen, adapter = split_adapter(params)
+    return adapter, frozen
+
+
+def _int8(spec: StepSpec) -> bool:
+    return spec.lora is not None and spec.lora.base == "int8"
 
 
 def _placed(shape: Any, where: Sharding) -> jax.ShapeDtypeStruct:
@@ -151,7 +162,7 @@ def finished_params(
 
     if spec.lora is None:
         return stacked(state.trainable), None
-    full = _float32_base(spec, base) if spec.lora.base == "int8" else state.frozen
+    full = _float32_base(spec, base) if _int8(spec) else state.frozen
     adapter = with_norms(full, state.trainable, spec.lora)
     return stacked(merge_adapter(full, adapter, spec.lora)), stacked(adapter)
 
@@ -173,13 +184,11 @@ def state_shardings(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
     mesh = spec.mesh
     assert mesh is not None
     on_all = NamedSharding(mesh, PartitionSpec())
-    int8 = spec.lora is not None and spec.lora.base == "int8"
-    shardings = param_shardings(spec.config, mesh, spec.layout, spec.lora, int8)
-    shapes = abstract_params(spec.config, "float32", spec.layout, spec.lora)
+    shardings = param_shardings(spec.config, mesh, spec.layout, spec.lora, _int8(spec))
+    shapes, _ = _abstract_weights(spec)
     frozen: Params = {}
     if spec.lora is not None:
         frozen, shardings = split_adapter(shardings)
-        _, shapes = split_adapter(shapes)
 
     def beside(kept: Any, shape: Any, sharding: Any) -> Any:
         axes = range(len(shape.shape))
