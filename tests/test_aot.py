@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from humpback_jax.aot.decode import compile_decode, plan_decode
 from humpback_jax.aot.programs import training_plan
+from humpback_jax.cli import main
 from humpback_jax.compute import Compute, choose_compute
 from humpback_jax.config import default_config, set_field
 from humpback_jax.errors import HumpbackError
@@ -102,6 +103,12 @@ def test_formats_of_a_config_are_compiled_in_others() -> None:
     set_field(config, "compute.precision", ["float32"])
     run = training_plan(config, SHAPES["tiny"], alone, None).run
     assert run.precision == Precision("float32", "float32")
+
+
+def test_an_adapter_named_by_its_own_flag_has_no_int8_base(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    assert main(["aot", "--topology=v9:1", "--lora=16", "--config.train.lora.base=int8"]) == 1
+    assert "--topology=v9:1 is not known" in capsys.readouterr().err
 
 
 def test_a_slice_too_small_is_found_by_the_compiler_alone() -> None:

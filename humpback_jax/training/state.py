@@ -153,8 +153,9 @@ def finished_params(
     """(full stacked parameters with the adapter merged, the stacked adapter or None).
 
     Args:
-      base: what training began with. The adapter is merged into it where only int8 weights, which
-        nothing can be added to, were held during training.
+      base: what training began with. The adapter is merged into it leaf by leaf, on the host where
+        one process holds all of the adapter: the devices are full of frozen weights, maybe in
+        int8, to which nothing can be added.
     """
 
     def stacked(params: Params) -> Params:
@@ -162,9 +163,24 @@ def finished_params(
 
     if spec.lora is None:
         return stacked(state.trainable), None
-    full = _float32_base(spec, base) if _int8(spec) else state.frozen
-    adapter = with_norms(full, state.trainable, spec.lora)
-    return stacked(merge_adapter(full, adapter, spec.lora)), stacked(adapter)
+    adapter = flatten(stacked(state.trainable))
+    where: dict[Any, Any] = {}
+    if spec.mesh is not None and not all(leaf.is_fully_addressable for leaf in adapter.values()):
+        where = flatten(param_shardings(spec.config, spec.mesh))
+    params, held = {}, {}
+    for path, leaf in flatten(base).items():
+        if path in where:
+            wide = place({"leaf": leaf}, {"leaf": where[path]}, _float32)["leaf"]
+        else:
+            wide = np.asarray(leaf).astype(np.float32, copy=False)
+        own = {name: part for name, part in adapter.items() if name[:-1] == path[:-1]}
+        if path[-1] == "kernel" and own:
+            kernel = unflatten({path: wide})
+            module = with_norms(kernel, unflatten(own), spec.lora)
+            held.update(flatten(module))
+            wide = flatten(merge_adapter(kernel, module, spec.lora))[path]
+        params[path] = wide
+    return unflatten(params), unflatten(held)
 
 
 def _arranged(params: Params, layout: Layout) -> Params:

@@ -259,13 +259,18 @@ def train(
         if resume is not None:
             with goodput.phase("checkpoint"):
                 resume.wait()
+    if resume is not None and spec.lora is not None and first < spec.steps:
+        with goodput.phase("checkpoint"):  # merging takes memory: it may fail
+            resume.save(state)
+            resume.wait()
     if resume is not None and spec.select == "best":
         with goodput.phase("checkpoint"):
             frozen = state.frozen
             del state  # makes room
             state = resume.restore_best(like)._replace(frozen=frozen)
     state = state._replace(optimizer=())  # makes room
-    params, adapter = finished_params(state, step_spec, base)
+    with room_for("the tuned weights", "What was trained is kept: run the same command again."):
+        params, adapter = finished_params(state, step_spec, base)
     took = goodput.seconds()
     return Trained(
         params, adapter, history, plan, int(state.step), took["compile"], took, spec.lora
