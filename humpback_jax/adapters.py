@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from humpback_jax.checkpoint import load_params
 from humpback_jax.errors import HumpbackError
+from humpback_jax.folder_swap import part
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.llama import Params, flatten
 from humpback_jax.model.lora import adapter_shapes, merge_adapter, unmerge_adapter, with_norms
@@ -162,7 +163,7 @@ def stored_adapter(folder: Path, description: dict[str, Any]) -> Adapter | None:
         raise HumpbackError(
             f"{folder / DESCRIPTION}: not a readable description of an adapter ({error!r})."
         ) from error
-    return Adapter(spec, load_params(folder / ADAPTER), base, tags)
+    return Adapter(spec, load_params(part(folder, ADAPTER)), base, tags)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
       HumpbackError: it is absent, or not readable.
     """
-    path = folder / DESCRIPTION
+    path = part(folder, DESCRIPTION)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

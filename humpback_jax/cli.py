@@ -63,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _defect(error: Exception, arguments: argparse.Namespace) -> int:
+    if "jax" in sys.modules:
+        from humpback_jax.device_memory import lacks_memory
+
+        if lacks_memory(error):
+            cause = (str(error).strip() or "MemoryError").splitlines()[0]
+            advice = "Compute less at a time, or take more devices, or such with more memory."
+            return _fail(f"error: memory is exhausted ({cause}). {advice}", arguments)
     hint = "--debug shows where; this is a defect of humpback_jax, please report it."
     return _fail(f"unexpected error: {error!r} ({hint})", arguments)
 

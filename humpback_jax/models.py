@@ -24,6 +24,7 @@ from humpback_jax.adapters import (
 from humpback_jax.artifacts import write_json
 from humpback_jax.checkpoint import holds_params, load_params, save_params
 from humpback_jax.errors import HumpbackError
+from humpback_jax.folder_swap import part, replaced_together
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Params, init_params
 from humpback_jax.model.shapes import PUBLISHED, SHAPES
@@ -152,24 +153,23 @@ def load_config(name: str) -> LlamaConfig:
 
 
 def save_checkpoint(folder: Path, model: LanguageModel, details: dict[str, Any]) -> None:
-    """Writes weights (Orbax), tokenizer, template and config; `humpback.json` last.
+    """Writes weights (Orbax), tokenizer, template and config.
 
-    Processes that hold the weights together call it together; the first writes what is small.
+    A model that stands there is there until this one is complete. Processes that hold the weights
+    together call it together; the first writes what is small.
+
+    Raises:
+      HumpbackError: it cannot be written.
     """
     import jax
 
-    from humpback_jax.parallel.processes import wait_for_all
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_params(folder / "weights", model.params)
-    if jax.process_index() == 0:  # it describes what these weights have replaced
-        (folder / DESCRIPTION).unlink(missing_ok=True)
-    if model.adapter is not None:
-        save_params(folder / ADAPTER, model.adapter.params)
-    _ = model.hash  # which takes all processes
-    if jax.process_index() == 0:
-        _describe(folder, model, details)
-    wait_for_all(f"{folder} is written")
+    with replaced_together(folder) as new:
+        save_params(new / "weights", model.params)
+        if model.adapter is not None:
+            save_params(new / ADAPTER, model.adapter.params)
+        _ = model.hash  # which takes all processes
+        if jax.process_index() == 0:
+            _describe(new, model, details)
 
 
 def _describe(folder: Path, model: LanguageModel, details: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ def _describe(folder: Path, model: LanguageModel, details: dict[str, Any]) -> No
 
 def holds_checkpoint(folder: Path) -> bool:
     """Whether what `save_checkpoint` wrote is there still."""
-    return (folder / DESCRIPTION).is_file() and holds_params(folder / "weights")
+    return part(folder, DESCRIPTION).is_file() and holds_params(part(folder, "weights"))
 
 
 def export_hf(folder: Path, model: LanguageModel, dtype: str | None = None) -> None:
@@ -289,11 +289,11 @@ def load_checkpoint(folder: Path, template: str = "auto") -> LanguageModel:
         name, tags = raw["name"], raw["tags"]
     except KeyError as error:
         raise _undescribed(folder, error) from error
-    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+    tokenizer = Tokenizer.from_folder(part(folder, "tokenizer"))
     tokenizer = within_vocabulary(tokenizer, config.vocab_size)
     if template != "auto":
         require_same_template(stored, choose_template(tokenizer, template), str(folder))
-    params = load_params(folder / "weights", leaf_shapes(config))
+    params = load_params(part(folder, "weights"), leaf_shapes(config))
     adapter = stored_adapter(folder, raw)
     return LanguageModel(name, config, params, tokenizer, stored, tags, adapter)
 

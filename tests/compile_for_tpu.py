@@ -27,12 +27,11 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.kernels import Kernels
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import init_params
-from humpback_jax.parallel.rules import abstract_params
 from humpback_jax.sampling.prefix import PrefixArrays
 from humpback_jax.sampling.programs import decode_program, empty_slots
 from humpback_jax.training.loss import Batch
 from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
-from humpback_jax.training.state import StepSpec, TrainState, state_shardings
+from humpback_jax.training.state import StepSpec, abstract_state
 from humpback_jax.training.step import make_train_step
 
 BFLOAT16 = Precision("bfloat16", "bfloat16")
@@ -139,14 +138,7 @@ def training_with_activations_on_the_host(mesh: Mesh) -> dict[str, int]:
         mesh=mesh,
     )
     optimizer = make_optimizer(OptimizerSpec(name="adafactor"), 10)
-    params = abstract_params(config, "float32", "scan")
-    kept = jax.eval_shape(optimizer.init, params)
-    state = TrainState(jax.ShapeDtypeStruct((), "int32"), params, {}, kept)
-    state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        state,
-        state_shardings(spec, optimizer),
-    )
+    state = abstract_state(spec, optimizer)
     places = abstract(mesh, P(None, ("data", "fsdp")), "int32", 1, rows, tokens)
     mask = abstract(mesh, P(None, ("data", "fsdp")), bool, 1, rows, tokens)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,8 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from humpback_jax.aot.decode import plan_decode
+from humpback_jax.aot.decode import compile_decode, plan_decode
+from humpback_jax.aot.programs import training_plan
+from humpback_jax.cli import main
+from humpback_jax.compute import Compute, choose_compute
+from humpback_jax.config import default_config, set_field
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.kernels import XLA
+from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.shapes import PUBLISHED, SHAPES
 from humpback_jax.models import load_config, load_model, save_checkpoint
@@ -84,10 +91,50 @@ def test_without_tpu_support_the_error_does_not_say_how_to_get_it() -> None:
         tpu_slice("v5p:2x2x1")
 
 
+def for_tpu(**settings: str) -> Compute:
+    return choose_compute("auto", 64, platform="tpu", **settings)
+
+
+def test_int8_weights_or_cache_of_a_config_are_planned_at_their_full_size() -> None:
+    """13B fit a chip in int8 alone."""
+    chip, alone = CHIPS["v5e"], jax.devices()[:1]
+    with pytest.raises(HumpbackError, match="does not hold one row"):
+        plan_decode(SHAPES["13b"], alone, chip, for_tpu(kv="int8"), 128)
+    assert plan_decode(SHAPES["13b"], alone, chip, for_tpu(weights="int8"), 128).slots >= 1
+    wide, narrow = (
+        plan_decode(SHAPES["7b"], alone, chip, for_tpu(weights="int8", kv=kv), 2048).slots
+        for kv in ("auto", "int8")
+    )
+    assert narrow > wide
+
+
+def test_formats_of_a_config_are_compiled_in_others() -> None:
+    """What is compiled on the CPU at hand shows the shapes that a slice would get."""
+    chip, alone = CHIPS["v5e"], jax.devices()[:1]
+    held = {}
+    for name, settings in {"auto": {}, "int8": {"weights": "int8", "kv": "int8"}}.items():
+        compute = dataclasses.replace(for_tpu(**settings), kernels=XLA)
+        plan = plan_decode(SHAPES["tiny"], alone, chip, compute, 128)
+        report = compile_decode(SHAPES["tiny"], plan, compute, chip, ["decode"])["decode"]
+        held[name] = report["bytes_by_kind"]
+    assert held["int8"]["parameters"] < 0.6 * held["auto"]["parameters"]
+    assert held["int8"]["cache"] < 0.8 * held["auto"]["cache"]
+    config = default_config()
+    set_field(config, "compute.precision", ["float32"])
+    run = training_plan(config, SHAPES["tiny"], alone, None).run
+    assert run.precision == Precision("float32", "float32")
+
+
+def test_an_adapter_named_by_its_own_flag_has_no_int8_base(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    assert main(["aot", "--topology=v9:1", "--lora=16", "--config.train.lora.base=int8"]) == 1
+    assert "--topology=v9:1 is not known" in capsys.readouterr().err
+
+
 def test_a_slice_too_small_is_found_by_the_compiler_alone() -> None:
     with pytest.raises(HumpbackError, match="does not hold one row"):
-        plan_decode(SHAPES["llama2_70b"], jax.devices()[:1], CHIPS["v5e"], None, 64, 2048, 1024)
-    plan = plan_decode(SHAPES["tinyllama"], jax.devices()[:1], CHIPS["v5e"], None, 64, 1500, 1024)
+        plan_decode(SHAPES["llama2_70b"], jax.devices()[:1], CHIPS["v5e"], for_tpu(), 2048)
+    plan = plan_decode(SHAPES["tinyllama"], jax.devices()[:1], CHIPS["v5e"], for_tpu(), 1500)
     assert (plan.slots, plan.capacity, plan.mesh.size) == (64, 2048, 1)
 
 

@@ -6,6 +6,7 @@ on from another run's state.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,12 +26,14 @@ import pytest
 from test_trainer import LORA, SPEC, Stop, base, run, step_spec, stop_after
 from tiny_llama import random_examples, trees_equal
 
+from humpback_jax.adapters import Adapter
 from humpback_jax.checkpoint import ResumeFolder, save_params
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import init_params
-from humpback_jax.models import load_checkpoint, load_model, save_checkpoint
+from humpback_jax.model.lora import lora_spec, split_adapter
+from humpback_jax.models import holds_checkpoint, load_model, save_checkpoint
 from humpback_jax.sampling.likelihood import sequence_nll
-from humpback_jax.training.optimizer import OptimizerSpec, make_optimizer
+from humpback_jax.training.optimizer import OPTIMIZERS, OptimizerSpec, make_optimizer
 from humpback_jax.training.state import (
     TrainState,
     initial_state,
@@ -72,13 +75,17 @@ def test_a_state_written_while_training_goes_on_is_of_a_later_step(layout, tmp_p
 LAYOUTS = [("scan", "unrolled"), ("unrolled", "scan")]
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "adapter"])
+@pytest.mark.parametrize(
+    ("lora", "optimizer"),
+    [(None, "adamw"), (LORA, "adamw"), (None, "adafactor"), (LORA, "adafactor")],
+)
 @pytest.mark.parametrize(("before", "after"), LAYOUTS)
 def test_a_run_on_an_accelerator_is_lost_to_a_cpu_or_the_other_way_round(
-    before, after, lora, tmp_path
+    before, after, lora, optimizer, tmp_path
 ) -> None:
     """Accelerators scan over stacked layers; a CPU keeps them apart."""
     spec = dataclasses.replace(SPEC, resume_every=3, lora=lora)
+    spec = dataclasses.replace(spec, optimizer=dataclasses.replace(SPEC.optimizer, name=optimizer))
     unbroken = run(dataclasses.replace(spec, layout=after))
     with pytest.raises(Stop):
         run(
@@ -99,17 +106,20 @@ def test_a_run_on_an_accelerator_is_lost_to_a_cpu_or_the_other_way_round(
         assert np.allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
-def test_layers_come_back_in_another_order_from_the_other_layout() -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_layers_come_back_in_another_order_from_the_other_layout(optimizer) -> None:
     """Eleven layers: as text, the tenth sorts before the second."""
     layers = {i: {"q": {"kernel": jax.numpy.full((2, 3), float(i))}} for i in range(11)}
     params = {"layers": layers, "norm": {"scale": jax.numpy.ones(3)}}
-    kept = make_optimizer(SPEC.optimizer, 4).init(params)
-    apart = TrainState(jax.numpy.int32(4), params, {}, kept)
+    made = make_optimizer(dataclasses.replace(SPEC.optimizer, name=optimizer), 4)
+    apart = TrainState(jax.numpy.int32(4), params, {}, made.init(params))
     stacked = stacked_state(apart)
     kernel = stacked.trainable["layers"]["q"]["kernel"]
     assert kernel.shape == (11, 2, 3)
     assert kernel[:, 0, 0].tolist() == list(range(11))
     assert same(stacked_state(stacked), stacked)
+    scanned = made.init(stacked.trainable)
+    assert jax.tree.map(np.shape, stacked.optimizer) == jax.tree.map(np.shape, scanned)
     assert same(laid_out_like(apart, stacked), apart)
 
 
@@ -166,17 +176,72 @@ def test_a_full_disk_is_a_traceback_or_costs_the_state_before(tmp_path) -> None:
     assert step == 0
 
 
-def test_weights_written_before_a_kill_are_taken_for_the_model_that_was_there(
+def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the given change of the disk on, nothing happens; of a folder, half is removed."""
+    changes = iter(range(moment))
+
+    def or_killed(change: Callable[..., Any], half: Callable[[Path], None]) -> Callable[..., Any]:
+        def changed(path: Path, *arguments: Any, **options: Any) -> Any:
+            if next(changes, None) is None:
+                half(path)
+                raise Stop
+            return change(path, *arguments, **options)
+
+        return changed
+
+    def nothing(path: Path) -> None:
+        pass
+
+    def without_files(path: Path) -> None:
+        for file in path.rglob("*"):
+            if file.is_file():
+                file.unlink()
+
+    monkeypatch.setattr(Path, "rename", or_killed(Path.rename, nothing))
+    monkeypatch.setattr(Path, "rmdir", or_killed(Path.rmdir, nothing))
+    monkeypatch.setattr(os, "replace", or_killed(os.replace, nothing))
+    monkeypatch.setattr(shutil, "rmtree", or_killed(shutil.rmtree, without_files))
+
+
+def test_a_kill_while_a_model_replaces_another_loses_both_or_mixes_them(
     tmp_path, monkeypatch
 ) -> None:
-    """A folder that is written again has new weights before it has their description."""
+    """Whatever the moment, one of the two is there, and the same command writes the new one."""
+    model, spec = load_model("tiny-random"), lora_spec(2, 4, 0.0, ("q",))
+    adapter = split_adapter(init_params(model.config, jax.random.key(1), lora=spec))[1]
+    old = dataclasses.replace(model, tags="S_a", adapter=Adapter(spec, adapter, "base"))
+    params = init_params(model.config, jax.random.key(2))
+    new = dataclasses.replace(model, params=params, tags="S_w")
+    assert old.hash != new.hash
+    found = []
+    for moment in range(30):
+        folder = tmp_path / f"{moment}"
+        save_checkpoint(folder, old, {})
+        with monkeypatch.context() as patch:
+            killed_at(moment, patch)
+            with contextlib.suppress(Stop, HumpbackError):
+                save_checkpoint(folder, new, {})
+                break
+        assert holds_checkpoint(folder)
+        left = load_model(str(folder))
+        described = (left.hash, left.tags, left.adapter is None)
+        assert described in ((old.hash, "S_a", False), (new.hash, "S_w", True)), moment
+        found.append(left.tags)
+        save_checkpoint(folder, new, {})
+        assert load_model(str(folder)).hash == new.hash
+        assert not (folder / ".whole").exists() and not (folder / ".new").exists()
+    assert {*found} == {"S_a", "S_w"} and found == sorted(found)
+
+
+def test_a_full_disk_costs_the_model_that_was_to_be_replaced(tmp_path, monkeypatch) -> None:
     model = load_model("tiny-random")
-    save_checkpoint(tmp_path, dataclasses.replace(model, tags="S_a"), {})
-    monkeypatch.setattr("humpback_jax.models._describe", lambda *_: (_ for _ in ()).throw(Stop))
-    with pytest.raises(Stop):
+    save_checkpoint(tmp_path, model, {})
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(ocp, "save", lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(HumpbackError, match="could not be written"):
         save_checkpoint(tmp_path, load_model("tiny-random", seed=1), {})
-    with pytest.raises(HumpbackError, match=r"humpback\.json"):
-        load_checkpoint(tmp_path)
+    assert load_model(str(tmp_path)).hash == model.hash
+    assert not (tmp_path / ".new").exists(), "it would take up room"
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -129,3 +129,17 @@ def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     )
     assert code == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 1
+
+
+def test_a_machine_with_too_little_memory_is_called_a_defect(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    def perform(arguments: object) -> None:
+        jax.numpy.zeros(1 << 50).block_until_ready()
+
+    monkeypatch.setattr("humpback_jax.verbs.perform", perform)
+    assert main(["fetch", "x"]) == 1
+    message = capsys.readouterr().err
+    assert "memory is exhausted (RESOURCE_EXHAUSTED" in message and "defect" not in message

@@ -30,10 +30,10 @@ from humpback_jax.aot.summary import summary_lines
 from humpback_jax.aot.table import check_lines, fill_table, table_lines, write_page
 from humpback_jax.aot.train import (
     TrainPlan,
-    abstract_state,
     lower_step,
     most_rows,
     plan_training,
+    state_of,
 )
 from humpback_jax.config import default_config, set_field
 from humpback_jax.errors import HumpbackError
@@ -117,7 +117,7 @@ def test_micro_batches_update_the_parameters_once_each() -> None:
     assert four.tokens == 4 * alone.tokens
     one, several = step_costs(alone), step_costs(four)
     assert several.flops == pytest.approx(4 * one.flops)
-    held = abstract_state(alone)
+    held = state_of(alone)
     update = 3 * held_bytes(held.trainable) + 2 * held_bytes(held.optimizer)
     added = 3 * held_bytes(held.trainable)
     assert several.memory == pytest.approx(4 * one.memory + 3 * (added - update))
@@ -160,6 +160,17 @@ def test_the_kinds_of_bytes_do_not_add_up_or_forget_the_optimizer() -> None:
     assert kinds["optimizer"] == pytest.approx(2 * parameters, rel=1e-3)
     assert sum(kinds.values()) == report["bytes_per_device"]
     assert report["fits"]
+
+
+@pytest.mark.parametrize("layout", ["scan", "unrolled"])
+def test_an_adapter_on_an_int8_base_cannot_be_planned_or_takes_the_room_of_float32(layout) -> None:
+    spec = lora_spec(4, 8, 0.0, ("q", "v"))
+    wide, narrow = (
+        lower_step(plan_of(2, layout=layout, lora=dataclasses.replace(spec, base=base)))[1]
+        for base in ("auto", "int8")
+    )
+    assert held_bytes(narrow.frozen) == pytest.approx(held_bytes(wide.frozen) / 4, rel=0.1)
+    assert held_bytes(narrow.trainable) == held_bytes(wide.trainable)
 
 
 @given(st.integers(1, 70), st.integers(1, 9), st.integers(1, 9))

@@ -312,6 +312,24 @@ def test_bfloat16_products_give_nearly_the_float32_loss_and_gradient() -> None:
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(other))
 
 
+def test_the_number_of_supervised_tokens_decides_how_long_gradients_in_bfloat16_are() -> None:
+    """A third is 0.2 % more in bfloat16, for all tokens alike."""
+    hidden, kernel, targets, weights = _projection(True)
+
+    def scaled_sum(hidden, factor):
+        total, _ = loss_module._projected_nll(
+            hidden, kernel, targets[None], weights[None], 65, 0, "bfloat16", None, Objective()
+        )
+        return factor * total
+
+    half = jnp.asarray(hidden, "bfloat16")[None]
+    whole, third = (
+        np.abs(jax.grad(scaled_sum)(half, jnp.float32(factor)).astype("float32")).sum()
+        for factor in (1.0, 1 / 3)
+    )
+    assert float(third) == pytest.approx(float(whole) / 3, rel=5e-4)
+
+
 def test_adamw_steps_equal_torch() -> None:
     """Same clip, same rates, same decay mask: embeddings and kernels, not norms and biases.
 

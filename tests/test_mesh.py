@@ -22,13 +22,21 @@ from jax.sharding import PartitionSpec as P
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
+from humpback_jax.model.shapes import SHAPES
 from humpback_jax.models import load_model
-from humpback_jax.parallel.mesh import AXES, MeshShape, Share, our_share, parse_mesh
-from humpback_jax.parallel.rules import RULES, head_units, partition
+from humpback_jax.parallel.mesh import (
+    AXES,
+    MeshShape,
+    Share,
+    cut_rows_and_weights,
+    our_share,
+    parse_mesh,
+)
+from humpback_jax.parallel.rules import RULES, check_sharded, head_units, partition
 
 ROOT = Path(__file__).parent.parent
 ONE = "data=1"
-SHAPES = (
+MESHES = (
     *("data=8", "fsdp=8", "tensor=8", "data=4,fsdp=2", "data=2,tensor=4", "data=4,tensor=2"),
     *("fsdp=4,tensor=2", "fsdp=2,tensor=4", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2"),
 )
@@ -65,9 +73,9 @@ def test_chips_that_share_a_job_write_another_text_than_one_alone() -> None:
 
 @pytest.mark.slow
 def test_on_some_mesh_shape_the_text_is_another_one() -> None:
-    found = on_meshes("tiny", ROWS, NEW, ONE, *SHAPES)
-    check_same(found, SHAPES, strays=0)
-    for mesh in SHAPES:
+    found = on_meshes("tiny", ROWS, NEW, ONE, *MESHES)
+    check_same(found, MESHES, strays=0)
+    for mesh in MESHES:
         parts = np.prod([int(size.partition("=")[2]) for size in mesh.split(",")])
         parts //= parse_mesh(mesh).data or 1
         # Norms and the odd vocabulary of 259 tokens stay whole along tensor.
@@ -138,6 +146,58 @@ def test_a_head_is_cut_in_two_where_heads_do_not_divide() -> None:
     assert partition(("embed", "mlp"), (63, 96), mesh) == P(None, "tensor")
 
 
+SMOL = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh", "message"),
+    [
+        (SHAPES["7b"], (1, 24, 1), r"fsdp=24 .* width of 4096: 100% .* write fsdp=8, .* to data"),
+        (SHAPES["7b"], (1, 1, 7), r"tensor=7 .* MLP of 11008: 100% .* write tensor=1"),
+        (SMOL, (2, 5, 1), r"fsdp=5 .* 576"),
+    ],
+)
+def test_each_chip_holds_the_whole_model_on_a_mesh_that_was_to_cut_it(
+    config: LlamaConfig, mesh: tuple[int, int, int], message: str
+) -> None:
+    with pytest.raises(HumpbackError, match=message):
+        check_sharded(config, mesh_of(*mesh))
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh"),
+    [
+        (SMOL, (2, 2, 2)),  # nine heads
+        (SMOL, (24, 1, 1)),
+        (SHAPES["tiny"], (1, 1, 8)),  # 259 tokens
+        (SHAPES["llama2_70b"], (2, 8, 16)),  # eight key/value heads
+        (SHAPES["33b"], (1, 512, 1)),
+    ],
+)
+def test_a_mesh_is_refused_for_heads_or_an_odd_vocabulary(
+    config: LlamaConfig, mesh: tuple[int, int, int]
+) -> None:
+    check_sharded(config, mesh_of(*mesh))
+
+
+@pytest.mark.parametrize(
+    ("devices", "width", "shape"), [(24, 4096, (3, 8)), (16, 576, (1, 16)), (5, 64, (5, 1))]
+)
+def test_auto_leaves_the_model_whole_on_a_number_of_chips_that_does_not_divide_it(
+    devices: int, width: int, shape: tuple[int, int]
+) -> None:
+    assert cut_rows_and_weights(devices, width) == MeshShape(*shape)
+
+
 def test_two_axes_of_an_array_on_one_axis_of_the_mesh_are_an_error() -> None:
     with pytest.raises(HumpbackError, match="same axis of the mesh"):
         partition(("mlp", "vocab"), (64, 64), mesh_of(1, 1, 2))
@@ -147,14 +207,22 @@ def test_two_axes_of_an_array_on_one_axis_of_the_mesh_are_an_error() -> None:
 
 
 def start_several(
-    count: int, arguments: list[str], devices: int, program: Sequence[str] = ("-m", "humpback_jax")
+    count: int,
+    arguments: list[str],
+    devices: int,
+    program: Sequence[str] = ("-m", "humpback_jax"),
+    numbers: Sequence[int] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """A verb, or another program, in `count` processes of so many devices each."""
+    """A verb, or another program, in `count` processes of so many devices each.
+
+    Args:
+      numbers: of those that are started; None for all.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for number in range(count):
+    for number in range(count) if numbers is None else numbers:
         environment = {
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -244,3 +312,48 @@ def test_half_a_description_of_the_processes_is_an_error() -> None:
     )
     assert done.returncode == 1
     assert "JAX_NUM_PROCESSES" in done.stderr
+
+
+JOIN = """
+import sys
+from humpback_jax.errors import HumpbackError
+from humpback_jax.parallel import processes
+processes.START_SECONDS = int(sys.argv[1])
+try:
+    print(processes.join_processes())
+except HumpbackError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def joined(count: int, numbers: Sequence[int], seconds: int) -> list[tuple[int, str]]:
+    """(exit code, all that it printed) of those processes of a job that were started."""
+    program = ("-c", JOIN)
+    started = start_several(count, [f"{seconds}"], 1, program, numbers)
+    printed = [process.communicate(timeout=120) for process in started]
+    return [
+        (process.returncode, output + errors)
+        for process, (output, errors) in zip(started, printed, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "came", "missing"),
+    [(4, (0, 2), "processes 1, 3 are missing"), (3, (1, 2), "process 0 is missing")],
+)
+def test_a_missing_host_aborts_the_others_and_nobody_says_which_one_it_is(
+    count: int, came: tuple[int, ...], missing: str
+) -> None:
+    for code, printed in joined(count, came, 5):
+        assert code == 1, printed
+        (line,) = printed.splitlines()
+        assert line.startswith(f"error: {missing} of the {count} of this job"), printed
+
+
+def test_two_hosts_with_the_same_number_wait_for_a_third() -> None:
+    for code, printed in joined(3, (0, 1, 1), 60):
+        assert code == 1 and "process 1 of 3 came twice" in printed
+
+
+def test_hosts_that_have_met_are_not_connected() -> None:
+    assert joined(2, (1, 0), 60) == [(0, "2\n"), (0, "2\n")]

@@ -17,19 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from test_mesh import start_several
-from test_trainer import EXAMPLES, SPEC, VARIANTS, Stop, base, run, step_spec, stop_after
-from tiny_llama import from_torch, torch_llama
+from test_trainer import EXAMPLES, LORA, SPEC, VARIANTS, Stop, base, run, step_spec, stop_after
+from tiny_llama import assert_trees_close, from_torch, torch_llama, trees_equal
 
 import humpback_jax
 from humpback_jax.checkpoint import ResumeFolder
+from humpback_jax.config import default_config
 from humpback_jax.errors import HumpbackError
+from humpback_jax.model.lora import lora_spec, unmerge_adapter
+from humpback_jax.models import load_model
 from humpback_jax.parallel.mesh import make_mesh, parse_mesh
+from humpback_jax.stages.tune import run_identity
+from humpback_jax.training import trainer
 from humpback_jax.training.optimizer import make_optimizer
-from humpback_jax.training.state import StepSpec, TrainState, abstract_state, initial_state
+from humpback_jax.training.state import (
+    StepSpec,
+    TrainState,
+    abstract_state,
+    finished_params,
+    initial_state,
+)
 from humpback_jax.training.trainer import train
 
 PACKAGE = str(Path(humpback_jax.__file__).parent)
@@ -92,6 +104,46 @@ def test_a_run_that_just_fits_cannot_be_resumed(
     assert 0.95 * state_bytes < peak.bytes < most * state_bytes
 
 
+@pytest.mark.parametrize("base_format", ["auto", "int8"])
+@pytest.mark.parametrize("layout", ["scan", "unrolled"])
+def test_an_adapter_on_a_base_that_just_fits_is_lost_when_it_is_merged(
+    layout, base_format, monkeypatch
+) -> None:
+    """Device memory is full of the frozen weights: there is no room for merged ones."""
+    config, params = from_torch(torch_llama(num_hidden_layers=4))
+    params = jax.tree.map(np.asarray, params)
+    lora = lora_spec(2, 4, 0.0, ("q", "down"), dora=True, base=base_format)
+    step = StepSpec(config, 1, layout=layout, lora=lora)
+    state = initial_state(step, params, optax.sgd(1.0), 0)
+    state = state._replace(trainable=jax.tree.map(lambda leaf: leaf + 0.1, state.trainable))
+    peak = Peak(monkeypatch)
+    try:
+        merged, adapter = finished_params(state, step, params)
+    finally:
+        sys.setprofile(None)
+    assert peak.bytes < 0.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert_trees_close(unmerge_adapter(merged, adapter, lora), params, 1e-5)
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_merge_that_fails_loses_the_adapter(select, tmp_path, monkeypatch) -> None:
+    spec = dataclasses.replace(SPEC, lora=LORA, select=select, eval_every=4)
+    validation = EXAMPLES[:2]
+    unbroken = run(spec, validation=validation, resume=ResumeFolder(tmp_path / "unbroken"))
+
+    def full(*arguments: Any) -> Any:
+        raise MemoryError("Unable to allocate 13 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "finished_params", full)
+        with pytest.raises(HumpbackError, match=r"tuned weights.*13 GiB.*kept: run the same"):
+            run(spec, validation=validation, resume=ResumeFolder(tmp_path / "resume"))
+    again = run(spec, validation=validation, resume=ResumeFolder(tmp_path / "resume"))
+    assert [row for row in again.history if "loss" in row] == [], "all steps are done"
+    assert trees_equal(again.params, unbroken.params)
+    assert trees_equal(again.adapter, unbroken.adapter)
+
+
 MESHES = {"alone": None, "mesh": "data=1,fsdp=1,tensor=1"}
 
 
@@ -108,12 +160,39 @@ def test_what_is_read_has_another_form_than_what_is_trained(variant, mesh, optim
     shape = MESHES[mesh] and parse_mesh(MESHES[mesh])
     step = dataclasses.replace(step_spec(spec), mesh=shape and make_mesh(shape, jax.devices()[:1]))
     made = make_optimizer(spec.optimizer, spec.steps)
-    expected = initial_state(step, base()[1], made, spec.seed)._replace(frozen={})
+    expected = initial_state(step, base()[1], made, spec.seed)
     found = abstract_state(step, made)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert ours.sharding.is_equivalent_to(theirs.sharding, theirs.ndim)
+
+
+def identity(**changes: Any) -> dict[str, str]:
+    model, section = load_model("tiny-random"), default_config().train
+    section.update(changes)
+    return run_identity("tiny-random", model, section, "forward", 0, "data", [])
+
+
+def test_a_run_cannot_go_on_with_less_memory_on_fewer_chips(tmp_path) -> None:
+    """More micro-batches, or activations that are computed again, change rounding alone."""
+    spec = dataclasses.replace(SPEC, resume_every=3, dropout=0.1)
+    smaller = {"accumulation": 4, "remat": "full"}
+    resume = ResumeFolder(tmp_path, belongs_to=identity())
+    with pytest.raises(Stop):
+        run(spec, resume=resume, on_metrics=stop_after(4))
+    rows: list[dict] = []
+    resumed = run(
+        dataclasses.replace(spec, **smaller),
+        resume=ResumeFolder(tmp_path, belongs_to=identity(**smaller)),
+        on_metrics=rows.append,
+    )
+    assert rows[0]["step"] == 4
+    assert identity(learning_rate=1.0) != identity() != identity(row_tokens=64)
+    for ours, theirs in zip(
+        jax.tree.leaves(resumed.params), jax.tree.leaves(run(spec).params), strict=True
+    ):
+        assert jax.numpy.allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
 OURS = {"model": "a"}

@@ -92,8 +92,8 @@ def test_the_default_model_s_loss_depends_on_the_number_of_chips() -> None:
 
 def test_a_mesh_for_training_larger_than_the_machine_is_an_error() -> None:
     with pytest.raises(HumpbackError, match="does not fit"):
-        training_mesh(parse_mesh("data=64"))
-    assert training_mesh(None) is None, "one CPU trains alone"
+        training_mesh(parse_mesh("data=64"), 64)
+    assert training_mesh(None, 64) is None, "one CPU trains alone"
 
 
 DATA = [{"instruction": f"Say {i}", "output": f"{i} " * (i % 9 + 1)} for i in range(64)]
@@ -144,6 +144,35 @@ def test_two_hosts_train_another_model_than_one(mesh: str, tmp_path: Path) -> No
     saved = load_checkpoint(tmp_path / "both")
     described = json.loads((tmp_path / "both" / "humpback.json").read_text())["hash"]
     assert described == saved.hash, "hashed in parts, the weights are others"
+
+
+OWN = """
+import os, sys
+from humpback_jax.cli import main
+sys.exit(main([word.replace("OWN", os.environ["JAX_PROCESS_ID"]) for word in sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [("--data={folder}/OWN/rows.jsonl", "data"), ("--config.train.accumulation=1OWN", "settings")],
+)
+def test_hosts_train_together_on_other_rows(other: str, named: str, tmp_path: Path) -> None:
+    """A file that was not copied to a host: its gradients would be of other batches."""
+    for number in range(3):
+        (tmp_path / f"{number}").mkdir()
+        rows = data_file(tmp_path / f"{number}")
+    rows.write_text("\n".join(rows.read_text().splitlines()[:60]))  # the last host's
+    command = [*TRAIN, f"--data={tmp_path}/0/rows.jsonl", f"--out={tmp_path}/OWN/model"]
+    command += ["--config.train.steps=2", "--config.compute.mesh=data=3"]
+    command = [word for word in command if not other.startswith(word.partition("=")[0] + "=")]
+    command += [other.format(folder=tmp_path)]
+    for process in start_several(3, command, 1, ["-c", OWN]):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 1
+        line = errors.splitlines()[-1]
+        assert f"another {named} than process 0" in line and "same command" in line, errors
+        assert ("process 2 has" if named == "data" else "processes 1, 2 have") in line
 
 
 def steps_in(log: Path) -> list[int]:

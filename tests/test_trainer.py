@@ -371,3 +371,16 @@ def test_a_checkpoint_folder_under_way_is_replaced_not_mixed(tmp_path: Path) -> 
     changed = {**params, "norm": {"scale": params["norm"]["scale"] + 1}}
     save_params(tmp_path / "weights", changed)
     assert trees_equal(load_params(tmp_path / "weights"), changed)
+
+
+def test_a_step_that_memory_does_not_hold_is_called_a_defect() -> None:
+    """Attention of rows so long takes more than a terabyte."""
+    config = dataclasses.replace(base()[0], max_position_embeddings=1 << 17)
+    examples = random_examples(2, longest=100_000, shortest=100_000)
+    spec = dataclasses.replace(SPEC, layout="scan", batch_examples=2, row_tokens=100_000)
+    with pytest.raises(
+        HumpbackError, match=r"micro-batch of 2 x 100,000 tokens.*EXHAUSTED"
+    ) as told:
+        train(config, base()[1], examples, spec)
+    for setting in ("accumulation=2", "remat=full", "row_tokens", "lora.rank", "larger mesh"):
+        assert setting in str(told.value)

@@ -13,16 +13,14 @@ from jax.sharding import Mesh
 from humpback_jax.aot.estimate import LINKS_SHARE
 from humpback_jax.aot.hlo import bytes_by_kind, collectives
 from humpback_jax.aot.memory import bytes_report, compile_program
+from humpback_jax.compute import Compute
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.cache import capacity_for
 from humpback_jax.model.config import LlamaConfig
-from humpback_jax.model.kernels import XLA, Kernels
-from humpback_jax.model.linear import Precision
-from humpback_jax.model.llama import count_parameters
+from humpback_jax.model.llama import Layout, Params, count_parameters
 from humpback_jax.parallel.mesh import MeshShape, axis_size, make_mesh, one_copy
 from humpback_jax.parallel.rules import abstract_params
 from humpback_jax.parallel.topology import Chip
-from humpback_jax.sampling.engine import Shape
 from humpback_jax.sampling.memory import KEPT_FREE, rows_that_fit
 from humpback_jax.sampling.prefix import abstract_prefix
 from humpback_jax.sampling.programs import (
@@ -31,8 +29,6 @@ from humpback_jax.sampling.programs import (
     empty_chunks,
     prefill_program,
 )
-
-PRECISION = Precision("bfloat16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,51 +50,50 @@ def plan_decode(
     config: LlamaConfig,
     devices: Sequence[Any],
     chip: Chip,
-    shape: MeshShape | None,
-    rows: int,
+    compute: Compute,
     tokens: int,
-    prefill_tokens: int,
-    kernels: Kernels = XLA,
 ) -> DecodePlan:
-    """A copy of the model on each device, if that holds it and `rows` rows, or one over all.
+    """A copy of the model on each device, if that holds it and all slots, or one over all.
 
     Args:
-      shape: taken as it is where given. tokens: of a row, prompt and answer together.
+      compute: for TPU; its mesh is taken as it is where given.
+      tokens: of a row, prompt and answer together.
 
     Raises:
       HumpbackError: not even all devices hold the weights and one row.
     """
-    capacity = capacity_for(tokens)
-    budget = int(chip.memory * (1 - KEPT_FREE))
+    capacity, engine, precision = capacity_for(tokens), compute.engine_shape, compute.precision
+    budget = compute.memory or int(chip.memory * (1 - KEPT_FREE))
+    leaves = jax.tree.leaves(_weights(config, compute, "scan"))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     whole = one_copy(len(devices), config.num_key_value_heads)
-    choices = [shape] if shape else [MeshShape(), whole]
+    choices = [compute.mesh] if compute.mesh else [MeshShape(), whole]
     best: tuple[int, MeshShape] | None = None
     reason: HumpbackError | None = None
     for choice in choices:
         if len(devices) % choice.replica:
             break
-        weights = 2 * count_parameters(config) // choice.replica
         try:
             fitting = rows_that_fit(
                 config,
-                PRECISION.activations,
+                precision.kv or precision.activations,
                 capacity,
-                rows,
+                engine.slots,
                 budget,
-                weights,
-                prefill_tokens,
+                held // choice.replica,
+                engine.chunks * engine.chunk_tokens,
                 choice.tensor,
-                choice.fsdp if kernels.cuts_the_cache(PRECISION) else 1,
+                choice.fsdp if compute.kernels.cuts_the_cache(precision) else 1,
             )
         except HumpbackError as error:
             reason = error
             continue
         if best is None or fitting > best[0]:
             best = fitting, choice
-        if fitting == rows:
+        if fitting == engine.slots:
             break
     if best is None:
-        raise reason or HumpbackError(f"{shape} does not fit {len(devices)} devices.")
+        raise reason or HumpbackError(f"{compute.mesh} does not fit {len(devices)} devices.")
     fitting, choice = best
     copies = choice.data or len(devices) // choice.replica
     if copies * choice.replica != len(devices):
@@ -110,9 +105,8 @@ def plan_decode(
 def compile_decode(
     config: LlamaConfig,
     plan: DecodePlan,
-    engine: Shape,
+    compute: Compute,
     chip: Chip,
-    kernels: Kernels = XLA,
     names: Sequence[str] = ("prefill", "decode"),
 ) -> dict[str, Any]:
     """Compiles prefill and decode for the plan's devices; reports bytes of a device and times.
@@ -121,18 +115,19 @@ def compile_decode(
     at the published bandwidth, and of its products at the published rate, and of what is sent
     between the devices of a copy: what XLA adds is unknown.
     """
-    mesh = plan.mesh
-    params = abstract_params(config, PRECISION.compute, "unrolled", mesh=mesh)
-    slots = abstract_slots(config, PRECISION, plan.slots, plan.capacity, mesh, kernels)
-    prefix = abstract_prefix(config, PRECISION, mesh)
+    mesh, engine = plan.mesh, compute.engine_shape
+    precision, kernels = compute.precision, compute.kernels
+    params = _weights(config, compute, "unrolled", mesh)
+    slots = abstract_slots(config, precision, plan.slots, plan.capacity, mesh, kernels)
+    prefix = abstract_prefix(config, precision, mesh)
     ended = jax.ShapeDtypeStruct((plan.slots,), bool)
     programs: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "prefill": (
-            prefill_program(config, PRECISION, mesh, kernels),
+            prefill_program(config, precision, mesh, kernels),
             (empty_chunks(engine.chunks, engine.chunk_tokens),),
         ),
         "decode": (
-            decode_program(config, PRECISION, engine.steps, engine.drafts, mesh, kernels),
+            decode_program(config, precision, engine.steps, engine.drafts, mesh, kernels),
             (ended, np.int32(1)),
         ),
     }
@@ -151,6 +146,14 @@ def compile_decode(
     chips = plan.copies * mesh.size
     shared = {"mesh": sizes, "slots": plan.slots, "capacity": plan.capacity, "chips": chips}
     return {name: {**shared, **entry} for name, entry in report.items()}
+
+
+def _weights(
+    config: LlamaConfig, compute: Compute, layout: Layout, mesh: Mesh | None = None
+) -> Params:
+    """Shapes of the weights in the format of sampling, and where they lie."""
+    dtype = compute.precision.compute
+    return abstract_params(config, dtype, layout, mesh=mesh, quantize=compute.weights == "int8")
 
 
 def _estimate(

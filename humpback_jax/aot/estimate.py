@@ -13,7 +13,7 @@ from typing import Any
 
 from humpback_jax.aot.hlo import bytes_by_kind, collectives
 from humpback_jax.aot.memory import held_bytes
-from humpback_jax.aot.train import TrainPlan, abstract_state, lower_step
+from humpback_jax.aot.train import TrainPlan, lower_step, state_of
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.parallel.mesh import axis_size
@@ -69,7 +69,7 @@ def step_costs(plan: TrainPlan) -> Costs:
     micro_batch = one + (two + one.times(-1)).times(layers - 1)
     micro_batch += attention_costs(plan).times(layers) + loss_costs(plan)
     # Each micro-batch beyond the first updates nothing, but adds to the sum of the gradients.
-    added_up = Costs(0.0, 3 * held_bytes(abstract_state(plan).trainable))
+    added_up = Costs(0.0, 3 * held_bytes(state_of(plan).trainable))
     again = micro_batch + added_up + update_costs(plan).times(-1)
     return micro_batch + again.times(plan.micro_batches - 1)
 
@@ -103,7 +103,7 @@ def loss_costs(plan: TrainPlan) -> Costs:
 
 def update_costs(plan: TrainPlan) -> Costs:
     """Of the optimizer: its state is read and written, and so are parameters beside gradients."""
-    state = abstract_state(plan)
+    state = state_of(plan)
     return Costs(0.0, 3 * held_bytes(state.trainable) + 2 * held_bytes(state.optimizer))
 
 

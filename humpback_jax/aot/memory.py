@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 from typing import Any
 
 import jax
 
-from humpback_jax.parallel.topology import GIB, Chip
-
-USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ")
-TEMPORARY = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds")
-UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": GIB, "T": 1024 * GIB}
+from humpback_jax.device_memory import shortage
+from humpback_jax.parallel.topology import Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +37,10 @@ def compile_program(lowered: jax.stages.Lowered) -> Compiled:
     try:
         return Compiled(lowered.compile(), round(time.monotonic() - started, 1))
     except jax.errors.JaxRuntimeError as error:
-        used, temporary = USED.search(str(error)), TEMPORARY.search(str(error))
-        found = used or temporary
-        if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+        lacking = shortage(error)
+        if lacking is None:
             raise
-        refused = int(float(found[1]) * UNITS[found[2]])
-        return Compiled(None, round(time.monotonic() - started, 1), refused, used is None)
+        return Compiled(None, round(time.monotonic() - started, 1), lacking.bytes, lacking.beside)
 
 
 def bytes_report(compiled: Compiled, arguments: dict[str, Any], chip: Chip) -> dict[str, Any]:

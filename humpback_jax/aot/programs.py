@@ -17,7 +17,6 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.models import load_config
 from humpback_jax.parallel.batches import row_parts
-from humpback_jax.parallel.mesh import parse_mesh
 from humpback_jax.parallel.topology import Chip, tpu_slice
 from humpback_jax.stages.settings import train_spec
 
@@ -67,11 +66,11 @@ def training_plan(
     config: Any, architecture: LlamaConfig, devices: Sequence[Any], rows: int | None
 ) -> TrainPlan:
     """The step of the config's section `train` on its mesh; `rows` as in `compile_for`."""
-    compute = choose_compute("bfloat16", config.compute.batch_size, platform="tpu")
+    compute = choose_compute(**config.compute, platform="tpu")
     # Where the step table decides on the batch, it is that of the most examples.
     count = config.train.step_table[-1][0]
     run = train_spec(config.train, compute, config.seed, count)
-    plan = plan_training(architecture, run, devices, parse_mesh(config.compute.mesh), rows or 1)
+    plan = plan_training(architecture, run, devices, compute.mesh, rows or 1)
     if rows is not None:
         return plan
     most = most_rows(run.batch_examples, row_parts(plan.mesh), plan.micro_batches)
@@ -135,17 +134,8 @@ def estimated(plan: TrainPlan, costs: Costs, chip: Chip) -> dict[str, Any]:
 def _generation(
     config: Any, architecture: LlamaConfig, devices: Sequence[Any], chip: Chip, names: Sequence[str]
 ) -> dict[str, Any]:
-    compute = choose_compute("bfloat16", config.compute.batch_size, platform="tpu")
-    engine = compute.engine_shape
+    compute = choose_compute(**config.compute, platform="tpu")
     tokens = config.corpus.max_chars // CHARS_PER_TOKEN + config.augment.max_new_tokens
-    plan = plan_decode(
-        architecture,
-        devices,
-        chip,
-        parse_mesh(config.compute.mesh),
-        engine.slots,
-        min(tokens, architecture.max_position_embeddings),
-        engine.chunks * engine.chunk_tokens,
-        compute.kernels,
-    )
-    return compile_decode(architecture, plan, engine, chip, compute.kernels, names)
+    longest = min(tokens, architecture.max_position_embeddings)
+    plan = plan_decode(architecture, devices, chip, compute, longest)
+    return compile_decode(architecture, plan, compute, chip, names)

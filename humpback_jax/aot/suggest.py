@@ -16,7 +16,7 @@ from humpback_jax.aot.estimate import (
 )
 from humpback_jax.aot.memory import held_bytes
 from humpback_jax.aot.programs import compile_train, training_plan
-from humpback_jax.aot.train import TrainPlan, abstract_state, most_rows, plan_training
+from humpback_jax.aot.train import TrainPlan, most_rows, plan_training, state_of
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import count_parameters
@@ -158,7 +158,7 @@ def predicted_bytes(plan: TrainPlan) -> float:
     """
     config, run = plan.config, plan.run
     tensor = axis_size(plan.mesh, "tensor")
-    state = abstract_state(plan)
+    state = state_of(plan)
     sums = 1 if plan.micro_batches == 1 else 2  # of the step, and of a micro-batch
     held = held_bytes(state) + sums * held_bytes(state.trainable)
     tokens = plan.rows * run.row_tokens

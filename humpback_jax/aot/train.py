@@ -8,19 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Layout
-from humpback_jax.model.lora import split_adapter
 from humpback_jax.model.shares import ROWS
 from humpback_jax.parallel.batches import row_parts
-from humpback_jax.parallel.mesh import MeshShape, make_mesh
-from humpback_jax.parallel.rules import abstract_params
+from humpback_jax.parallel.mesh import MeshShape, cut_rows_and_weights, make_mesh
+from humpback_jax.parallel.rules import check_sharded
 from humpback_jax.training.loss import Batch
 from humpback_jax.training.optimizer import make_optimizer
-from humpback_jax.training.state import StepSpec, TrainState, state_shardings
+from humpback_jax.training.state import StepSpec, TrainState, abstract_state
 from humpback_jax.training.step import make_train_step
 from humpback_jax.training.trainer import TrainSpec
 
@@ -66,12 +66,13 @@ def plan_training(
     config: LlamaConfig, run: TrainSpec, devices: Sequence[Any], shape: MeshShape | None, rows: int
 ) -> TrainPlan:
     """Args:
-      shape: None cuts weights and rows over all devices (fsdp), as `parallel.mesh.training_mesh`.
+      shape: None cuts rows and weights over all devices, as `parallel.mesh.training_mesh`.
 
     Raises:
-      HumpbackError: the devices do not divide into the shape.
+      HumpbackError: the devices do not divide into the shape, or it does not cut the weights.
     """
-    mesh = make_mesh(shape or MeshShape(data=1, fsdp=len(devices)), devices)
+    mesh = make_mesh(shape or cut_rows_and_weights(len(devices), config.hidden_size), devices)
+    check_sharded(config, mesh)
     return TrainPlan(config, dataclasses.replace(run, mesh=mesh), rows)
 
 
@@ -90,27 +91,20 @@ def most_rows(examples: int, parts: int, accumulation: int) -> int:
 def lower_step(plan: TrainPlan) -> tuple[jax.stages.Lowered, TrainState, Batch]:
     """The step's program, and the shapes of what it takes."""
     mesh, run = plan.mesh, plan.run
-    state = abstract_state(plan)
+    state = state_of(plan)
     batch = _abstract_batch(plan.micro_batches, plan.rows * row_parts(mesh), run.row_tokens, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    step = make_train_step(_step_spec(plan), make_optimizer(run.optimizer, run.steps))
+    step = make_train_step(_step_spec(plan), _optimizer(plan))
     return step.lower(state, batch, key), state, batch
 
 
-def abstract_state(plan: TrainPlan) -> TrainState:
+def state_of(plan: TrainPlan) -> TrainState:
     """Shapes of what the step carries, and where they lie."""
-    spec, optimizer = _step_spec(plan), make_optimizer(plan.run.optimizer, plan.run.steps)
-    trainable = abstract_params(spec.config, "float32", spec.layout, spec.lora)
-    frozen: Any = {}
-    if spec.lora is not None:
-        frozen, trainable = split_adapter(trainable)
-    kept = jax.eval_shape(optimizer.init, trainable)
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
-        TrainState(step, trainable, frozen, kept),
-        state_shardings(spec, optimizer),
-    )
+    return abstract_state(_step_spec(plan), _optimizer(plan))
+
+
+def _optimizer(plan: TrainPlan) -> optax.GradientTransformation:
+    return make_optimizer(plan.run.optimizer, plan.run.steps)
 
 
 def _step_spec(plan: TrainPlan) -> StepSpec:

@@ -8,12 +8,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.llama import Params, abstract_model, flatten, unflatten
+
+Array = jax.Array | np.ndarray
+Module = dict[str, Any]  # the arrays of one adapted projection
 
 # Name of a projection -> the path that patterns are matched with.
 PATHS = {
@@ -105,9 +109,12 @@ def with_magnitudes(adapter: Params, base: Params) -> Params:
 
 
 def merge_adapter(base: Params, adapter: Params, spec: LoraSpec) -> Params:
-    """The adapted weights, computed in float32, in each kernel's own dtype; for both layouts."""
+    """The adapted weights, computed in float32, in each kernel's own dtype; for both layouts.
 
-    def merged(kernel: jax.Array, module: dict[str, jax.Array]) -> jax.Array:
+    As `with_norms` and `unmerge_adapter`, it works on the host (see `_by_layer`).
+    """
+
+    def merged(kernel: Array, module: Module) -> Array:
         adapted = kernel + _update(module, spec)
         if spec.dora:
             adapted = adapted * (module["lora_magnitude"] / _norm(adapted))[..., None, :]
@@ -118,10 +125,13 @@ def merge_adapter(base: Params, adapter: Params, spec: LoraSpec) -> Params:
 
 def with_norms(base: Params, adapter: Params, spec: LoraSpec) -> Params:
     """The adapter with what `unmerge_adapter` needs beside it: for DoRA, each output's norm."""
+
+    def norm(kernel: Array, module: Module) -> Array:
+        return _norm(kernel + _update(module, spec))
+
     flat, frozen = flatten(adapter), flatten(base)
     for path, module in _modules(adapter) if spec.dora else ():
-        kernel = jnp.asarray(frozen[(*path, "kernel")], jnp.float32)
-        flat[(*path, NORM)] = _norm(kernel + _update(module, spec))
+        flat[(*path, NORM)] = _by_layer(norm, frozen[(*path, "kernel")], module, np.float32)
     return unflatten(flat)
 
 
@@ -132,7 +142,7 @@ def unmerge_adapter(params: Params, adapter: Params, spec: LoraSpec) -> Params:
       adapter: as `with_norms` returned it.
     """
 
-    def unmerged(kernel: jax.Array, module: dict[str, jax.Array]) -> jax.Array:
+    def unmerged(kernel: Array, module: Module) -> Array:
         if spec.dora:
             kernel = kernel * (module[NORM] / module["lora_magnitude"])[..., None, :]
         return kernel - _update(module, spec)
@@ -140,32 +150,59 @@ def unmerge_adapter(params: Params, adapter: Params, spec: LoraSpec) -> Params:
     return _with_kernels(params, adapter, unmerged)
 
 
-def _modules(adapter: Params) -> Iterator[tuple[tuple[Any, ...], dict[str, jax.Array]]]:
+def _modules(adapter: Params) -> Iterator[tuple[tuple[Any, ...], Module]]:
     """(path, leaves by name) of each adapted projection."""
-    grouped: dict[tuple[Any, ...], dict[str, jax.Array]] = {}
+    grouped: dict[tuple[Any, ...], Module] = {}
     for path, leaf in flatten(adapter).items():
         grouped.setdefault(path[:-1], {})[path[-1]] = leaf
     yield from grouped.items()
 
 
 def _with_kernels(
-    params: Params,
-    adapter: Params,
-    change: Callable[[jax.Array, dict[str, jax.Array]], jax.Array],
+    params: Params, adapter: Params, change: Callable[[Array, Module], Array]
 ) -> Params:
     """`params` with a change to each adapted kernel, made in float32."""
     flat = flatten(params)
     for path, module in _modules(adapter):
         kernel = flat[(*path, "kernel")]
-        changed = change(jnp.asarray(kernel, jnp.float32), module)
-        flat[(*path, "kernel")] = changed.astype(kernel.dtype)
+        flat[(*path, "kernel")] = _by_layer(change, kernel, module, kernel.dtype)
     return unflatten(flat)
 
 
-def _update(module: dict[str, jax.Array], spec: LoraSpec) -> jax.Array:
-    return jnp.matmul(module["lora_a"], module["lora_b"], precision="highest") * spec.scale
+def _by_layer(
+    change: Callable[[Array, Module], Array], kernel: Any, module: Module, dtype: Any
+) -> Array:
+    """What `change` makes of a kernel [..., d_in, d_out] in float32 and its module, as `dtype`.
+
+    On the host, and of stacked layers one after another: beside the result, nothing of its size is
+    made. Where other processes hold parts of it, on the devices, and of all layers together.
+    """
+    leaves = (kernel, *module.values())
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves):
+        return change(jnp.asarray(kernel, jnp.float32), module).astype(dtype)
+    if len(kernel.shape) == 2:
+        wide = np.asarray(kernel).astype(np.float32)
+        return change(wide, {name: np.asarray(leaf) for name, leaf in module.items()}).astype(dtype)
+    changed: np.ndarray | None = None
+    for layer in range(kernel.shape[0]):
+        own = {name: leaf[layer] for name, leaf in module.items()}
+        one = _by_layer(change, kernel[layer], own, dtype)
+        if changed is None:
+            changed = np.empty((kernel.shape[0], *one.shape), dtype)
+        changed[layer] = one
+    assert changed is not None
+    return changed
 
 
-def _norm(kernel: jax.Array) -> jax.Array:
+def _update(module: Module, spec: LoraSpec) -> Array:
+    a, b = module["lora_a"], module["lora_b"]
+    if isinstance(a, np.ndarray):
+        return np.matmul(a, b) * np.float32(spec.scale)
+    return jnp.matmul(a, b, precision="highest") * spec.scale
+
+
+def _norm(kernel: Array) -> Array:
     """Of each output: [..., d_in, d_out] -> float32 [..., d_out]."""
+    if isinstance(kernel, np.ndarray):
+        return np.sqrt(np.square(kernel).sum(-2, dtype=np.float64)).astype(np.float32)
     return jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)

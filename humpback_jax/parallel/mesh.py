@@ -80,12 +80,19 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def training_mesh(shape: MeshShape | None) -> Mesh | None:
+def cut_rows_and_weights(devices: int, width: int) -> MeshShape:
+    """All devices along fsdp, as far as they divide the model's width, and the rest along data."""
+    fsdp = math.gcd(devices, width)
+    return MeshShape(data=devices // fsdp, fsdp=fsdp)
+
+
+def training_mesh(shape: MeshShape | None, width: int) -> Mesh | None:
     """The devices that train together, of all processes; None for a single one.
 
     Args:
-      shape: None cuts weights and rows over all accelerators (fsdp), and takes one CPU, or one of
-        each process.
+      shape: None cuts rows and weights (`cut_rows_and_weights`) over all accelerators, and takes
+        one CPU, or one of each process.
+      width: of the model.
 
     Raises:
       HumpbackError: the devices do not divide into the shape.
@@ -95,7 +102,7 @@ def training_mesh(shape: MeshShape | None) -> Mesh | None:
         if devices[0].platform == "cpu":
             firsts = {device.process_index: device for device in reversed(devices)}
             devices = [firsts[process] for process in sorted(firsts)]
-        shape = MeshShape(data=1, fsdp=len(devices))
+        shape = cut_rows_and_weights(len(devices), width)
     elif shape.data and jax.process_count() == 1:
         devices = devices[: shape.data * shape.replica]
     mesh = make_mesh(shape, devices)

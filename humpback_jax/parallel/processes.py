@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.parallel.rendezvous import meet
 
 Made = TypeVar("Made")
 START_SECONDS = 300
@@ -22,8 +24,9 @@ def join_processes() -> int:
     """Connects this process to the others of its job; has to run before devices are used.
 
     Three variables describe a job on any machines: `JAX_COORDINATOR_ADDRESS` (host:port of the
-    first process), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. Where jax can find these itself (Cloud
-    TPU slices, Slurm, Open MPI), `HUMPBACK_DISTRIBUTED=1` is enough.
+    first process), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; the port after that one has to be
+    reachable, too (`rendezvous.py`). Where jax can find these itself (Cloud TPU slices, Slurm, Open
+    MPI), `HUMPBACK_DISTRIBUTED=1` is enough; jax itself then aborts where a process is missing.
 
     Returns:
       How many processes the job has; 1 where nothing says that it has more.
@@ -39,12 +42,14 @@ def join_processes() -> int:
         raise HumpbackError(
             "JAX_COORDINATOR_ADDRESS is set; JAX_NUM_PROCESSES and JAX_PROCESS_ID must be, too."
         )
+    if address is not None and count is not None and number is not None:
+        meet(address, count, number, START_SECONDS)
     try:
         jax.distributed.initialize(address, count, number, initialization_timeout=START_SECONDS)
     except Exception as error:
         raise HumpbackError(
-            f"process {number} of {count} did not reach the others within {START_SECONDS} s; is a "
-            f"process missing, and {address or 'the first host'} reachable? ({error})"
+            f"the processes of this job could not be connected ({error}). Is one of them missing, "
+            f"and {address or 'the first host'} reachable from all?"
         ) from error
     return jax.process_count()
 
@@ -112,6 +117,34 @@ def all_or_none(
         raise made
     kind = mild if weights.max() == 1 else HumpbackError
     raise kind(f"{what} failed in process {weights.argmax()}; its message says why.")
+
+
+def require_same(values: Mapping[str, str]) -> None:
+    """Every process calls this with values that all of them have to share, by what they are.
+
+    Raises:
+      HumpbackError: in all of them, where they do not; names the processes that differ.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    own = [hashlib.sha256(value.encode()).digest()[:8] for value in values.values()]
+    ours = np.frombuffer(b"".join(own), np.uint32).reshape(len(own), 2)
+    gathered = multihost_utils.process_allgather(ours)
+    faults = []
+    for name, of_all in zip(values, gathered.swapaxes(0, 1), strict=True):
+        same = (of_all[:, None] == of_all[None]).all(-1)  # [process, process]
+        usual = same[same.sum(1).argmax()]
+        if not usual.all():
+            odd = [str(number) for number in np.flatnonzero(~usual)]
+            who = f"process {odd[0]} has" if len(odd) == 1 else f"processes {', '.join(odd)} have"
+            faults.append(f"{who} another {name} than process {usual.argmax()}")
+    if faults:
+        raise HumpbackError(
+            f"{'; '.join(faults)}. Start all processes of a job with the same command, the same "
+            "files and the same version of humpback_jax."
+        )
 
 
 def as_first_sees(numbers: Sequence[int]) -> list[int]:

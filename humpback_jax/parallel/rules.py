@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ RULES: dict[str, str | None] = {
     "layers": None,
     "rows": "data",
 }
+# Whole on every device where they do not divide: heads are never cut in two, and an added token
+# makes a vocabulary odd.
+MAY_STAY_WHOLE = ("heads", "kv_heads", "vocab")
+WIDTHS = {"fsdp": "the model's width", "tensor": "the inner width of its MLP"}
+WHOLE_SHARE = 0.05  # of the weights along an axis, at most, besides those
 
 
 def partition(
@@ -65,6 +71,45 @@ def head_units(config: LlamaConfig) -> dict[str, int]:
     return {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
 
 
+def check_sharded(config: LlamaConfig, mesh: Mesh) -> None:
+    """Refuses a mesh that leaves what it was to cut whole on every device.
+
+    Heads and the vocabulary may stay whole along tensor (`MAY_STAY_WHOLE`): where nothing else
+    does, the bulk of a layer is cut.
+
+    Raises:
+      HumpbackError: more than `WHOLE_SHARE` of the weights along an axis would be whole.
+    """
+    _, state = abstract_model(config, "scan")
+    for axis, size in mesh.shape.items():
+        total = whole = 0
+        lengths: set[int] = set()
+        for _, leaf in nnx.to_flat_state(state):
+            names, shape = leaf.get_metadata("out_sharding"), leaf.shape
+            cut = _cut_along(axis, names, shape)
+            if cut:
+                lengths.update(cut)
+                total += leaf.size
+                whole += leaf.size * (axis not in partition(names, shape, mesh))
+        if whole > WHOLE_SHARE * total:
+            factor = math.gcd(size, *lengths)
+            raise HumpbackError(
+                f"the mesh's {axis}={size} does not divide {WIDTHS[axis]} of "
+                f"{' and '.join(map(str, sorted(lengths)))}: {whole / total:.0%} of the weights "
+                "that it was to cut would lie whole on every device. Its largest factor that does "
+                f"is {factor}: write {axis}={factor}, and leave the other devices to data."
+            )
+
+
+def _cut_along(axis: str, names: Sequence[str | None], shape: Sequence[int]) -> list[int]:
+    """Lengths of an array's dimensions that the rules want cut along an axis of the mesh."""
+    return [
+        length
+        for name, length in zip(names, shape, strict=True)
+        if name is not None and RULES[name] == axis and name not in MAY_STAY_WHOLE
+    ]
+
+
 def param_shardings(
     config: LlamaConfig,
     mesh: Mesh,
@@ -91,17 +136,22 @@ def abstract_params(
     layout: Layout,
     lora: LoraSpec | None = None,
     mesh: Mesh | None = None,
+    quantize: bool = False,
 ) -> Params:
-    """Shapes of the parameters, and where they lie; norms and biases are float32 in any case."""
-    _, state = abstract_model(config, layout, lora)
-    where = {} if mesh is None else flatten(param_shardings(config, mesh, layout, lora))
+    """Shapes of the parameters, and where they lie; norms, biases and the scales of int8 kernels
+    are float32 in any case.
+    """
+    _, state = abstract_model(config, layout, lora, quantize)
+    where = {} if mesh is None else flatten(param_shardings(config, mesh, layout, lora, quantize))
 
-    def kept(path: tuple[Any, ...]) -> str:
+    def kept(path: tuple[Any, ...], leaf: Any) -> str:
+        if leaf.dtype == "int8":
+            return "int8"
         return "float32" if path[-1] in ("scale", "bias") else dtype
 
     return unflatten(
         {
-            path: jax.ShapeDtypeStruct(leaf.shape, kept(path), sharding=where.get(path))
+            path: jax.ShapeDtypeStruct(leaf.shape, kept(path, leaf), sharding=where.get(path))
             for path, leaf in nnx.to_flat_state(state)
         }
     )

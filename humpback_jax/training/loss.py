@@ -233,8 +233,9 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, None, None, None]:
     dhidden, dkernel = residuals
     scale, _ = gradients
-    dhidden, dkernel = dhidden * scale.astype(dhidden.dtype), dkernel * scale.astype(dkernel.dtype)
-    return dhidden, dkernel, None, None, None
+    # The scale itself in bfloat16 would make all gradients longer, or shorter, by up to 0.4 %.
+    scaled = [(scale * gradient).astype(gradient.dtype) for gradient in (dhidden, dkernel)]
+    return scaled[0], scaled[1], None, None, None
 
 
 _projected_nll.defvjp(_forward, _backward)

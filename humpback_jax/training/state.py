@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def initial_state(
 
     frozen: Params = {}
     if spec.lora is not None:
-        frozen = _int8_base(spec, base) if spec.lora.base == "int8" else _float32_base(spec, base)
+        frozen = _int8_base(spec, base) if _int8(spec) else _float32_base(spec, base)
     if saved is not None:
         return saved._replace(frozen=frozen)
     if spec.lora is None:
@@ -93,18 +94,29 @@ def initial_state(
 
 
 def abstract_state(spec: StepSpec, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes of an `initial_state` but for `frozen`, which is empty, and where its arrays lie."""
-    shapes = abstract_params(spec.config, "float32", spec.layout, spec.lora)
-    if spec.lora is not None:
-        _, shapes = split_adapter(shapes)
+    """Shapes of an `initial_state`, and where its arrays lie."""
+    shapes, frozen = _abstract_weights(spec)
     step, kept = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(optimizer.init, shapes)
-    state = TrainState._make((step, shapes, {}, kept))
+    state = TrainState._make((step, shapes, frozen, kept))
     if spec.mesh is None:
         here = SingleDeviceSharding(jax.local_devices()[0])
         where = jax.tree.map(lambda _: here, state)
     else:
-        where = state_shardings(spec, optimizer)._replace(frozen={})
+        where = state_shardings(spec, optimizer)
     return jax.tree.map(_placed, state, where)
+
+
+def _abstract_weights(spec: StepSpec) -> tuple[Params, Params]:
+    """Shapes of (what is trained, what is frozen)."""
+    params = abstract_params(spec.config, "float32", spec.layout, spec.lora, quantize=_int8(spec))
+    if spec.lora is None:
+        return params, {}
+    frozen, adapter = split_adapter(params)
+    return adapter, frozen
+
+
+def _int8(spec: StepSpec) -> bool:
+    return spec.lora is not None and spec.lora.base == "int8"
 
 
 def _placed(shape: Any, where: Sharding) -> jax.ShapeDtypeStruct:
@@ -141,8 +153,9 @@ def finished_params(
     """(full stacked parameters with the adapter merged, the stacked adapter or None).
 
     Args:
-      base: what training began with. The adapter is merged into it where only int8 weights, which
-        nothing can be added to, were held during training.
+      base: what training began with. The adapter is merged into it leaf by leaf, on the host where
+        one process holds all of the adapter: the devices are full of frozen weights, maybe in
+        int8, to which nothing can be added.
     """
 
     def stacked(params: Params) -> Params:
@@ -150,9 +163,24 @@ def finished_params(
 
     if spec.lora is None:
         return stacked(state.trainable), None
-    full = _float32_base(spec, base) if spec.lora.base == "int8" else state.frozen
-    adapter = with_norms(full, state.trainable, spec.lora)
-    return stacked(merge_adapter(full, adapter, spec.lora)), stacked(adapter)
+    adapter = flatten(stacked(state.trainable))
+    where: dict[Any, Any] = {}
+    if spec.mesh is not None and not all(leaf.is_fully_addressable for leaf in adapter.values()):
+        where = flatten(param_shardings(spec.config, spec.mesh))
+    params, held = {}, {}
+    for path, leaf in flatten(base).items():
+        if path in where:
+            wide = place({"leaf": leaf}, {"leaf": where[path]}, _float32)["leaf"]
+        else:
+            wide = np.asarray(leaf).astype(np.float32, copy=False)
+        own = {name: part for name, part in adapter.items() if name[:-1] == path[:-1]}
+        if path[-1] == "kernel" and own:
+            kernel = unflatten({path: wide})
+            module = with_norms(kernel, unflatten(own), spec.lora)
+            held.update(flatten(module))
+            wide = flatten(merge_adapter(kernel, module, spec.lora))[path]
+        params[path] = wide
+    return unflatten(params), unflatten(held)
 
 
 def _arranged(params: Params, layout: Layout) -> Params:
@@ -172,13 +200,11 @@ def state_shardings(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
     mesh = spec.mesh
     assert mesh is not None
     on_all = NamedSharding(mesh, PartitionSpec())
-    int8 = spec.lora is not None and spec.lora.base == "int8"
-    shardings = param_shardings(spec.config, mesh, spec.layout, spec.lora, int8)
-    shapes = abstract_params(spec.config, "float32", spec.layout, spec.lora)
+    shardings = param_shardings(spec.config, mesh, spec.layout, spec.lora, _int8(spec))
+    shapes, _ = _abstract_weights(spec)
     frozen: Params = {}
     if spec.lora is not None:
         frozen, shardings = split_adapter(shardings)
-        _, shapes = split_adapter(shapes)
 
     def beside(kept: Any, shape: Any, sharding: Any) -> Any:
         axes = range(len(shape.shape))
@@ -204,14 +230,13 @@ def stacked_state(state: TrainState) -> TrainState:
     if not _kept_apart(state.trainable):
         return state
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_stacked(state))
-    return jax.jit(_stack_all, out_shardings=where)(state)
+    return jax.jit(lambda state: _stack_all(state, _stacked), out_shardings=where)(state)
 
 
 def abstract_stacked(state: TrainState) -> TrainState:
     """Shapes of `stacked_state`, and where its arrays lie."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    where = _stack_all(shardings, _stacked_sharding)
-    return jax.tree.map(_placed, jax.eval_shape(_stack_all, state), where)
+    shapes = jax.tree.map(lambda leaf: _placed(leaf, leaf.sharding), state)
+    return _stack_all(shapes, _stacked_shape)
 
 
 def laid_out_like(state: TrainState, stacked: TrainState) -> TrainState:
@@ -222,12 +247,13 @@ def laid_out_like(state: TrainState, stacked: TrainState) -> TrainState:
     """
     if not _kept_apart(state.trainable):
         return stacked
+    apart = functools.partial(_taken_apart, layers=len(state.trainable["layers"]))
     return _each_tree(
-        lambda tree: unstack_layers(tree, _taken_apart) if isinstance(tree, dict) else tree, stacked
+        lambda tree: unstack_layers(tree, apart) if isinstance(tree, dict) else tree, stacked
     )
 
 
-def _stack_all(state: TrainState, stack: Callable[[list[Any]], Any] = jnp.stack) -> TrainState:
+def _stack_all(state: TrainState, stack: Callable[[list[Any]], Any]) -> TrainState:
     def stacked(params: Any) -> Any:
         apart = isinstance(params, dict) and _kept_apart(params)
         return stack_layers(params, stack) if apart else params
@@ -235,7 +261,28 @@ def _stack_all(state: TrainState, stack: Callable[[list[Any]], Any] = jnp.stack)
     return _each_tree(stacked, state)
 
 
-def _taken_apart(leaf: jax.Array) -> list[jax.Array]:
+# What optax puts in the place of something that it does not keep of a parameter: of stacked layers,
+# it puts one.
+PLACEHOLDER = (1,)
+
+
+def _stacked(layers: list[jax.Array]) -> jax.Array:
+    return layers[0] if layers[0].shape == PLACEHOLDER else jnp.stack(layers)
+
+
+def _stacked_shape(layers: list[jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
+    first = layers[0]
+    if first.shape == PLACEHOLDER:
+        return first
+    where = first.sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
+    return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype, sharding=where)
+
+
+def _taken_apart(leaf: jax.Array, layers: int) -> list[jax.Array]:
+    if leaf.shape == PLACEHOLDER:
+        return [leaf.copy() for _ in range(layers)]  # each is donated
     where = [_sharding_apart(leaf.sharding)] * len(leaf)
     apart = jax.block_until_ready(jax.jit(list, out_shardings=where)(leaf))
     leaf.delete()
@@ -251,15 +298,8 @@ def _each_tree(change: Callable[[Any], Any], state: TrainState) -> TrainState:
     return jax.tree.map(change, state, is_leaf=lambda node: isinstance(node, dict) and bool(node))
 
 
-def _stacked_sharding(layers: list[Any]) -> Any:
-    first = layers[0]
-    if isinstance(first, NamedSharding):
-        return NamedSharding(first.mesh, PartitionSpec(None, *first.spec))
-    return first
-
-
 def _sharding_apart(stacked: Sharding) -> Sharding:
-    """The inverse of `_stacked_sharding`."""
+    """Of a layer's leaf; the inverse of what `_stacked_shape` does."""
     if isinstance(stacked, NamedSharding):
         return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
     return stacked

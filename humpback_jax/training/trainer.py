@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -14,11 +15,13 @@ import jax
 import numpy as np
 
 from humpback_jax.allocator import return_free_memory
+from humpback_jax.device_memory import room_for
 from humpback_jax.errors import HumpbackError, Preempted
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.llama import Params
 from humpback_jax.parallel.batches import row_parts
+from humpback_jax.parallel.rules import check_sharded
 from humpback_jax.training.examples import ExampleIndex, TrainingExample, index_of
 from humpback_jax.training.goodput import Goodput
 from humpback_jax.training.mixture import Share, loss_weights, pools_of, shares_of
@@ -151,11 +154,14 @@ def train(
     Raises:
       Preempted: `stops` said so.
       HumpbackError: too little data, an example without supervised tokens or longer than the
-        model's window, a loss that is not finite or jumps (the message names the step and the ids
-        of its examples), or a state that cannot be saved.
+        model's window, a mesh that does not cut the weights, a lack of memory, a loss that is not
+        finite or jumps (the message names the step and the ids of its examples), or a state that
+        cannot be saved.
     """
     goodput = Goodput()
     with goodput.phase("setup"):
+        if spec.mesh is not None:
+            check_sharded(config, spec.mesh)
         index = index_of(examples)
         window = "the model's window", config.max_position_embeddings
         _check("training", examples, index, window, ("a row", spec.row_tokens))
@@ -182,7 +188,8 @@ def train(
         with goodput.phase("checkpoint"):
             saved = resume.restore(like)
             best = resume.best_nll() if spec.select == "best" else best
-    with goodput.phase("setup"):
+    room = functools.partial(room_for, *_needs(spec, plan))
+    with goodput.phase("setup"), room():
         state = initial_state(step_spec, base, optimizer, spec.seed, saved)
     history: list[dict[str, Any]] = []
 
@@ -202,63 +209,91 @@ def train(
     first = int(state.step)
     trace = StepTrace(profile, first, spec.steps)
     try:
-        for step in range(first, spec.steps):
-            with goodput.phase("data") if watch.idle() else contextlib.nullcontext():
-                indices = order.indices(step)
-                rows = packed_rows(index, indices, plan)
-                micro_batches = place_batch(examples, rows, plan, index.names, spec.mesh)
-            if step_fn is None:
-                with goodput.phase("compile"):
-                    step_fn = jitted.lower(state, micro_batches, dropout_key).compile()
-                    return_free_memory()
-            trace.before(step, state)
-            state, metrics = step_fn(state, micro_batches, dropout_key)
-            trace.after(step, metrics)
-            watch.add(step, indices, metrics)
-            done = step + 1
-            if spec.log_every and step % spec.log_every == 0:
-                watch.look(behind=1)
-            if validation and _validates(spec, done):
-                watch.look()
-                with goodput.phase("validation"):
-                    measured = validate(state)
-                    nll = measured["validation_nll"]
-                report({"step": done, **measured})
-                if resume is not None and spec.select == "best" and nll < best:
+        with room():
+            for step in range(first, spec.steps):
+                with goodput.phase("data") if watch.idle() else contextlib.nullcontext():
+                    indices = order.indices(step)
+                    rows = packed_rows(index, indices, plan)
+                    micro_batches = place_batch(examples, rows, plan, index.names, spec.mesh)
+                if step_fn is None:
+                    with goodput.phase("compile"):
+                        step_fn = jitted.lower(state, micro_batches, dropout_key).compile()
+                        return_free_memory()
+                trace.before(step, state)
+                state, metrics = step_fn(state, micro_batches, dropout_key)
+                trace.after(step, metrics)
+                watch.add(step, indices, metrics)
+                done = step + 1
+                if spec.log_every and step % spec.log_every == 0:
+                    watch.look(behind=1)
+                if validation and _validates(spec, done):
+                    watch.look()
+                    with goodput.phase("validation"):
+                        measured = validate(state)
+                        nll = measured["validation_nll"]
+                    report({"step": done, **measured})
+                    if resume is not None and spec.select == "best" and nll < best:
+                        with goodput.phase("checkpoint"):
+                            resume.save_best(state, nll)
+                        best = nll
+                # Before the state: a run that goes on from it does not hand out this epoch again.
+                if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, order):
+                    watch.look()
+                    epoch = done * spec.batch_examples // order.epoch_examples
                     with goodput.phase("checkpoint"):
-                        resume.save_best(state, nll)
-                    best = nll
-            # Before the state: a run that goes on from it does not hand out this epoch again.
-            if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, order):
-                watch.look()
-                epoch = done * spec.batch_examples // order.epoch_examples
-                with goodput.phase("checkpoint"):
-                    on_epoch(epoch, finished_params(state, step_spec, base)[0])
-            stopping = stops(done) and done < spec.steps
-            regular = spec.resume_every and done % spec.resume_every == 0 and done < spec.steps
-            if resume is not None and (regular or stopping):
-                watch.look()
-                with goodput.phase("checkpoint"):
-                    resume.save(state)
-            if stopping:
-                fate = "saved; run it again to continue" if resume else "lost: nothing saves them"
-                raise Preempted(f"{done} of {spec.steps} steps are {fate}.")
-        watch.look()
+                        on_epoch(epoch, finished_params(state, step_spec, base)[0])
+                stopping = stops(done) and done < spec.steps
+                regular = spec.resume_every and done % spec.resume_every == 0 and done < spec.steps
+                if resume is not None and (regular or stopping):
+                    watch.look()
+                    with goodput.phase("checkpoint"):
+                        resume.save(state)
+                if stopping:
+                    fate = (
+                        "saved; run it again to continue" if resume else "lost: nothing saves them"
+                    )
+                    raise Preempted(f"{done} of {spec.steps} steps are {fate}.")
+            watch.look()
     finally:
         trace.stop()
         if resume is not None:
             with goodput.phase("checkpoint"):
                 resume.wait()
+    if resume is not None and spec.lora is not None and first < spec.steps:
+        with goodput.phase("checkpoint"):  # merging takes memory: it may fail
+            resume.save(state)
+            resume.wait()
     if resume is not None and spec.select == "best":
         with goodput.phase("checkpoint"):
             frozen = state.frozen
             del state  # makes room
             state = resume.restore_best(like)._replace(frozen=frozen)
     state = state._replace(optimizer=())  # makes room
-    params, adapter = finished_params(state, step_spec, base)
+    with room_for("the tuned weights", "What was trained is kept: run the same command again."):
+        params, adapter = finished_params(state, step_spec, base)
     took = goodput.seconds()
     return Trained(
         params, adapter, history, plan, int(state.step), took["compile"], took, spec.lora
+    )
+
+
+def _needs(spec: TrainSpec, plan: PackingPlan) -> tuple[str, str]:
+    """What a device has to hold, and what to do where it cannot."""
+    rows = plan.micro_rows // row_parts(spec.mesh)
+    ways = []
+    if rows > 1:
+        count = 2 * plan.num_rows // plan.micro_rows
+        ways.append(f"more micro-batches (train.accumulation={count})")
+    if spec.remat != "full":
+        ways.append("activations computed again (train.remat=full)")
+    if spec.lora is None:
+        ways.append("an adapter (train.lora.rank=16)")
+    elif spec.lora.base != "int8":
+        ways.append("an int8 base (train.lora.base=int8)")
+    ways.append("shorter rows (train.row_tokens)")
+    return (
+        f"the training state and a micro-batch of {rows} x {plan.row_tokens:,} tokens a device",
+        f"Take {', '.join(ways)}, or a larger mesh: more devices along fsdp or tensor.",
     )
 
 

@@ -10,7 +10,6 @@ from humpback_jax.aot.suggest import suggest_for
 from humpback_jax.aot.summary import summary_lines
 from humpback_jax.aot.table import fill_table
 from humpback_jax.artifacts import write_json
-from humpback_jax.config import set_field
 from humpback_jax.errors import HumpbackError
 from humpback_jax.progress import timed_lines
 from humpback_jax.verbs.arguments import Result, chosen_config
@@ -24,9 +23,9 @@ def aot(arguments: argparse.Namespace) -> Result:
         raise HumpbackError("aot needs --topology=KIND:SHAPE, e.g. v5p:2x2x1, or --table=FILE.")
     if arguments.rows is not None and arguments.rows < 1:
         raise HumpbackError(f"--rows={arguments.rows} has to be 1 or more.")
-    config = chosen_config(arguments)
     if arguments.lora is not None:
-        set_field(config, "train.lora.rank", [str(arguments.lora)])
+        arguments.overrides["train.lora.rank"] = [str(arguments.lora)]
+    config = chosen_config(arguments)
     if arguments.suggest:
         result = suggest_for(config, arguments.model, arguments.topology, timed_lines())
     else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from humpback_jax.artifacts import json_hash, rows_hash
 from humpback_jax.checkpoint import ResumeFolder
 from humpback_jax.compute import choose_compute
 from humpback_jax.errors import HumpbackError
@@ -19,16 +20,18 @@ from humpback_jax.metrics import MetricsLog
 from humpback_jax.models import load_model, save_checkpoint
 from humpback_jax.parallel.mesh import training_mesh
 from humpback_jax.parallel.preemption import StopSignal
+from humpback_jax.parallel.processes import require_same
 from humpback_jax.progress import timed_lines
 from humpback_jax.records import Example
 from humpback_jax.rows import ReadReport, read_examples, stream_examples
 from humpback_jax.stages.texts import TAGS_BY_SOURCE, Direction
 from humpback_jax.stages.tokens import RowFile, Tokenization, parse_files, token_store
-from humpback_jax.stages.tune import progress_line, run_identity, tune, tuned_model
+from humpback_jax.stages.tune import progress_line, row_identity, run_identity, tune, tuned_model
 from humpback_jax.text.preview import preview_lines
 from humpback_jax.text.template import Tags
 from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.mixture import check_sources, parse_mixture, source_counts
+from humpback_jax.training.packing import PackingPlan
 from humpback_jax.training.trainer import Trained
 from humpback_jax.verbs.arguments import Result, chosen_config, writable_folder
 
@@ -52,7 +55,7 @@ def train(arguments: argparse.Namespace) -> Result:
     heldout = _heldout(arguments)
     section = _section(config, arguments, files, heldout)
     compute = choose_compute(**config.compute)
-    on_mesh = training_mesh(compute.mesh) is not None
+    on_mesh = training_mesh(compute.mesh, width=1) is not None  # whatever the width
     base = load_model(arguments.model, config.base.template, config.seed, stored=on_mesh)
     say = timed_lines() if _leads() else _nothing
     metrics = MetricsLog(out)
@@ -73,6 +76,8 @@ def train(arguments: argparse.Namespace) -> Result:
     identity = run_identity(
         arguments.model, base, section, direction, config.seed, examples.hash, heldout
     )
+    # Processes that trained on other rows would learn something else, or wait for each other.
+    require_same({**identity, "settings": _shared_settings(config, section, heldout)})
     resume = ResumeFolder(out / "resume", section.keep_resume, identity)
     tags = _learnt_tags(sources, direction)
 
@@ -80,6 +85,10 @@ def train(arguments: argparse.Namespace) -> Result:
         if _leads():
             metrics.write("train", row)
         say(progress_line("train", row))
+
+    def planned(plan: PackingPlan) -> None:
+        require_same({"packing of its batches": repr(plan)})
+        say(f"train: {plan.summary()}")
 
     with StopSignal() as stop:
         trained = tune(
@@ -94,7 +103,7 @@ def train(arguments: argparse.Namespace) -> Result:
             resume=resume,
             on_metrics=report,
             on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
-            on_plan=lambda plan: say(f"train: {plan.summary()}"),
+            on_plan=planned,
             stops=stop.reached,
             evidence=out,
             profile=Path(arguments.profile) if arguments.profile else None,
@@ -108,6 +117,12 @@ def train(arguments: argparse.Namespace) -> Result:
         shutil.rmtree(tokens, ignore_errors=True)
     say(f"saved {out}: {details}")
     return {"out": str(out), "seconds": round(time.monotonic() - started, 1), **details}
+
+
+def _shared_settings(config: Any, section: Any, heldout: list[Example]) -> str:
+    """What decides which programs run, and when, besides the run's identity."""
+    settings = [section.to_dict(), config.compute.to_dict()]
+    return json_hash([*settings, rows_hash(row_identity(example) for example in heldout)])
 
 
 def _leads() -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.folder_swap import part
 
 Kind = Literal["gguf", "hf", "checkpoint", "peft"]
 
@@ -85,7 +86,7 @@ def default_cache_dir() -> Path:
 def _kind_of(path: Path, name: str) -> Kind:
     if path.is_file() and path.suffix == ".gguf":
         return "gguf"
-    if (path / "humpback.json").is_file():
+    if part(path, "humpback.json").is_file():
         return "checkpoint"
     weights = {file.name for file in path.glob("*.safetensors")}
     if (path / "config.json").is_file() and weights - {"adapter_model.safetensors"}:
