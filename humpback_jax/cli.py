@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in OF_THE_MACHINE:
             return _defect(error, arguments)
         where = f"{error.filename}: " if error.filename else ""
-        advice = "Make room or mend the permissions, then run the same command again."
+        advice = "Make room or fix the permissions, then run the same command again."
         return _fail(f"error: {where}{error.strerror}. {advice}", arguments)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to continue.", arguments, 130)
