@@ -44,7 +44,7 @@ def save_params(folder: Path, params: Params) -> None:
     """
     import orbax.checkpoint.experimental.v1 as ocp
 
-    with _writable(f"{folder}: the weights", "Mend that, and run the same command again."):
+    with _writable(f"{folder}: the weights", "Fix that, and run the same command again."):
         ocp.save(folder.absolute(), _named(params), overwrite=True)
 
 
@@ -163,7 +163,7 @@ def _readable(folder: Path) -> Iterator[None]:
         what = f"{folder}: the checkpoint cannot be read ({why})."
         if all(map(_may_be_damage, causes)):
             raise Damaged(what) from error
-        advice = "That is no damage: mend it, and run the same command again."
+        advice = "That is no damage: fix it, and run the same command again."
         raise HumpbackError(f"{what} {advice}") from error
 
 

@@ -280,7 +280,7 @@ def test_a_disk_that_does_not_answer_costs_the_newest_state(pattern, trouble, tm
     resume = two_states(tmp_path)
     (file,) = (tmp_path / "00000004").glob(pattern)
     trouble(file)
-    with pytest.raises(HumpbackError, match=r"00000004: .* cannot be read.*no damage: mend it"):
+    with pytest.raises(HumpbackError, match=r"00000004: .* cannot be read.*no damage: fix it"):
         resume.restore(like())
 
 
@@ -303,7 +303,7 @@ def test_a_lack_of_memory_or_of_rights_makes_a_run_start_over(error, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp, "load", load)
-        with pytest.raises(HumpbackError, match=r"00000004: .*no damage: mend it, and run"):
+        with pytest.raises(HumpbackError, match=r"00000004: .*no damage: fix it, and run"):
             run(dataclasses.replace(SPEC, resume_every=2), resume=resume)
     assert files_in(tmp_path) == before
     assert int(resume.restore(like()).step) == 4

@@ -267,3 +267,16 @@ def test_sigterm_while_the_model_is_saved_loses_the_model_or_starts_the_next_sta
     with pytest.raises(Preempted, match="M_0 is done; run it again"):
         stop.obey("M_0 is done")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_two_hosts_merge_an_adapter_unlike_one(tmp_path: Path) -> None:
+    """No process has all of the weights: each merges what its devices hold."""
+    common = [*TRAIN, f"--data={data_file(tmp_path)}", "--config.train.steps=2"]
+    common += ["--config.train.lora.rank=2", "--config.train.lora.dora=true"]
+    common += ["--config.train.lora.base=int8", "--config.train.lora.targets=q,down"]
+    several(1, [*common, f"--out={tmp_path / 'start'}", "--config.train.learning_rate=0"], 1)
+    several(1, [*common, f"--out={tmp_path / 'alone'}"], 1)
+    mesh = "--config.compute.mesh=fsdp=2,tensor=2"
+    several(2, [*common, f"--out={tmp_path / 'both'}", mesh], 2)
+    assert apart(tmp_path / "alone", tmp_path / "both") <= 1e-2
