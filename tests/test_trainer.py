@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -327,6 +328,8 @@ def test_epochs_are_handed_out_when_their_last_example_is_seen(variant, tmp_path
     run(spec, resume=resume, on_metrics=lambda row: steps.append(row["step"]), on_epoch=on_epoch)
     assert {epoch: step for epoch, (step, _) in epochs.items()} == {1: 3, 2: 5}
     optimizer = make_optimizer(spec.optimizer, spec.steps)
+    # An adapter is saved after the last step, too, before it is merged.
+    shutil.rmtree(tmp_path / "resume" / "00000006", ignore_errors=True)
     state = resume.restore(initial_state(step_spec(spec), base()[1], optimizer, spec.seed))
     assert int(state.step) == 5
     assert trees_equal(epochs[2][1], finished_params(state, step_spec(spec), base()[1])[0])
