@@ -157,10 +157,11 @@ def train_section() -> dict[str, Any]:
     }
 
 
-# Fields that change what is shown or kept, never what is computed: no artifact depends on them.
+# Fields that change what is shown or kept, or the memory that is used, and no result but by
+# rounding: no artifact depends on them, and a run goes on with others.
 WITHOUT_EFFECT = (
     *("log_every", "eval_every", "resume_every", "keep_resume", "spike_factor"),
-    *("checkpoint_epochs", "shard_rows"),
+    *("checkpoint_epochs", "shard_rows", "accumulation", "remat"),
 )
 
 # Limits of numbers, by the name of the field; all others are at least 0.

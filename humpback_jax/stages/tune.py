@@ -26,9 +26,6 @@ from humpback_jax.training.order import draws_of
 from humpback_jax.training.trainer import Trained, train
 from humpback_jax.weights.hashing import corner_hash
 
-# Settings that a run which goes on with less memory has to change, and that change rounding alone.
-ROUNDED = ("accumulation", "remat")
-
 
 def tune(
     base: LanguageModel,
@@ -107,7 +104,7 @@ def run_identity(
     heldout: Sequence[Example],
 ) -> dict[str, str]:
     """What a training run is, wherever it runs: two with the same end with the same weights, but
-    for the rounding of other devices, number formats and `ROUNDED` settings.
+    for the rounding of other devices, number formats and micro-batches.
 
     Args:
       name: of the model that is trained, or that it is trained from.
@@ -116,18 +113,13 @@ def run_identity(
     content = json_hash([dataclasses.asdict(base.config), corner_hash(base.params)])
     found = {
         "model": f"{name} ({content[:8]})",
-        "config": json_hash([_settings(section), direction, seed]),
+        "config": json_hash([effective_fields(section), direction, seed]),
         "data": data,
         "template": base.template.content_hash(),
     }
     if section.select == "best":
         found["heldout"] = rows_hash(row_identity(example) for example in heldout)
     return found
-
-
-def _settings(section: Any) -> dict[str, Any]:
-    fields = effective_fields(section)
-    return {name: value for name, value in fields.items() if name not in ROUNDED}
 
 
 def tuned_model(base: LanguageModel, name: str, trained: Trained, tags: Tags) -> LanguageModel:
