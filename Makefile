@@ -17,7 +17,8 @@ PYTHON ?= $(shell for name in python3 python3.12 python3.13 python3.11 python; d
   $$name -c $(IS_NEW_ENOUGH) 2>/dev/null && echo $$name && break; done)
 
 # Most of a test is compilation and the start of processes, which one processor does. A third worker
-# would want memory that a laptop has not. tests/conftest.py says which tests share a worker.
+# would want memory that a laptop has not, and so would two tests of the real model at once: more
+# than 24 GB.
 WORKERS := 2
 
 # A stamp is newer than setup.py and constraints.txt when .venv holds what they ask for.
@@ -34,10 +35,11 @@ demo: $(HAS_PACKAGE)
 	$(BIN)/humpback run --config=configs/smollm2_demo.py --workdir=runs/demo --json
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(HAS_TESTS)
-	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -q -m "slow and not real_model" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -m "slow and real_model"
 
 lint: $(HAS_TESTS)
 	$(BIN)/ruff check .

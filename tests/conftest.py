@@ -25,19 +25,6 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay with one worker. So do all of the real model, two of which at once take
-    more than 24 GB, and all that read the rehearsal, which then runs once.
-    """
-    for item in items:
-        group = item.path.name
-        if item.get_closest_marker("real_model"):
-            group = "real_model"
-        elif "tiny_run" in getattr(item, "fixturenames", ()):
-            group = "tiny_run"
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def no_program_outlives_its_module() -> Iterator[None]:
     """Compiled programs keep scratch memory: those of all slow tests took more than 12 GB."""
