@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_llama import FLOAT32, from_torch, random_tokens, torch_llama
+from tiny_llama import FLOAT32, SMOLLM2, from_torch, random_tokens, torch_llama
 from tiny_run import tiny_config
 
 from humpback_jax import loop
@@ -152,17 +152,7 @@ def from_engine():
 
 def test_decoding_takes_much_memory_that_is_in_no_plan() -> None:
     """Logits and what drawing needs, for the default model; weights and caches are not copied."""
-    config = dataclasses.replace(
-        LLAMA_7B,
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
+    config = dataclasses.replace(SMOLLM2, max_position_embeddings=LLAMA_7B.max_position_embeddings)
     mesh = make_mesh(MeshShape(), jax.devices()[:1])
     params = abstract_params(config, "float32", "unrolled", mesh=mesh)
     arguments = (

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiny_llama import SMOLLM2
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
@@ -146,24 +147,12 @@ def test_a_head_is_cut_in_two_where_heads_do_not_divide() -> None:
     assert partition(("embed", "mlp"), (63, 96), mesh) == P(None, "tensor")
 
 
-SMOL = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
-
-
 @pytest.mark.parametrize(
     ("config", "mesh", "message"),
     [
         (SHAPES["7b"], (1, 24, 1), r"fsdp=24 .* width of 4096: 100% .* write fsdp=8, .* to data"),
         (SHAPES["7b"], (1, 1, 7), r"tensor=7 .* MLP of 11008: 100% .* write tensor=1"),
-        (SMOL, (2, 5, 1), r"fsdp=5 .* 576"),
+        (SMOLLM2, (2, 5, 1), r"fsdp=5 .* 576"),
     ],
 )
 def test_each_chip_holds_the_whole_model_on_a_mesh_that_was_to_cut_it(
@@ -176,8 +165,8 @@ def test_each_chip_holds_the_whole_model_on_a_mesh_that_was_to_cut_it(
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
-        (SMOL, (2, 2, 2)),  # nine heads
-        (SMOL, (24, 1, 1)),
+        (SMOLLM2, (2, 2, 2)),  # nine heads
+        (SMOLLM2, (24, 1, 1)),
         (SHAPES["tiny"], (1, 1, 8)),  # 259 tokens
         (SHAPES["llama2_70b"], (2, 8, 16)),  # eight key/value heads
         (SHAPES["33b"], (1, 512, 1)),

@@ -24,6 +24,17 @@ from humpback_jax.model.llama import Layout, Params, bind, unstack_layers
 from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.training.examples import TrainingExample
 
+# The default model's shape: 9 heads and 3 key/value heads, which never divide evenly.
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
 FLOAT32 = Precision()
 SIZES = {
     "vocab_size": 128,
