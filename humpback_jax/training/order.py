@@ -55,6 +55,10 @@ class BatchOrder:
             )
         self._epochs: dict[int, np.ndarray] = {}
 
+    def epochs(self, steps: int) -> int:
+        """How many epochs the first `steps` batches complete."""
+        return steps * self._size // self.epoch_examples
+
     def indices(self, step: int) -> np.ndarray:
         """int64 [batch_examples]: indices of the examples of batch `step` (from 0)."""
         epoch, first = divmod(step * self._size, self.epoch_examples)

@@ -24,6 +24,7 @@ from humpback_jax.parallel.batches import row_parts
 from humpback_jax.parallel.rules import check_sharded
 from humpback_jax.training.examples import ExampleIndex, TrainingExample, index_of
 from humpback_jax.training.goodput import Goodput
+from humpback_jax.training.loss import Batch
 from humpback_jax.training.mixture import Share, loss_weights, pools_of, shares_of
 from humpback_jax.training.optimizer import OptimizerSpec, learning_rate, make_optimizer
 from humpback_jax.training.options import StepOptions
@@ -123,6 +124,35 @@ class Trained:
     lora: LoraSpec | None
 
 
+class Batches:
+    """Which examples each step of a run takes, and how they are packed.
+
+    Attributes:
+      order: of the examples. plan: the shapes that fit all batches.
+      weights: in the loss, of the tokens of each source; () where all count alike.
+    """
+
+    def __init__(
+        self, spec: TrainSpec, examples: Sequence[TrainingExample], index: ExampleIndex
+    ) -> None:
+        self._examples, self._index, self._mesh = examples, index, spec.mesh
+        shares = shares_of(index.names, spec.mixture)
+        self.weights = loss_weights(shares)
+        pools = pools_of(index.keys, index.sources, shares)
+        self.order = BatchOrder(index.keys, spec.batch_examples, spec.seed, pools)
+        parts = row_parts(spec.mesh)
+        self.plan = plan_packing(
+            index, self.order, spec.steps, spec.row_tokens, spec.accumulation, parts
+        )
+
+    def of(self, step: int) -> tuple[np.ndarray, Batch]:
+        """Indices [batch_examples] of a step's examples, and these on the mesh (`place_batch`)."""
+        indices = self.order.indices(step)
+        rows = packed_rows(self._index, indices, self.plan)
+        names = self._index.names
+        return indices, place_batch(self._examples, rows, self.plan, names, self._mesh)
+
+
 def train(
     config: LlamaConfig,
     base: Params,
@@ -162,20 +192,16 @@ def train(
     with goodput.phase("setup"):
         if spec.mesh is not None:
             check_sharded(config, spec.mesh)
-        index = index_of(examples)
         window = "the model's window", config.max_position_embeddings
+        index = index_of(examples)
         _check("training", examples, index, window, ("a row", spec.row_tokens))
         _check("validation", validation, index_of(validation), window)
         _check_selection(spec, validation, resume)
-        shares = shares_of(index.names, spec.mixture)
-        pools = pools_of(index.keys, index.sources, shares)
-        order = BatchOrder(index.keys, spec.batch_examples, spec.seed, pools)
-        plan = plan_packing(
-            index, order, spec.steps, spec.row_tokens, spec.accumulation, row_parts(spec.mesh)
-        )
+        batches = Batches(spec, examples, index)
+        plan = batches.plan
         on_plan(plan)
         step_spec = spec.of_step(
-            config, len(shares), plan.longest, plan.widths, loss_weights(shares)
+            config, len(index.names), plan.longest, plan.widths, batches.weights
         )
         optimizer = make_optimizer(spec.optimizer, spec.steps)
         jitted, step_fn = make_train_step(step_spec, optimizer), None
@@ -212,9 +238,7 @@ def train(
         with room():
             for step in range(first, spec.steps):
                 with goodput.phase("data") if watch.idle() else contextlib.nullcontext():
-                    indices = order.indices(step)
-                    rows = packed_rows(index, indices, plan)
-                    micro_batches = place_batch(examples, rows, plan, index.names, spec.mesh)
+                    indices, micro_batches = batches.of(step)
                 if step_fn is None:
                     with goodput.phase("compile"):
                         step_fn = jitted.lower(state, micro_batches, dropout_key).compile()
@@ -237,9 +261,9 @@ def train(
                             resume.save_best(state, nll)
                         best = nll
                 # Before the state: a run that goes on from it does not hand out this epoch again.
-                if spec.checkpoint_epochs and _ends_epoch(done, spec.batch_examples, order):
+                epoch = batches.order.epochs(done)
+                if spec.checkpoint_epochs and epoch > batches.order.epochs(step):
                     watch.look()
-                    epoch = done * spec.batch_examples // order.epoch_examples
                     with goodput.phase("checkpoint"):
                         on_epoch(epoch, finished_params(state, step_spec, base)[0])
                 stopping = stops(done) and done < spec.steps
@@ -327,8 +351,3 @@ def _check(
                 f"{what} has {places}. Shorten it, raise row_tokens, or let on_long drop or "
                 "truncate it."
             )
-
-
-def _ends_epoch(done: int, batch_examples: int, order: BatchOrder) -> bool:
-    epochs = [step * batch_examples // order.epoch_examples for step in (done - 1, done)]
-    return epochs[0] < epochs[1]
