@@ -26,7 +26,7 @@ from humpback_jax.model.llama import (
 )
 from humpback_jax.models import LanguageModel
 from humpback_jax.parallel.mesh import Share, our_share
-from humpback_jax.parallel.rules import param_shardings, place
+from humpback_jax.parallel.rules import check_sharded, param_shardings, place
 from humpback_jax.sampling.engine import Completion, Engine, Request
 from humpback_jax.sampling.likelihood import (
     Query,
@@ -230,11 +230,18 @@ def _require_room(record_id: str, what: str, tokens: int, window: int) -> None:
 
 
 def _share(config: LlamaConfig, compute: Compute) -> Share:
-    """The devices, and the part of jobs, of this process."""
+    """The devices, and the part of jobs, of this process.
+
+    Raises:
+      HumpbackError: the devices do not divide into the mesh, or the mesh would not cut the weights.
+    """
     weights = count_parameters(config) * jnp.dtype(compute.weights).itemsize
     budget = compute.memory or device_bytes(jax.local_devices()[0], jax.local_device_count())
     parts = parts_that_hold(weights, budget, jax.device_count())
-    return our_share(compute.mesh, parts, config.num_key_value_heads)
+    share = our_share(compute.mesh, parts, config.num_key_value_heads)
+    if share.meshes[0] is not None:
+        check_sharded(config, share.meshes[0])
+    return share
 
 
 def _prepare(model: LanguageModel, weights: str, mesh: Mesh | None) -> Params:

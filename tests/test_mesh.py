@@ -286,6 +286,18 @@ def test_two_hosts_rate_a_file_unlike_one(tmp_path: Path) -> None:
     assert rows_of(alone) == rows_of(together)
 
 
+def test_a_mesh_that_cuts_nothing_samples_with_the_whole_model_on_each_device(
+    tmp_path: Path,
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Hi"}\n', encoding="utf-8")
+    command = ["sample", "--model=tiny-random", f"--prompts={prompts}", "--mesh=fsdp=3"]
+    (process,) = start_several(1, [*command, f"--out={tmp_path / 'out.jsonl'}"], 3)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "fsdp=3 does not divide the width" in errors and "write fsdp=1" in errors
+
+
 def test_half_a_description_of_the_processes_is_an_error() -> None:
     environment = {
         **os.environ,
