@@ -101,6 +101,15 @@ def test_a_conversation_that_the_chat_template_refuses_is_named_or_counted_with_
     assert result["examples"] == 1 and result["dropped"] == {"refused_by_template": 1}
 
 
+def test_a_model_trained_over_itself_is_refused_before_a_kill_can_leave_it_half_replaced(
+    capsys: pytest.CaptureFixture[str], hf_folder: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    model = shutil.copytree(hf_folder, tmp_path / "model")
+    message = refused(capsys, *train(data, tmp_path / "x" / ".." / "model", f"--model={model}"))
+    assert "is the model to be trained" in message and "another folder" in message
+
+
 def test_settings_of_the_other_direction_are_refused_instead_of_ignored(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

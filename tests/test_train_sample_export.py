@@ -109,6 +109,14 @@ def test_export_and_import_keep_every_bit_of_the_weights(tuned: Path, tmp_path: 
     assert params_hash(first.params) == params_hash(last.params)
 
 
+def test_a_trained_model_does_not_say_of_which_config_data_and_template_it_came(
+    tuned: Path,
+) -> None:
+    details = json.loads((tuned / "humpback.json").read_text(encoding="utf-8"))["details"]
+    assert set(details["identity"]) == {"model", "config", "data", "template"}
+    assert details["identity"]["model"].startswith("tiny-random (")
+
+
 def test_sampled_rows_do_not_depend_on_their_order(tuned: Path, tmp_path: Path) -> None:
     rows = [{"id": f"p{i}", "prompt": f"Write about number {i}."} for i in range(7)]
     straight = sample(tuned, write(tmp_path / "a.jsonl", rows), tmp_path / "a.out.jsonl")

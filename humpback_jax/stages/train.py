@@ -52,13 +52,10 @@ def train_stage(
     stage = Stage("train", VERSION, json.loads(json.dumps(fields)))
 
     def make(folder: Path) -> tuple[str, dict[str, Any]]:
-        resume = ResumeFolder(
-            context.resume_root / folder.name,
-            section.keep_resume,
-            run_identity(
-                name, context.base, section, direction, config.seed, fields["data"], context.heldout
-            ),
+        identity = run_identity(
+            name, context.base, section, direction, config.seed, fields["data"], context.heldout
         )
+        resume = ResumeFolder(context.resume_root / folder.name, section.keep_resume, identity)
         context.release()
         tokenized, dropped = tokenized_examples(context.base, examples, section, direction)
         trained = tune(
@@ -73,7 +70,9 @@ def train_stage(
             resume=resume,
             on_metrics=lambda row: _report(context, name, row),
             on_plan=lambda plan: context.say(f"{name}: {plan.summary()}"),
-            on_epoch=lambda epoch, model: save_checkpoint(folder / f"epoch_{epoch}", model, {}),
+            on_epoch=lambda epoch, model: save_checkpoint(
+                folder / f"epoch_{epoch}", model, {"identity": identity, "epoch": epoch}
+            ),
             stops=stop.reached,
             evidence=context.folder.root,
             profile=context.profile and context.profile / name,
@@ -82,6 +81,7 @@ def train_stage(
         model = tuned_model(context.base, name, trained, tags)
         steps = [row for row in trained.history if "loss" in row]
         details = {
+            "identity": identity,
             "examples": len(tokenized),
             "dropped": dropped,
             "steps": len(steps) and steps[-1]["step"],

@@ -49,6 +49,9 @@ def train(arguments: argparse.Namespace) -> Result:
         if getattr(arguments, name) < 0:
             raise HumpbackError(f"--{name}={getattr(arguments, name)} has to be 0 or more.")
     out = Path(arguments.out)
+    if out.exists() and out.resolve() == Path(arguments.model).resolve():
+        # A run that is killed while the model is replaced could not go on.
+        raise HumpbackError(f"--out={out} is the model to be trained; choose another folder.")
     writable_folder(out)
     direction: Direction = "backward" if arguments.reverse else "forward"
     files = parse_files(arguments.data, arguments.source)
@@ -102,14 +105,17 @@ def train(arguments: argparse.Namespace) -> Result:
             validation=heldout,
             resume=resume,
             on_metrics=report,
-            on_epoch=lambda epoch, model: save_checkpoint(out / f"epoch_{epoch}", model, {}),
+            on_epoch=lambda epoch, model: save_checkpoint(
+                out / f"epoch_{epoch}", model, {"identity": identity, "epoch": epoch}
+            ),
             on_plan=planned,
             stops=stop.reached,
             evidence=out,
             profile=Path(arguments.profile) if arguments.profile else None,
         )
         say(f"train: {goodput_line(trained.goodput)}")
-        details = {"bad_rows": bad, "dropped": dict(examples.dropped), "sources": sources}
+        details = {"identity": identity, "bad_rows": bad, "dropped": dict(examples.dropped)}
+        details["sources"] = sources
         details |= _outcome(trained, sources)
         save_checkpoint(out, tuned_model(base, out.name, trained, tags), details)
         resume.delete()
