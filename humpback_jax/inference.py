@@ -19,14 +19,11 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import (
     Params,
     count_parameters,
-    flatten,
-    quantize_params,
-    unflatten,
     unstack_layers,
 )
 from humpback_jax.models import LanguageModel
 from humpback_jax.parallel.mesh import Share, our_share
-from humpback_jax.parallel.rules import check_sharded, param_shardings, place
+from humpback_jax.parallel.rules import check_sharded, param_shardings, place, place_int8
 from humpback_jax.sampling.engine import Completion, Engine, Request
 from humpback_jax.sampling.likelihood import (
     Query,
@@ -245,42 +242,17 @@ def _share(config: LlamaConfig, compute: Compute) -> Share:
 
 
 def _prepare(model: LanguageModel, weights: str, mesh: Mesh | None) -> Params:
-    """Layers apart; kernels and embeddings in the format given, norms and biases in their own.
+    """Layers apart; kernels and embeddings in the format given, norms and biases in their own."""
 
-    Layer by layer: beside the result, a device holds one of them as it was.
-    """
-    wide = "" if weights == "int8" else weights
-    cast = functools.partial(_cast, weights=wide)
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(weights) if leaf.ndim > 1 else leaf
+
     apart = unstack_layers(model.params)
+    if weights == "int8":
+        return place_int8(apart, model.config, mesh, "unrolled", lambda leaf: leaf)
     if mesh is None:
-        placed = (
-            (path, jax.tree.map(lambda leaf: cast(jnp.asarray(leaf)), part))
-            for path, part in _parts(apart)
-        )
-        after: dict[Any, Any] = {}
-    else:
-        before = dict(_parts(param_shardings(model.config, mesh, "unrolled")))
-        placed = ((path, place(part, before[path], cast)) for path, part in _parts(apart))
-        after = dict(_parts(param_shardings(model.config, mesh, "unrolled", quantize=True)))
-    prepared: dict[Any, Any] = {}
-    for path, part in placed:
-        if weights == "int8":
-            part = jax.jit(quantize_params, out_shardings=after.get(path))(part)
-        prepared |= flatten(part, path)
-    return unflatten(prepared)
-
-
-def _parts(params: Params) -> Iterator[tuple[tuple[Any, ...], Params]]:
-    """(path, parameters) of each layer, and of what is in none."""
-    for name, part in params.items():
-        if name == "layers":
-            yield from (((name, number), layer) for number, layer in part.items())
-        else:
-            yield (name,), part
-
-
-def _cast(x: Any, weights: str) -> Any:
-    return x.astype(weights) if x.ndim > 1 and weights else x
+        return jax.tree.map(lambda leaf: cast(jnp.asarray(leaf)), apart)
+    return place(apart, param_shardings(model.config, mesh, "unrolled"), cast)
 
 
 def _by_id(decoding: Decoding, hidden: Mapping[str, int]) -> Decoding:

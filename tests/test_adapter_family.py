@@ -242,7 +242,7 @@ def test_over_int8_weights_the_loss_falls_and_the_adapter_goes_to_the_exact_base
     assert trained.adapter is not None
     assert_trees_close(trained.params, merge_adapter(params, trained.adapter, lora), 1e-6)
     step = StepSpec(config, 1, layout="unrolled", precision=FLOAT32, lora=lora)
-    state = jax.eval_shape(lambda base: initial_state(step, base, optax.sgd(1.0), 0), params)
+    state = initial_state(step, params, optax.sgd(1.0), 0)
     held, size = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         for tree in (state.frozen, params)

@@ -15,6 +15,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.llama import Layout, Params, abstract_model, flatten, unflatten
+from humpback_jax.model.quantize import QUANTIZED_ALONG, quantize
 
 # Logical axis -> mesh axis. A model's width goes to fsdp; everything that a layer computes in
 # parallel to tensor (Shoeybi et al., 2019).
@@ -172,6 +173,46 @@ def place(params: Params, shardings: Params, convert: Callable[[np.ndarray], np.
 
         placed[path] = jax.make_array_from_callback(leaf.shape, where[path], piece)
     return unflatten(placed)
+
+
+def place_int8(
+    params: Params,
+    config: LlamaConfig,
+    mesh: Mesh | None,
+    layout: Layout,
+    convert: Callable[[np.ndarray], np.ndarray],
+) -> Params:
+    """What `quantize_params` makes of parameters in this layout, on the mesh or the default device.
+
+    Array by array: beside the result, the devices hold one array as it was.
+
+    Args:
+      convert: applied to what stays wide, norms and biases, e.g. a cast.
+    """
+    before, after = (
+        {} if mesh is None else flatten(param_shardings(config, mesh, layout, quantize=quantized))
+        for quantized in (False, True)
+    )
+
+    def placed(path: tuple[Any, ...], leaf: Any, convert: Callable[[Any], Any]) -> jax.Array:
+        if mesh is None:
+            return convert(jax.numpy.asarray(leaf))
+        found: jax.Array = place({"": leaf}, {"": before[path]}, convert)[""]
+        return found
+
+    held: dict[tuple[Any, ...], jax.Array] = {}
+    for path, leaf in flatten(params).items():
+        axis = QUANTIZED_ALONG.get(path[-1])
+        if axis is None:
+            held[path] = placed(path, leaf, convert)
+            continue
+        both = path, (*path[:-1], "scale")
+        where = None if mesh is None else tuple(after[name] for name in both)
+        narrowed = jax.jit(quantize, static_argnums=1, out_shardings=where)
+        # Waited for, lest the next array be there before this one has gone.
+        values = jax.block_until_ready(narrowed(placed(path, leaf, lambda piece: piece), axis))
+        held |= dict(zip(both, values, strict=True))
+    return unflatten(held)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:

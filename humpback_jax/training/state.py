@@ -19,13 +19,18 @@ from humpback_jax.model.llama import (
     Params,
     flatten,
     init_params,
-    quantize_params,
     stack_layers,
     unflatten,
     unstack_layers,
 )
 from humpback_jax.model.lora import merge_adapter, split_adapter, with_magnitudes, with_norms
-from humpback_jax.parallel.rules import abstract_params, everywhere, param_shardings, place
+from humpback_jax.parallel.rules import (
+    abstract_params,
+    everywhere,
+    param_shardings,
+    place,
+    place_int8,
+)
 from humpback_jax.training.options import StepOptions
 
 
@@ -133,18 +138,7 @@ def _float32_base(spec: StepSpec, base: Params) -> Params:
 
 def _int8_base(spec: StepSpec, base: Params) -> Params:
     """An int8 copy, norms and biases in float32; a wider one of all weights is never made."""
-
-    def quantized(arranged: Params) -> Params:
-        flat = flatten(quantize_params(arranged))
-        wide = {path: leaf for path, leaf in flat.items() if leaf.dtype != jnp.int8}
-        return unflatten({**flat, **_float32(wide)})
-
-    if spec.mesh is None:
-        return jax.jit(lambda base: quantized(_arranged(base, spec.layout)))(base)
-    shardings = param_shardings(spec.config, spec.mesh, spec.layout)
-    placed = place(_arranged(base, spec.layout), shardings, lambda piece: piece)
-    where = param_shardings(spec.config, spec.mesh, spec.layout, quantize=True)
-    return jax.jit(quantized, out_shardings=where)(placed)
+    return place_int8(_arranged(base, spec.layout), spec.config, spec.mesh, spec.layout, _float32)
 
 
 def finished_params(
