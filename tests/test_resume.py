@@ -136,10 +136,11 @@ def test_a_merge_that_fails_loses_the_adapter(select, tmp_path, monkeypatch) -> 
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "finished_params", full)
-        with pytest.raises(HumpbackError, match=r"tuned weights.*13 GiB.*kept: run the same"):
+        with pytest.raises(HumpbackError, match=r"tuned weights.*13 GiB.*kept. Run the same"):
             run(spec, validation=validation, resume=ResumeFolder(tmp_path / "resume"))
     again = run(spec, validation=validation, resume=ResumeFolder(tmp_path / "resume"))
     assert [row for row in again.history if "loss" in row] == [], "all steps are done"
+    assert again.steps == unbroken.steps == spec.steps, "though this process did none of them"
     assert trees_equal(again.params, unbroken.params)
     assert trees_equal(again.adapter, unbroken.adapter)
 

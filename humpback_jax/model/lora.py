@@ -174,12 +174,12 @@ def _by_layer(
 ) -> Array:
     """What `change` makes of a kernel [..., d_in, d_out] in float32 and its module, as `dtype`.
 
-    On the host, and of stacked layers one after another: beside the result, nothing of its size is
-    made. Where other processes hold parts of it, on the devices, and of all layers together.
+    Of stacked layers one after another: beside the result, nothing of its size is made. On the
+    host, or on the devices where other processes hold parts of it.
     """
     leaves = (kernel, *module.values())
     if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves):
-        return change(jnp.asarray(kernel, jnp.float32), module).astype(dtype)
+        return _by_layer_on_devices(change, kernel, module, dtype)
     if len(kernel.shape) == 2:
         wide = np.asarray(kernel).astype(np.float32)
         return change(wide, {name: np.asarray(leaf) for name, leaf in module.items()}).astype(dtype)
@@ -192,6 +192,18 @@ def _by_layer(
         changed[layer] = one
     assert changed is not None
     return changed
+
+
+def _by_layer_on_devices(
+    change: Callable[[Array, Module], Array], kernel: jax.Array, module: Module, dtype: Any
+) -> jax.Array:
+    def changed(kernel: jax.Array, module: Module) -> jax.Array:
+        if kernel.ndim == 2:
+            return jnp.asarray(change(kernel.astype(jnp.float32), module), dtype)
+        return jax.lax.map(lambda layer: changed(*layer), (kernel, module))
+
+    same = jax.eval_shape(changed, kernel, module).shape == kernel.shape
+    return jax.jit(changed, out_shardings=kernel.sharding if same else None)(kernel, module)
 
 
 def _update(module: Module, spec: LoraSpec) -> Array:

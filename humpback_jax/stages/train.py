@@ -79,12 +79,11 @@ def train_stage(
         )
         context.say(f"{name}: {goodput_line(trained.goodput)}")
         model = tuned_model(context.base, name, trained, tags)
-        steps = [row for row in trained.history if "loss" in row]
         details = {
             "identity": identity,
             "examples": len(tokenized),
             "dropped": dropped,
-            "steps": len(steps) and steps[-1]["step"],
+            "steps": trained.steps,
             "selected_step": trained.step,
             "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
             "packing_efficiency": round(trained.plan.efficiency, 4),

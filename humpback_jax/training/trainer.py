@@ -108,7 +108,8 @@ class Resume(Protocol):
 class Trained:
     """Full float32 parameters (adapter merged), stacked by layer, and the adapter if any.
 
-    step: after which the parameters were so.
+    history: rows of the steps that this process did, and of validation.
+    steps: of the whole run. step: after which the parameters were so.
     compile_s: seconds that the step's program took to compile; 0 where no step was left to do.
     goodput: seconds by what they went to (`goodput.PHASES`).
     lora: what the adapter is; None without one.
@@ -118,6 +119,7 @@ class Trained:
     adapter: Params | None
     history: list[dict[str, Any]]
     plan: PackingPlan
+    steps: int
     step: int
     compile_s: float
     goodput: dict[str, float]
@@ -283,21 +285,24 @@ def train(
         if resume is not None:
             with goodput.phase("checkpoint"):
                 resume.wait()
-    if resume is not None and spec.lora is not None and first < spec.steps:
-        with goodput.phase("checkpoint"):  # merging takes memory: it may fail
-            resume.save(state)
-            resume.wait()
+    fate = "Run the same command again with more of it."
+    if resume is not None and spec.lora is not None:
+        fate = f"What was trained is kept. {fate}"
+        if first < spec.steps:
+            with goodput.phase("checkpoint"):  # merging takes memory: it may fail
+                resume.save(state)
+                resume.wait()
     if resume is not None and spec.select == "best":
         with goodput.phase("checkpoint"):
-            frozen = state.frozen
             del state  # makes room
-            state = resume.restore_best(like)._replace(frozen=frozen)
-    state = state._replace(optimizer=())  # makes room
-    with room_for("the tuned weights", "What was trained is kept: run the same command again."):
+            state = resume.restore_best(like)
+    state = state._replace(frozen={}, optimizer=())  # makes room
+    with room_for("the tuned weights", fate):
         params, adapter = finished_params(state, step_spec, base)
     took = goodput.seconds()
+    selected = int(state.step)
     return Trained(
-        params, adapter, history, plan, int(state.step), took["compile"], took, spec.lora
+        params, adapter, history, plan, spec.steps, selected, took["compile"], took, spec.lora
     )
 
 
