@@ -16,8 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from humpback_jax.aot import programs
 from humpback_jax.aot.decode import compile_decode, plan_decode
 from humpback_jax.aot.programs import training_plan
+from humpback_jax.aot.summary import summary_lines
 from humpback_jax.cli import main
 from humpback_jax.compute import Compute, choose_compute
 from humpback_jax.config import default_config, set_field
@@ -136,6 +138,19 @@ def test_a_slice_too_small_is_found_by_the_compiler_alone() -> None:
         plan_decode(SHAPES["llama2_70b"], jax.devices()[:1], CHIPS["v5e"], for_tpu(), 2048)
     plan = plan_decode(SHAPES["tinyllama"], jax.devices()[:1], CHIPS["v5e"], for_tpu(), 1500)
     assert (plan.slots, plan.capacity, plan.mesh.size) == (64, 2048, 1)
+
+
+def test_a_slice_that_trains_but_holds_no_row_to_decode_loses_what_was_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(programs, "tpu_slice", lambda _: (jax.devices()[:1], CHIPS["v5e"]))
+    report = programs.compile_for(
+        default_config(), "random:llama2_70b", "v5e:1x1", names=("prefill", "decode")
+    )
+    for name in ("prefill", "decode"):
+        assert not report[name]["fits"] and report[name]["topology"] == "v5e:1x1"
+    lines = [*summary_lines(report)]
+    assert lines[1].startswith("decode: does not fit: the budget of") and len(lines) == 2
 
 
 @given(st.integers(1, 512), st.sampled_from([1, 3, 4, 8, 32]))

@@ -19,6 +19,7 @@ from humpback_jax.aot.estimate import (
     Roofline,
     attention_costs,
     compiled_costs,
+    loss_costs,
     needed_flops,
     step_costs,
 )
@@ -43,6 +44,7 @@ from humpback_jax.model.lora import lora_spec
 from humpback_jax.model.shapes import SHAPES
 from humpback_jax.parallel.topology import CHIPS
 from humpback_jax.training.examples import ExampleIndex
+from humpback_jax.training.loss import chunk_size
 from humpback_jax.training.order import BatchOrder
 from humpback_jax.training.packing import plan_packing
 from humpback_jax.training.trainer import TrainSpec
@@ -110,6 +112,16 @@ def test_kernels_of_a_layer_that_is_computed_again_cost_nothing() -> None:
     full = plan_of(1, kernels=Kernels.of_platform("tpu"), remat="full")
     assert attention_costs(full).flops == pytest.approx(attention_costs(plan).flops * 11 / 9)
     assert attention_costs(plan_of(1)).flops == 0, "XLA counts its own"
+
+
+@pytest.mark.parametrize("places", [512, 1024, 4096])
+def test_chunks_of_a_short_row_s_loss_are_left_out(places: int) -> None:
+    """XLA counts the first chunk of a loop; the head is computed at every place."""
+    plan = plan_of(1, tokens=places)
+    head = plan.config.hidden_size * plan.config.vocab_size
+    counted = 6 * chunk_size(places) * head
+    assert loss_costs(plan).flops + counted == pytest.approx(6 * places * head)
+    assert counted < 6 * places * head, "there are several"
 
 
 def test_micro_batches_update_the_parameters_once_each() -> None:

@@ -6,6 +6,7 @@ If these fail, users regularise what they did not ask for, or measure a model th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,9 +16,13 @@ import optax
 import pytest
 from tiny_llama import FLOAT32, from_torch, random_examples, torch_llama, whole_rows
 
+from humpback_jax.compute import choose_compute
+from humpback_jax.config import default_config
 from humpback_jax.model.attention import packed_attention
 from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import Layout, bind, flatten, init_params, unflatten, unstack_layers
+from humpback_jax.stages.settings import train_spec
+from humpback_jax.training.loss import Objective
 from humpback_jax.training.neftune import with_noise
 from humpback_jax.training.packing import best_fit, lay_out
 from humpback_jax.training.state import StepSpec, initial_state
@@ -93,6 +98,26 @@ def layers_of_their_own(config: LlamaConfig, layout: Layout) -> Any:
         bias[layer, part] = 1.0
     flat["norm", "scale"] += 1.0
     return unflatten(flat) if layout == "scan" else unstack_layers(unflatten(flat))
+
+
+def test_settings_of_noise_and_loss_do_not_reach_the_step() -> None:
+    section = default_config().train
+    section.update({"dropout": 0.3, "dropout_ramp": True, "label_smoothing": 0.1, "z_loss": 1e-3})
+    spec = train_spec(section, choose_compute("float32", 1), 0, 100)
+    assert (spec.dropout, spec.dropout_ramp) == (0.3, True)
+    assert spec.objective == Objective(label_smoothing=0.1, z_loss=1e-3)
+    config, params = from_torch(torch_llama(num_hidden_layers=1))
+    examples = random_examples(4, 40, 8)
+    batch = lay_out(examples, [[i] for i in range(4)], 4, 64, ("seed", "web"))
+
+    def loss(**changes: Any) -> float:
+        step = StepSpec(config, 2, layout="scan", precision=FLOAT32, **changes)
+        return float(
+            jax.jit(functools.partial(batch_nll, step))(params, batch, jax.random.key(0))[0]
+        )
+
+    assert loss(dropout=0.3, dropout_ramp=True) == pytest.approx(loss(), rel=1e-6), "of layer 0"
+    assert loss(dropout=0.3) != pytest.approx(loss(), rel=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["scan", "unrolled"])

@@ -34,6 +34,7 @@ SOME = ("fsdp=8", "data=2,fsdp=2,tensor=2")
 ALL = (
     *("data=8", "fsdp=8", "tensor=8,data=1", "data=2,fsdp=4", "fsdp=4,tensor=2,data=1"),
     *("data=4,tensor=2", "fsdp=2,tensor=4,data=1", "data=2,fsdp=2,tensor=2", "fsdp=2,data=1"),
+    *("data=4,fsdp=2", "data=2,tensor=4"),
 )
 
 
@@ -65,9 +66,10 @@ def check_alike(found: dict[str, Any], tolerance: float) -> None:
             assert figures["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=1e-4)
             assert figures["validation"] == pytest.approx(expected["validation"], rel=1e-5), name
             assert figures["apart"] <= 1e-2, name
-    for change, apart in continued.items():
+    for change, figures in continued.items():
         before, _, after = change.partition(" then ")
-        assert apart == 0 if before == after else apart <= 1e-2, change
+        assert figures["apart"] == 0 if before == after else figures["apart"] <= 1e-2, change
+        assert figures["loss"] == pytest.approx(figures["unbroken"], rel=1e-5), change
 
 
 def test_chips_that_train_together_learn_something_else_than_one() -> None:
@@ -141,6 +143,7 @@ def test_two_hosts_train_another_model_than_one(mesh: str, tmp_path: Path) -> No
         assert len(expected) == count
         found = [row[name] for row in together if name in row]
         assert found == pytest.approx(expected, rel=1e-5)
+        assert name != "loss" or found[0] == pytest.approx(expected[0], rel=1e-6)
     saved = load_checkpoint(tmp_path / "both")
     described = json.loads((tmp_path / "both" / "humpback.json").read_text())["hash"]
     assert described == saved.hash, "hashed in parts, the weights are others"
@@ -213,6 +216,29 @@ def test_a_preempted_run_loses_a_step(
     several(hosts, [*common, f"--out={tmp_path / 'unbroken'}"], devices)
     ours, theirs = weights(tmp_path / "model"), weights(tmp_path / "unbroken")
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_cannot_go_on_with_another_number_of_hosts(
+    before: int, after: int, tmp_path: Path
+) -> None:
+    common = [*TRAIN, f"--data={data_file(tmp_path)}", "--config.train.steps=60"]
+    command = [*common, f"--out={tmp_path / 'model'}", "--config.compute.mesh=auto"]
+    log = tmp_path / "model" / "metrics.jsonl"
+    processes = start_several(before, command, 1)
+    preempt(processes, processes[-1], log)
+    assert steps_in(log)[-1] < 60
+    several(after, command, 1)
+    assert steps_in(log) == list(range(1, 61)), "a step was lost or done twice"
+    several(1, [*common, f"--out={tmp_path / 'unbroken'}"], 1)
+    several(1, [*common, f"--out={tmp_path / 'start'}", "--config.train.learning_rate=0"], 1)
+    assert apart(tmp_path / "unbroken", tmp_path / "model") <= 1e-2
+    ours, theirs = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("model", "unbroken")
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.slow

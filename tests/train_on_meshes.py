@@ -96,8 +96,8 @@ def results(model: LanguageModel, examples: list[TrainingExample], spec: TrainSp
 
 def continued(
     model: LanguageModel, examples: list[TrainingExample], before: TrainSpec, after: TrainSpec
-) -> Params:
-    """The weights of a run stopped under `before` and continued under `after`."""
+) -> tuple[Params, list[float]]:
+    """A run stopped under `before` and continued under `after`: weights, and losses since then."""
     params = jax.tree.map(np.asarray, model.params)
     with tempfile.TemporaryDirectory() as folder:
         resume = ResumeFolder(Path(folder))
@@ -113,8 +113,9 @@ def continued(
         jax.clear_caches()
         rest = train(model.config, params, examples[8:], after, resume=resume)
         jax.clear_caches()
-        assert next(row["step"] for row in rest.history if "loss" in row) == STOPPED + 1
-    return rest.params
+    steps = [row for row in rest.history if "loss" in row]
+    assert steps[0]["step"] == STOPPED + 1
+    return rest.params, [row["loss"] for row in steps]
 
 
 def apart(left: Params, right: Params, start: Params) -> float:
@@ -152,7 +153,10 @@ if __name__ == "__main__":
     changes_of_mesh = [*zip(meshes, [*meshes[1:], meshes[0]], strict=True), (meshes[-1],) * 2]
     for before, after in changes_of_mesh if steps > STOPPED else []:
         specs = [spec_of(mesh, steps, **VARIANTS[variants[0]]) for mesh in (before, after)]
-        other = continued(chosen, rows, *specs)
-        distance = apart(other, unbroken[before], chosen.params)
-        found["continued"][f"{before} then {after}"] = distance
+        other, losses = continued(chosen, rows, *specs)
+        found["continued"][f"{before} then {after}"] = {
+            "apart": apart(other, unbroken[before], chosen.params),
+            "loss": losses,
+            "unbroken": found[variants[0]][before]["loss"][STOPPED:],
+        }
     print(json.dumps(found))

@@ -21,7 +21,7 @@ from humpback_jax.model.llama import Layout, Params, count_parameters
 from humpback_jax.parallel.mesh import MeshShape, axis_size, make_mesh, one_copy
 from humpback_jax.parallel.rules import abstract_params
 from humpback_jax.parallel.topology import Chip
-from humpback_jax.sampling.memory import KEPT_FREE, rows_that_fit
+from humpback_jax.sampling.memory import KEPT_FREE, NoRoom, rows_that_fit
 from humpback_jax.sampling.prefix import abstract_prefix
 from humpback_jax.sampling.programs import (
     abstract_slots,
@@ -60,7 +60,8 @@ def plan_decode(
       tokens: of a row, prompt and answer together.
 
     Raises:
-      HumpbackError: not even all devices hold the weights and one row.
+      NoRoom: not even all devices hold the weights and one row.
+      HumpbackError: the mesh does not fit the devices.
     """
     capacity, engine, precision = capacity_for(tokens), compute.engine_shape, compute.precision
     budget = compute.memory or int(chip.memory * (1 - KEPT_FREE))
@@ -69,7 +70,7 @@ def plan_decode(
     whole = one_copy(len(devices), config.num_key_value_heads)
     choices = [compute.mesh] if compute.mesh else [MeshShape(), whole]
     best: tuple[int, MeshShape] | None = None
-    reason: HumpbackError | None = None
+    reason: NoRoom | None = None
     for choice in choices:
         if len(devices) % choice.replica:
             break
@@ -85,7 +86,7 @@ def plan_decode(
                 choice.tensor,
                 choice.fsdp if compute.kernels.cuts_the_cache(precision) else 1,
             )
-        except HumpbackError as error:
+        except NoRoom as error:
             reason = error
             continue
         if best is None or fitting > best[0]:

@@ -18,7 +18,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.parallel.mesh import axis_size
 from humpback_jax.parallel.topology import Chip
-from humpback_jax.training.loss import CHUNK
+from humpback_jax.training.loss import chunk_size
 
 # A group of chips along one side of a slice has some of a chip's links, and no ring at its ends.
 LINKS_SHARE = 0.5
@@ -96,9 +96,11 @@ def loss_costs(plan: TrainPlan) -> Costs:
     """
     config = plan.config
     head = config.hidden_size * config.vocab_size / axis_size(plan.mesh, "tensor")
-    chunks = -(-plan.rows * plan.run.row_tokens // CHUNK)
-    logits = CHUNK * config.vocab_size / axis_size(plan.mesh, "tensor")
-    return Costs(6 * CHUNK * head, 12 * head + 12 * logits).times(chunks - 1)
+    places = plan.rows * plan.run.row_tokens
+    size = chunk_size(places)
+    logits = size * config.vocab_size / axis_size(plan.mesh, "tensor")
+    chunks = -(-places // size)
+    return Costs(6 * size * head, 12 * head + 12 * logits).times(chunks - 1)
 
 
 def update_costs(plan: TrainPlan) -> Costs:

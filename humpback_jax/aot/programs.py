@@ -18,6 +18,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.models import load_config
 from humpback_jax.parallel.batches import row_parts
 from humpback_jax.parallel.topology import Chip, tpu_slice
+from humpback_jax.sampling.memory import NoRoom
 from humpback_jax.stages.settings import train_spec
 
 ALL = ("train", "prefill", "decode")
@@ -40,10 +41,11 @@ def compile_for(
       names: of the programs to compile.
 
     Returns:
-      Under each of `names` what `compile_train` or `compile_decode` reports.
+      Under each of `names` what `compile_train` or `compile_decode` reports; of generation on a
+      slice that holds no row, `fits` (False) and the reason.
 
     Raises:
-      HumpbackError: an unknown slice, program or model, or one that the slice does not hold.
+      HumpbackError: an unknown slice, program or model, or a mesh that does not fit them.
     """
     for name in names:
         if name not in ALL:
@@ -137,5 +139,10 @@ def _generation(
     compute = choose_compute(**config.compute, platform="tpu")
     tokens = config.corpus.max_chars // CHARS_PER_TOKEN + config.augment.max_new_tokens
     longest = min(tokens, architecture.max_position_embeddings)
-    plan = plan_decode(architecture, devices, chip, compute, longest)
+    try:
+        plan = plan_decode(architecture, devices, chip, compute, longest)
+    except NoRoom as error:
+        # What was found about training is worth minutes, and stays.
+        refused = {"fits": False, "reason": str(error), "hbm_bytes": chip.memory}
+        return {name: {**refused, "chips": len(devices)} for name in names}
     return compile_decode(architecture, plan, compute, chip, names)

@@ -11,11 +11,13 @@ from humpback_jax.parallel.topology import GIB
 def summary_lines(report: dict[str, Any]) -> Iterator[str]:
     """Of `programs.compile_for` or `suggest.suggest_for`: two lines a program."""
     for name in ("train", "prefill", "decode"):
-        if name in report:
+        if "reason" in report.get(name, ()):
+            yield f"{name}: does not fit: {report[name]['reason']}"
+        elif name in report:
             yield memory_line(name, report[name])
     if "train" in report:
         yield from _train_lines(report["train"])
-    if "decode" in report:
+    if "est_step_s" in report.get("decode", ()):
         yield _decode_line(report["decode"])
 
 

@@ -58,6 +58,10 @@ def parts_that_hold(weights: int, budget: int, most: int) -> int:
     return parts
 
 
+class NoRoom(HumpbackError):
+    """A device's memory does not hold the weights and one row."""
+
+
 def rows_that_fit(
     config: LlamaConfig,
     kv: str,
@@ -78,7 +82,7 @@ def rows_that_fit(
       fsdp: devices that share the caches' rows.
 
     Raises:
-      HumpbackError: not even one row fits.
+      NoRoom: not even one row fits.
     """
     shared = tensor if config.num_key_value_heads % tensor == 0 else 1
     cached = cache_bytes(config, 1, capacity, kv) // shared
@@ -93,7 +97,7 @@ def rows_that_fit(
     while rows > 1 and needed() > free:
         rows = (rows + 1) // 2
     if needed() > free:
-        raise HumpbackError(
+        raise NoRoom(
             f"the budget of {budget / GIB:.1f} GiB a device does not hold one row of {capacity} "
             f"tokens ({needed() / GIB:.2f} GiB) beside the weights ({weights / GIB:.1f} GiB) and "
             f"the prefill ({prefill_tokens * activations / GIB:.1f} GiB). Raise --memory-gb, "

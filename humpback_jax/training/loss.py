@@ -278,8 +278,11 @@ def _pick(logits: jax.Array, targets: jax.Array, mesh: Mesh | None) -> jax.Array
 
 
 def _chunks(compute: str, hidden: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[P, N, ...] -> [ceil(N / CHUNK), P, CHUNK, ...], zero-padded: padding carries weight 0."""
-    size = _chunk_size(hidden.shape[1])
+    """[P, N, ...] -> [ceil(N / C), P, C, ...], zero-padded: padding carries weight 0.
+
+    C is the `chunk_size` of N places.
+    """
+    size = chunk_size(hidden.shape[1])
     count = -(-hidden.shape[1] // size)
     cut = []
     for array in (hidden.astype(compute), *arrays):
@@ -289,9 +292,11 @@ def _chunks(compute: str, hidden: jax.Array, *arrays: jax.Array) -> tuple[jax.Ar
     return tuple(cut)
 
 
-def _chunk_size(places: int) -> int:
-    """A quarter of the places: half of the last chunk is wasted on average, and each costs a sum
-    over the whole head's gradient.
+def chunk_size(places: int) -> int:
+    """Of so many places of a device, how many have logits at one time.
+
+    A quarter: half of the last chunk is wasted on average, and each costs a sum over the whole
+    head's gradient.
     """
     return min(places, CHUNK, max(places // 4 // 64 * 64, 64))
 
@@ -314,6 +319,6 @@ def _zeros_like(chunks: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def _unchunked(chunks: jax.Array, places: int) -> jax.Array:
-    """[count, P, CHUNK, ...] -> [P, N, ...]."""
+    """[chunks, P, C, ...] -> [P, N, ...]."""
     joined = jnp.moveaxis(chunks, 0, 1)
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :places]
