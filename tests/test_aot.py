@@ -160,6 +160,15 @@ def test_a_copy_over_many_chips_cuts_heads_or_leaves_chips_idle(chips: int, head
     assert heads % shape.tensor == 0
 
 
+@pytest.mark.skipif(not HAS_LIBTPU, reason="compiling for TPU needs libtpu: pip install jax[tpu]")
+@pytest.mark.parametrize("topology", ["v5e:4x8", "v6e:4x4", "v5p:2x2x4"])
+def test_a_copy_on_a_part_of_a_slice_of_several_hosts_does_not_compile(topology: str) -> None:
+    config = default_config()
+    set_field(config, "compute.mesh", ["tensor=2"])
+    report = programs.compile_for(config, "random:tiny", topology, names=("decode",))["decode"]
+    assert report["fits"] and report["mesh"]["tensor"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="compiling for TPU needs libtpu: pip install jax[tpu]")
 @pytest.mark.parametrize("mesh", ["data=4", "tensor=4", "fsdp=2,tensor=2"])

@@ -100,7 +100,10 @@ def plan_decode(
     if copies * choice.replica != len(devices):
         make_mesh(choice, devices)  # raises
     alone = dataclasses.replace(choice, data=1)
-    return DecodePlan(make_mesh(alone, devices[: choice.replica]), copies, fitting, capacity)
+    # Of a slice with several hosts, the compiler for v5e and v6e takes no part that begins on the
+    # first one, but takes any other.
+    one = devices[-choice.replica :]
+    return DecodePlan(make_mesh(alone, one), copies, fitting, capacity)
 
 
 def compile_decode(
