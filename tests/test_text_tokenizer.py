@@ -24,6 +24,7 @@ from tokenizers import AddedToken, processors
 from humpback_jax.errors import HumpbackError
 from humpback_jax.text.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from humpback_jax.text.template import Template
+from humpback_jax.text.tokenize import TokenizedExample, tokenize_example
 from humpback_jax.text.tokenizer import Tokenizer, within_vocabulary
 
 
@@ -308,6 +309,30 @@ def test_sentencepiece_specials_and_prefix_space_follow_the_folders_settings(
     modern = Tokenizer.load(tmp_path / "m")
     assert modern.encode("fox") == tokenizer.encode("fox")
     assert modern.encode("<s>fox") != tokenizer.encode("<s>fox")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_the_first_word_behind_bos_has_other_tokens_than_in_pretraining(
+    tmp_path: Path, kind: str
+) -> None:
+    """Some vocabularies have a space before the beginning of a text, and none behind BOS."""
+    transformers = pytest.importorskip("transformers")
+    train_sentencepiece(tmp_path / "sp", **LLAMA_STYLE)
+    (tmp_path / "sp" / "tokenizer_config.json").write_text('{"legacy": false}')
+    tokenizer = Tokenizer.load(tmp_path / "sp")
+    tokenizer.save(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    if kind == "tokenizer.json":
+        tokenizer = Tokenizer.load(tmp_path / "hf")
+    template = Template.for_tokenizer(tokenizer)
+    for text in ["The quick fox", "123", "é"]:
+        row = tokenize_example(tokenizer, template.plain_text(text), None, "error", "row")
+        assert isinstance(row, TokenizedExample)
+        assert row.ids.tolist() == [*theirs.encode(text), tokenizer.eos_ids[0]]
+        assert row.mask.tolist() == [False] + [True] * (len(row.ids) - 1)
+    messages = [{"role": "user", "content": "fox"}]
+    prompt = template.forward_prompt(messages)
+    assert tokenizer.encode(prompt) == theirs.encode(prompt.removeprefix("<s>").lstrip(" "))
 
 
 def test_tokens_added_beside_tokenizer_model_get_their_ids(tmp_path: Path) -> None:

@@ -102,6 +102,19 @@ class Tokenizer:
         return tuple(str(self.backend.id_to_token(i)) for i in self.eos_ids)
 
     @property
+    def bos_text(self) -> str:
+        """What a text for this model starts with, "" where that is nothing.
+
+        Some sentencepiece vocabularies put a space before a text that begins without BOS alone, and
+        their models know BOS with that space behind it: programs encode first, then add the id.
+        """
+        if not self.add_bos:
+            return ""
+        bos = self.special_tokens["bos_token"]
+        known = [self.bos_id, *self.encode("a")]
+        return f"{bos} " if self.encode(f"{bos}a") != known == self.encode(f"{bos} a") else bos
+
+    @property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts that stand for structure and must never arise from somebody's document."""
         flagged = [t.content for t in self.backend.get_added_tokens_decoder().values() if t.special]
