@@ -60,6 +60,24 @@ def test_saved_tokenizer_loads_here_and_in_transformers_with_the_same_ids(
     assert theirs.eos_token_id == tokenizer.eos_ids[0]
 
 
+def test_generate_refuses_what_the_saved_tokenizer_gives_or_reads_padding_for_text(
+    tmp_path: Path,
+) -> None:
+    """Some versions add token_type_ids, which no LLaMA takes; answers come behind the last id."""
+    transformers = pytest.importorskip("transformers")
+    config = {"eos_token": "<|im_end|>", "model_max_length": 5}
+    tokenizer = Tokenizer.load(hf_folder(tmp_path / "m", config)).with_chat_template("x")
+    tokenizer.save(tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text("utf-8"))
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs.pad_token = theirs.eos_token
+    batch = theirs(["fox", "The quick brown fox jumps over it"], padding=True, truncation=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert [len(mask) for mask in batch["attention_mask"]] == [5, 5]
+    assert (batch["attention_mask"][0][0], batch["attention_mask"][0][-1]) == (0, 1)
+
+
 def test_saving_keeps_sampling_defaults_that_stand_in_generation_config(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": 5}')
     byte_tokenizer().save(tmp_path)

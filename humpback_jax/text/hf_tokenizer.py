@@ -57,12 +57,14 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
         raise HumpbackError(
             f"{root}: no tokenizer found; looked for tokenizer.json and tokenizer.model."
         )
+    max_length = config.get("model_max_length")
     return Tokenizer(
         backend,
         special_tokens,
         extra_eos_ids=_eos_ids(root),
         add_bos=bool(add_bos),
         chat_template=_chat_template(root, config),
+        max_length=max_length if isinstance(max_length, int | float) else None,
         model_file=model_file,
         where=str(path),
     )

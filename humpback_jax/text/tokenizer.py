@@ -34,6 +34,7 @@ class Tokenizer:
       pad_id: the padding id; an EOS id where the model has none (masks never depend on it).
       add_bos: whether a text for this model starts with BOS.
       chat_template: jinja source, or None for a base model.
+      max_length: tokens to which other programs cut a text when told to cut, None for unknown.
       model_file: the source's sentencepiece `tokenizer.model`, for programs that read no other.
     """
 
@@ -45,6 +46,7 @@ class Tokenizer:
         extra_eos_ids: Iterable[int] = (),
         add_bos: bool = False,
         chat_template: str | None = None,
+        max_length: int | float | None = None,
         model_file: bytes | None = None,
         where: str = "tokenizer",
     ) -> None:
@@ -62,6 +64,7 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens: dict[str, str] = dict(sorted(special_tokens.items()))
         self.chat_template = chat_template
+        self.max_length = max_length
         self.model_file = model_file
         self.bos_id = self._special_id("bos_token")
         self.add_bos = add_bos and self.bos_id is not None
@@ -173,6 +176,7 @@ class Tokenizer:
             extra_eos_ids=self.eos_ids,
             add_bos=self.add_bos,
             chat_template=chat_template,
+            max_length=self.max_length,
             model_file=self.model_file,
         )
 
@@ -198,8 +202,14 @@ class Tokenizer:
             "add_bos_token": self.add_bos,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
+            # By itself that class adds token_type_ids in some versions, which generate() refuses,
+            # and pads behind a prompt, where the answer comes.
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",
             **self.special_tokens,
         }
+        if self.max_length is not None:
+            config["model_max_length"] = self.max_length
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         generation: dict[str, Any] = {
