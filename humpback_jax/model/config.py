@@ -159,6 +159,9 @@ class LlamaConfig:
             "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
             "pad_token_id": self.pad_token_id,
             "torch_dtype": dtype,
+            # Without it, versions since 4.57.3 take a vocabulary of over 100,000 tokens for one of
+            # Mistral that older versions wrote wrongly, and advise to replace how it cuts text.
+            "transformers_version": "5.0.0",
         }
         if self.rope_type != "default":
             raw["rope_scaling"] = {"rope_type": self.rope_type, **self.rope_parameters}
