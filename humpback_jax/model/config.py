@@ -218,6 +218,8 @@ def _read_rope(fields: Mapping[str, Any], raw: Mapping[str, Any], where: str) ->
     missing, unknown = required - rope.keys(), rope.keys() - required - optional
     if kind == "default":
         unknown -= {"factor"}  # written by some exporters beside the default type, without effect
+    if kind == "yarn":
+        unknown -= {"finetuned"}  # in YaRN's first models; nothing is computed from it
     if missing or unknown:
         raise HumpbackError(
             f"{where}: rope type {kind!r} has missing fields {sorted(missing)} "
