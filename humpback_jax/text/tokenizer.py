@@ -183,7 +183,7 @@ class Tokenizer:
     def to_files(self) -> dict[str, bytes]:
         """File names and contents that `transformers.AutoTokenizer` and `from_folder` read.
 
-        With `tokenizer.model`, where the source's has this vocabulary still: llama.cpp's converter
+        With `tokenizer.model`, where the source's is of this vocabulary: llama.cpp's converter
         takes the scores of sentencepiece's merges from it, else it makes them up.
         """
         from humpback_jax.text.sentencepiece_tokenizer import holds_vocabulary
