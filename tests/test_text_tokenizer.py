@@ -254,6 +254,35 @@ def test_a_token_that_added_tokens_json_lists_too_is_still_written_into_answers(
     assert tokenizer.decode(tokenizer.encode("<think>fox")) == "<think>fox"
 
 
+@pytest.mark.parametrize("named_in", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize("main_file", ["tokenizer.json", "tokenizer.model"])
+def test_words_that_added_tokens_json_alone_lists_vanish_from_answers(
+    tmp_path: Path, named_in: str, main_file: str
+) -> None:
+    """The file does not say which tokens are structure: others name those, as for transformers."""
+    if main_file == "tokenizer.model":
+        size = train_sentencepiece(tmp_path / "m", **LLAMA_STYLE).get_piece_size()
+    else:
+        size = trained_bpe(digits_split()).get_vocab_size()
+    words = ["<tool>", "<|a|>", "<|b|>", "<|end|>"]
+    special = {
+        "eos_token": "<|end|>",
+        "additional_special_tokens": ["<|a|>"],
+        "extra_special_tokens": {"b_token": "<|b|>"},
+    }
+    files = {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    files[named_in] = {**files.get(named_in, {}), **special}
+    files["added_tokens"] = {text: i for i, text in enumerate(words, size)}
+    if main_file == "tokenizer.json":
+        hf_folder(tmp_path / "m", {})
+    for name, value in files.items():
+        (tmp_path / "m" / f"{name}.json").write_text(json.dumps(value))
+    tokenizer = Tokenizer.load(tmp_path / "m")
+    ids = tokenizer.encode("<|a|>fox<tool>fox<|b|><|end|>")
+    assert tokenizer.decode(ids).replace(" ", "") == "fox<tool>fox"
+    assert set(words) - set(tokenizer.control_tokens) == {"<tool>"}
+
+
 def test_added_tokens_that_do_not_fit_tokenizer_json_are_refused(tmp_path: Path) -> None:
     size = trained_bpe(digits_split()).get_vocab_size()
     folder = hf_folder(tmp_path / "m", **added("tokenizer_config.json", {"<|end|>": size + 7}))
