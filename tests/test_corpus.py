@@ -283,6 +283,25 @@ def test_one_bad_document_stops_a_run_and_nothing_can_skip_it(tmp_path):
     }
 
 
+def test_one_damaged_file_of_rows_loses_the_whole_corpus(tmp_path):
+    rows = "".join(json.dumps({"text": f"good {i}"}) + "\n" for i in range(9000))
+    files = {
+        "cut.jsonl.gz": (gzip.compress(rows.encode())[:-900], "damaged"),
+        "package.json": (b'{"name": "a stray file"}', "expected a JSON list"),
+        "page.json": (b"[1, ", "not valid JSON"),
+        "table.parquet": (b"PAR1 and no more", "not a readable parquet"),
+    }
+    for name, (data, reason) in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(HumpbackError, match=rf"{reason}.*config\.corpus\.skip_bad=true"):
+            list(read_documents([str(tmp_path / name)]))
+    (tmp_path / "z.txt").write_text("last")
+    report = DocumentReport(skip_bad=True)
+    texts = [d.text for d in read_documents([str(tmp_path)], report)]
+    assert texts[:2] == ["good 0", "good 1"] and texts[-1] == "last"
+    assert report.rejected == {"unreadable file": 4}
+
+
 def test_a_folder_s_documents_are_dropped_for_their_suffix_without_a_word(tmp_path):
     for name in ("A.TXT", "b.Markdown", "c.MD"):
         (tmp_path / name).write_text("one")
