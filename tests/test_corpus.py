@@ -88,6 +88,15 @@ def test_byte_spans_point_at_exactly_the_segment_in_the_document(text, max_chars
     assert len(ids) == len(list(segments(Document("d", text, "s"), max_chars)))
 
 
+@given(DOCUMENTS, st.integers(20, 120))
+@settings(max_examples=200)
+def test_a_segments_indentation_melts_into_the_line_end_of_its_prompt(text, max_chars):
+    """Its first token then begins in the prompt and is not learnt; rows from files are stripped."""
+    for piece in pieces(text, max_chars):
+        body = text[piece.start : piece.end]
+        assert body == body.strip()
+
+
 CLEAN = st.lists(
     st.one_of(
         PARAGRAPH.map(lambda p: p.replace(":", "")), LIST, CODE, TILDES, INDENTED,
