@@ -158,7 +158,7 @@ class Template:
         """A conversation up to where the assistant starts to write."""
         if not messages or messages[-1].get("role") == "assistant":
             raise HumpbackError("A prompt must end with a user message.")
-        return self._render(self._prepare(messages, tags), add_generation_prompt=True)
+        return self._render_prompt(self._prepare(messages, tags))
 
     def question(self, instruction: str, tags: Tags = "none") -> str:
         """A conversation of one user turn, up to where the assistant starts to write."""
@@ -259,8 +259,13 @@ class Template:
         text = render_chat(self.chat_template, messages, self.special_tokens, add_generation_prompt)
         return text if self.writes_bos(text) else self.bos_text + text
 
+    def _render_prompt(self, messages: Messages) -> str:
+        # Vocabularies join a space to the word behind it: at the end of a prompt it would be a
+        # token that no training text has there, so the model writes it.
+        return self._render(messages, add_generation_prompt=True).rstrip(" ")
+
     def _prompt_end(self, full: str, before: Messages) -> int:
-        prompt = self._render(before, add_generation_prompt=True)
+        prompt = self._render_prompt(before)
         if not full.startswith(prompt):
             raise HumpbackError(_ALTERED)
         return len(prompt)
