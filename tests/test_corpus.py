@@ -88,6 +88,15 @@ def test_byte_spans_point_at_exactly_the_segment_in_the_document(text, max_chars
     assert len(ids) == len(list(segments(Document("d", text, "s"), max_chars)))
 
 
+@given(DOCUMENTS, st.integers(20, 120))
+@settings(max_examples=200)
+def test_a_segments_indentation_melts_into_the_line_end_of_its_prompt(text, max_chars):
+    """Its first token then begins in the prompt and is not learnt; rows from files are stripped."""
+    for piece in pieces(text, max_chars):
+        body = text[piece.start : piece.end]
+        assert body == body.strip()
+
+
 CLEAN = st.lists(
     st.one_of(
         PARAGRAPH.map(lambda p: p.replace(":", "")), LIST, CODE, TILDES, INDENTED,
@@ -281,6 +290,25 @@ def test_one_bad_document_stops_a_run_and_nothing_can_skip_it(tmp_path):
         "not valid JSON": 1,
         "unreadable file": 1,
     }
+
+
+def test_one_damaged_file_of_rows_loses_the_whole_corpus(tmp_path):
+    rows = "".join(json.dumps({"text": f"good {i}"}) + "\n" for i in range(9000))
+    files = {
+        "cut.jsonl.gz": (gzip.compress(rows.encode())[:-900], "damaged"),
+        "package.json": (b'{"name": "a stray file"}', "expected a JSON list"),
+        "page.json": (b"[1, ", "not valid JSON"),
+        "table.parquet": (b"PAR1 and no more", "not a readable parquet"),
+    }
+    for name, (data, reason) in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(HumpbackError, match=rf"{reason}.*config\.corpus\.skip_bad=true"):
+            list(read_documents([str(tmp_path / name)]))
+    (tmp_path / "z.txt").write_text("last")
+    report = DocumentReport(skip_bad=True)
+    texts = [d.text for d in read_documents([str(tmp_path)], report)]
+    assert texts[:2] == ["good 0", "good 1"] and texts[-1] == "last"
+    assert report.rejected == {"unreadable file": 4}
 
 
 def test_a_folder_s_documents_are_dropped_for_their_suffix_without_a_word(tmp_path):

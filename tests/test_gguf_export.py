@@ -206,6 +206,13 @@ def test_prompts_have_other_tokens_where_only_the_first_text_has_a_space_before_
     prompt = model.template.forward_prompt(USER, "none")
     assert prompt.startswith("<s>")
     same_tokens(tokenizer, Tokenizer.from_gguf(tmp_path / "m.gguf").encode, [prompt])
+    tokenizer = tokenizer.with_chat_template(STYLES["zephyr"][0])  # leaves BOS to us
+    model = model_of(tokenizer, tags="S_a")
+    export_gguf(tmp_path / "m.gguf", model)
+    back = load_model(str(tmp_path / "m.gguf"))
+    prompt = model.template.forward_prompt(USER, "none")
+    assert back.template.forward_prompt(USER, "none") == prompt
+    same_tokens(tokenizer, back.tokenizer.encode, [prompt])
 
 
 def test_a_chat_in_llama_cpp_loses_the_tags_or_ends_late(tmp_path) -> None:

@@ -220,6 +220,18 @@ def test_transformers_reads_our_config_to_the_same_model(name) -> None:
     assert np.abs(torch_logits(again, tokens) - expected).max() < 1e-5
 
 
+def test_a_yarn_model_is_refused_for_saying_that_it_was_tuned_so() -> None:
+    plain = LlamaConfig.from_hf({"model_type": "llama", **SIZES, "rope_scaling": YARN})
+    raw = {"model_type": "llama", **SIZES, "rope_scaling": {**YARN, "finetuned": True}}
+    assert LlamaConfig.from_hf(raw) == plain
+
+
+def test_an_exported_tokenizer_is_taken_for_a_broken_one_of_mistral() -> None:
+    """transformers 4.57.3 does so, and advises a flag that breaks it, unless this is >= 5."""
+    written = LlamaConfig.from_hf({"model_type": "llama", **SIZES}).to_hf()
+    assert written["transformers_version"] == "5.0.0"
+
+
 def test_fresh_parameters_have_the_tree_of_loaded_ones() -> None:
     for name in ("llama_3.2", "biases", "llama_1"):
         _, config, params, _, _ = pair(name)

@@ -21,6 +21,8 @@ from text_samples import (
 from tokenizers import Regex, pre_tokenizers
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.text.gguf_tokenizer import tokenizer_from_fields
+from humpback_jax.text.gguf_vocabulary import gguf_fields
 from humpback_jax.text.tokenizer import Tokenizer, within_vocabulary
 
 
@@ -185,6 +187,18 @@ def test_answers_stop_at_the_end_of_a_turn_that_no_field_of_a_gguf_names(tmp_pat
         tmp_path / "text.gguf", backend, "smollm", more, eos_token_id=0, token_type=[1] * (size + 3)
     )
     assert Tokenizer.from_gguf(written_out).eos_ids == (0,)  # there they are ordinary text
+
+
+def test_answers_run_on_in_chatml_files_of_2023_where_its_tokens_are_words(tmp_path: Path) -> None:
+    """Converters wrote added tokens as user-defined ones then; llama.cpp goes by the text alone."""
+    backend = trained_bpe(digits_split())
+    kinds = [1] * backend.get_vocab_size()
+    kinds[:3] = [3, 4, 4]
+    path = gguf_of(tmp_path / "m.gguf", backend, "smollm", {}, eos_token_id=0, token_type=kinds)
+    tokenizer = Tokenizer.from_gguf(path)
+    assert tokenizer.eos_ids == (0, 2)
+    fields, _ = gguf_fields(tokenizer, tokenizer.vocab_size, ["<|im_start|>user\nfox<|im_end|>"])
+    assert tokenizer_from_fields(fields, "m").eos_ids == (0, 2)
 
 
 @pytest.mark.parametrize("absent", [4294967295, 100000])

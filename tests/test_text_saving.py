@@ -60,6 +60,24 @@ def test_saved_tokenizer_loads_here_and_in_transformers_with_the_same_ids(
     assert theirs.eos_token_id == tokenizer.eos_ids[0]
 
 
+def test_generate_refuses_what_the_saved_tokenizer_gives_or_reads_padding_for_text(
+    tmp_path: Path,
+) -> None:
+    """Some versions add token_type_ids, which no LLaMA takes; answers come behind the last id."""
+    transformers = pytest.importorskip("transformers")
+    config = {"eos_token": "<|im_end|>", "model_max_length": 5}
+    tokenizer = Tokenizer.load(hf_folder(tmp_path / "m", config)).with_chat_template("x")
+    tokenizer.save(tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text("utf-8"))
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs.pad_token = theirs.eos_token
+    batch = theirs(["fox", "The quick brown fox jumps over it"], padding=True, truncation=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert [len(mask) for mask in batch["attention_mask"]] == [5, 5]
+    assert (batch["attention_mask"][0][0], batch["attention_mask"][0][-1]) == (0, 1)
+
+
 def test_saving_keeps_sampling_defaults_that_stand_in_generation_config(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": 5}')
     byte_tokenizer().save(tmp_path)
@@ -110,15 +128,40 @@ def test_exported_tokenizer_model_does_not_lose_marks_that_stand_beside_it(tmp_p
     assert Tokenizer.load(tmp_path / "out").content_hash() == tokenizer.content_hash()
 
 
-@pytest.mark.parametrize("case", ["more tokens", "another vocabulary", "unigram", "damaged"])
+def test_llama_cpps_converter_makes_merges_up_for_a_model_with_added_tokens(
+    tmp_path: Path,
+) -> None:
+    """It takes such tokens from the config, and the scores of all others from tokenizer.model."""
+    size = train_sentencepiece(tmp_path / "m", **LLAMA_STYLE).get_piece_size()
+    original = (tmp_path / "m" / "tokenizer.model").read_bytes()
+    added = {"<|im_start|>": size, "<|im_end|>": size + 1}
+    (tmp_path / "m" / "added_tokens.json").write_text(json.dumps(added))
+    tokenizer = Tokenizer.load(tmp_path / "m")
+    tokenizer.save(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == original
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    marked = {token["content"]: int(i) for i, token in config["added_tokens_decoder"].items()}
+    assert marked == {"<unk>": 0, "<s>": 1, "</s>": 2, **added}
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for again in (Tokenizer.load(tmp_path / "out").encode, theirs.encode):
+        assert again("<|im_start|>fox<|im_end|>")[-1] == size + 1
+    assert Tokenizer.load(tmp_path / "out").content_hash() == tokenizer.content_hash()
+
+
+@pytest.mark.parametrize("case", ["more words", "another vocabulary", "unigram", "damaged"])
 def test_tokenizer_model_that_says_other_than_tokenizer_json_is_not_exported(
     tmp_path: Path, case: str
 ) -> None:
     style = {"model_type": "unigram"} if case == "unigram" else LLAMA_STYLE
     reference = train_sentencepiece(tmp_path / "m", **style)
-    if case == "more tokens":
-        size = reference.get_piece_size()
-        (tmp_path / "m" / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size}))
+    if case == "more words":
+        original = (tmp_path / "m" / "tokenizer.model").read_bytes()
+        Tokenizer.load(tmp_path / "m").save(tmp_path / "m")
+        (tmp_path / "m" / "tokenizer.model").write_bytes(original)
+        raw = json.loads((tmp_path / "m" / "tokenizer.json").read_text("utf-8"))
+        raw["model"]["vocab"]["jumping"] = reference.get_piece_size()
+        (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(raw))
     elif case == "another vocabulary":
         hf_folder(tmp_path / "m", {"eos_token": "<|im_end|>"})
     elif case == "damaged":

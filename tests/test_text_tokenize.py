@@ -7,6 +7,7 @@ import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,12 @@ LLAMA2_TEMPLATE = (
     "{% endif %}{% endfor %}"
 )
 
+SPACED_TEMPLATE = (  # its prompts end with a space
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + '\n' }}"
+    "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+
 
 @functools.cache
 def byte_level_bpe() -> Tokenizer:
@@ -56,8 +63,25 @@ def byte_level_bpe() -> Tokenizer:
 
 
 @functools.cache
+def spaced_bpe() -> Tokenizer:
+    """As `byte_level_bpe`: the space at the end of a prompt is one token with the next word."""
+    return byte_level_bpe().with_chat_template(SPACED_TEMPLATE)
+
+
+@functools.cache
 def llama2_like() -> Tokenizer:
     """Sentencepiece with BOS and a template that writes spaces round the answer."""
+    rules = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return trained_sentencepiece(**rules).with_chat_template(LLAMA2_TEMPLATE)
+
+
+@functools.cache
+def collapsing() -> Tokenizer:
+    """Sentencepiece by its defaults: a line end is a space, and a text ends with none."""
+    return trained_sentencepiece()
+
+
+def trained_sentencepiece(**options: Any) -> Tokenizer:
     sentencepiece = pytest.importorskip("sentencepiece")
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -67,19 +91,20 @@ def llama2_like() -> Tokenizer:
         hard_vocab_limit=False,
         model_type="bpe",
         byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         minloglevel=2,
+        **options,
     )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").write_bytes(buffer.getvalue())
-        return Tokenizer.load(folder).with_chat_template(LLAMA2_TEMPLATE)
+        return Tokenizer.load(folder)
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": byte_tokenizer,
     "bpe": byte_level_bpe,
+    "spaced": spaced_bpe,
     "llama2": llama2_like,
+    "collapsing": collapsing,
 }
 
 # Texts out of which separators, special tokens, braces and multi-byte characters grow.
@@ -130,6 +155,8 @@ def answer_ids(tokenizer: Tokenizer, template: Template, answer: str) -> list[in
     safe = neutralise(answer, template.control_tokens)
     if tokenizer is llama2_like():  # its template puts a space on both sides
         return tokenizer.encode(f"]{' ' + safe + ' '}")[len(tokenizer.encode("]")) :]
+    if tokenizer is spaced_bpe():  # the space is the model's to write
+        return tokenizer.encode(f": {safe}")[len(tokenizer.encode(":")) :]
     return tokenizer.encode(safe)
 
 

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, processors
 from humpback_jax.errors import HumpbackError
 from humpback_jax.text.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from humpback_jax.text.template import Template
+from humpback_jax.text.tokenize import TokenizedExample, tokenize_example
 from humpback_jax.text.tokenizer import Tokenizer, within_vocabulary
 
 
@@ -253,6 +254,35 @@ def test_a_token_that_added_tokens_json_lists_too_is_still_written_into_answers(
     assert tokenizer.decode(tokenizer.encode("<think>fox")) == "<think>fox"
 
 
+@pytest.mark.parametrize("named_in", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize("main_file", ["tokenizer.json", "tokenizer.model"])
+def test_words_that_added_tokens_json_alone_lists_vanish_from_answers(
+    tmp_path: Path, named_in: str, main_file: str
+) -> None:
+    """The file does not say which tokens are structure: others name those, as for transformers."""
+    if main_file == "tokenizer.model":
+        size = train_sentencepiece(tmp_path / "m", **LLAMA_STYLE).get_piece_size()
+    else:
+        size = trained_bpe(digits_split()).get_vocab_size()
+    words = ["<tool>", "<|a|>", "<|b|>", "<|end|>"]
+    special = {
+        "eos_token": "<|end|>",
+        "additional_special_tokens": ["<|a|>"],
+        "extra_special_tokens": {"b_token": "<|b|>"},
+    }
+    files = {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    files[named_in] = {**files.get(named_in, {}), **special}
+    files["added_tokens"] = {text: i for i, text in enumerate(words, size)}
+    if main_file == "tokenizer.json":
+        hf_folder(tmp_path / "m", {})
+    for name, value in files.items():
+        (tmp_path / "m" / f"{name}.json").write_text(json.dumps(value))
+    tokenizer = Tokenizer.load(tmp_path / "m")
+    ids = tokenizer.encode("<|a|>fox<tool>fox<|b|><|end|>")
+    assert tokenizer.decode(ids).replace(" ", "") == "fox<tool>fox"
+    assert set(words) - set(tokenizer.control_tokens) == {"<tool>"}
+
+
 def test_added_tokens_that_do_not_fit_tokenizer_json_are_refused(tmp_path: Path) -> None:
     size = trained_bpe(digits_split()).get_vocab_size()
     folder = hf_folder(tmp_path / "m", **added("tokenizer_config.json", {"<|end|>": size + 7}))
@@ -308,6 +338,30 @@ def test_sentencepiece_specials_and_prefix_space_follow_the_folders_settings(
     modern = Tokenizer.load(tmp_path / "m")
     assert modern.encode("fox") == tokenizer.encode("fox")
     assert modern.encode("<s>fox") != tokenizer.encode("<s>fox")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_the_first_word_behind_bos_has_other_tokens_than_in_pretraining(
+    tmp_path: Path, kind: str
+) -> None:
+    """Some vocabularies have a space before the beginning of a text, and none behind BOS."""
+    transformers = pytest.importorskip("transformers")
+    train_sentencepiece(tmp_path / "sp", **LLAMA_STYLE)
+    (tmp_path / "sp" / "tokenizer_config.json").write_text('{"legacy": false}')
+    tokenizer = Tokenizer.load(tmp_path / "sp")
+    tokenizer.save(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    if kind == "tokenizer.json":
+        tokenizer = Tokenizer.load(tmp_path / "hf")
+    template = Template.for_tokenizer(tokenizer)
+    for text in ["The quick fox", "123", "é"]:
+        row = tokenize_example(tokenizer, template.plain_text(text), None, "error", "row")
+        assert isinstance(row, TokenizedExample)
+        assert row.ids.tolist() == [*theirs.encode(text), tokenizer.eos_ids[0]]
+        assert row.mask.tolist() == [False] + [True] * (len(row.ids) - 1)
+    messages = [{"role": "user", "content": "fox"}]
+    prompt = template.forward_prompt(messages)
+    assert tokenizer.encode(prompt) == theirs.encode(prompt.removeprefix("<s>").lstrip(" "))
 
 
 def test_tokens_added_beside_tokenizer_model_get_their_ids(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def _path(path: str, report: DocumentReport) -> Iterator[Document]:
         return
     place = Path(path)
     if is_split(place):
-        yield from _rows(place, str(place), report)
+        yield from _documents(raw_rows(place), place, str(place), report)
         return
     if not place.exists():
         raise HumpbackError(
@@ -135,20 +135,34 @@ def _kind(file: Path) -> str:
 def _file(file: Path, root: Path, report: DocumentReport) -> Iterator[Document]:
     name, kind = str(file.relative_to(root)), _kind(file)
     if kind in _ROW_FILES:
-        yield from _rows(file, name, report)
+        yield from _documents(_rows(file, report), file, name, report)
     elif kind in _TEXT_FILES:
         try:
             text = read_text(file)
         except HumpbackError as error:
-            report.reject("unreadable file", str(error).rstrip("."))
+            _unreadable(error, report)
         else:
             yield Document(name, _plain(text), name)
     else:
         raise HumpbackError(f"{file}: unknown kind of document file; use {_KNOWN}.")
 
 
-def _rows(file: Path, name: str, report: DocumentReport) -> Iterator[Document]:
-    for place, row in raw_rows(file):
+def _rows(file: Path, report: DocumentReport) -> Iterator[tuple[str, Any]]:
+    """The rows of a file up to where it is damaged."""
+    try:
+        yield from raw_rows(file)
+    except HumpbackError as error:
+        _unreadable(error, report)
+
+
+def _unreadable(error: HumpbackError, report: DocumentReport) -> None:
+    report.reject("unreadable file", str(error).rstrip("."))
+
+
+def _documents(
+    rows: Iterator[tuple[str, Any]], file: Path, name: str, report: DocumentReport
+) -> Iterator[Document]:
+    for place, row in rows:
         if fault := _fault(row):
             report.reject(fault.partition(":")[0], f"{file}, {place}: {fault}")
         else:

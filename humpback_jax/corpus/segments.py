@@ -20,7 +20,7 @@ from humpback_jax.corpus.structure import (
 )
 from humpback_jax.records import Segment, stable_id
 
-RULES = "headings-6"
+RULES = "headings-7"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +87,21 @@ def _by_paragraphs(text: str, piece: Piece, cuts: Sequence[int], max_chars: int)
         if following - start > max_chars or cut - start >= target:
             yield _stripped(text, Piece(start, cut, piece.heading))
             start = cut
-    yield Piece(start, whole.end, piece.heading)
+    yield _stripped(text, Piece(start, whole.end, piece.heading))
 
 
 def _stripped(text: str, piece: Piece) -> Piece:
-    """The piece without blank lines around it; empty where it is blank."""
+    """The piece without white space around it; empty where it is blank.
+
+    The indentation of a first line goes, too: behind the line end of a prompt it would share its
+    token, and the response's first token would not be learnt.
+    """
     first, end = piece.start, piece.end
     while end > first and text[end - 1].isspace():
         end -= 1
     while first < end and text[first].isspace():
         first += 1
-    # A first line keeps its indentation: it may be code.
-    start = max(piece.start, text.rfind("\n", piece.start, first) + 1)
-    return Piece(start if first < end else end, end, piece.heading)
+    return Piece(first, end, piece.heading)
 
 
 def segments(document: Document, max_chars: int) -> Iterator[tuple[Segment, bool]]:

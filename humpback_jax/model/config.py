@@ -159,6 +159,9 @@ class LlamaConfig:
             "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
             "pad_token_id": self.pad_token_id,
             "torch_dtype": dtype,
+            # Without it, versions since 4.57.3 take a vocabulary of over 100,000 tokens for one of
+            # Mistral that older versions wrote wrongly, and advise to replace how it cuts text.
+            "transformers_version": "5.0.0",
         }
         if self.rope_type != "default":
             raw["rope_scaling"] = {"rope_type": self.rope_type, **self.rope_parameters}
@@ -215,6 +218,8 @@ def _read_rope(fields: Mapping[str, Any], raw: Mapping[str, Any], where: str) ->
     missing, unknown = required - rope.keys(), rope.keys() - required - optional
     if kind == "default":
         unknown -= {"factor"}  # written by some exporters beside the default type, without effect
+    if kind == "yarn":
+        unknown -= {"finetuned"}  # in YaRN's first models; nothing is computed from it
     if missing or unknown:
         raise HumpbackError(
             f"{where}: rope type {kind!r} has missing fields {sorted(missing)} "

@@ -17,7 +17,7 @@ from humpback_jax.stages.context import Context
 from humpback_jax.streaming import Asked, draw_shards
 from humpback_jax.text.template import Template
 
-VERSION = 2
+VERSION = 3
 
 
 def augment_stage(context: Context, backward: Artifact, corpus: Artifact) -> Artifact:

@@ -26,7 +26,7 @@ from humpback_jax.stages.augment import gate
 from humpback_jax.stages.context import Context
 from humpback_jax.text.template import Template
 
-VERSION = 1
+VERSION = 2
 
 
 def rubric_decoding(section: Any) -> Decoding:

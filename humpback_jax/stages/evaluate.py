@@ -15,7 +15,7 @@ from humpback_jax.records import Example, stable_id
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
 
-VERSION = 1
+VERSION = 2
 
 
 def evaluate_stage(context: Context, name: str, model: Artifact) -> Artifact:

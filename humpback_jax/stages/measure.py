@@ -19,7 +19,7 @@ from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import gate_fields, rubric_decoding
 from humpback_jax.stages.heldout import meter_pairs
 
-CURATION_VERSION, BACKWARD_VERSION = 1, 2
+CURATION_VERSION, BACKWARD_VERSION = 2, 3
 
 
 def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) -> Artifact:

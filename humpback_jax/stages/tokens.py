@@ -24,7 +24,7 @@ from humpback_jax.text.tokenize import Dropped, TokenizedBatch, tokenize_batch
 from humpback_jax.tfds_splits import info_file, is_split
 from humpback_jax.token_store import TokenStore, write_shard
 
-VERSION = 2
+VERSION = 3
 CHUNK = 512  # rows tokenised at one time
 SHARD_CHUNKS = 64
 

@@ -38,11 +38,12 @@ _BOS = "{{- TEXT -}}"
 
 
 class Unbaked(NamedTuple):
-    """A model's own chat template, and what its export had added: tags and a system message."""
+    """A model's own chat template, and what its export had added, None where that was nothing."""
 
     chat_template: str
     tags: Tags = "none"
     system: str | None = None
+    bos_text: str | None = None
 
 
 def baked_chat_template(template: Template, tags: Tags) -> str:
@@ -57,7 +58,7 @@ def baked_chat_template(template: Template, tags: Tags) -> str:
         steps.append(_with_text(_TAGS, TAG_TEXT[tags]))
     probe = [{"role": "user", "content": "x"}]
     text = render_chat(template.chat_template, probe, template.special_tokens, True)
-    if not text.startswith(template.bos_text):
+    if not template.writes_bos(text):
         steps.append(_with_text(_BOS, template.bos_text))
     return (
         "".join([*steps, _MARK, template.chat_template]) if any(steps) else template.chat_template
@@ -67,7 +68,7 @@ def baked_chat_template(template: Template, tags: Tags) -> str:
 def unbaked(source: str) -> Unbaked:
     """What `baked_chat_template` was given; of any other chat template, that itself.
 
-    The steps for the date and BOS are dropped: `Template` does the same by itself.
+    The step for the date is dropped: `Template` does the same by itself.
 
     Raises:
       HumpbackError: its steps are not those that this version writes.
@@ -77,16 +78,16 @@ def unbaked(source: str) -> Unbaked:
         return Unbaked(source)
     parts = (_pattern("system", _SYSTEM), _pattern("tags", _TAGS), _pattern("bos", _BOS))
     found = re.fullmatch(re.escape(frozen_date_prefix(own)) + "".join(parts), steps, re.DOTALL)
-    texts = found.groupdict() if found else {"tags": None, "system": None}
+    texts = found.groupdict() if found else {}
     told = {json.dumps(text): tags for tags, text in TAG_TEXT.items() if text}
-    if found is None or texts["tags"] not in (None, *told):
+    if not texts or texts["tags"] not in (None, *told):
         raise HumpbackError(
             "The tokenizer's chat template was exported with steps that this version of "
             f"humpback_jax does not know, before {_MARK.strip()!r}. Export the model again from "
             "its checkpoint, or remove these steps from the chat template and pass --tags."
         )
-    system = texts["system"] and json.loads(texts["system"])
-    return Unbaked(own, told[texts["tags"]] if texts["tags"] else "none", system)
+    system, bos_text = (texts[name] and json.loads(texts[name]) for name in ("system", "bos"))
+    return Unbaked(own, told[texts["tags"]] if texts["tags"] else "none", system, bos_text)
 
 
 def _with_text(step: str, text: str) -> str:

@@ -57,12 +57,14 @@ def tokenizer_from_folder(folder: str | Path) -> Tokenizer:
         raise HumpbackError(
             f"{root}: no tokenizer found; looked for tokenizer.json and tokenizer.model."
         )
+    max_length = config.get("model_max_length")
     return Tokenizer(
         backend,
         special_tokens,
         extra_eos_ids=_eos_ids(root),
         add_bos=bool(add_bos),
         chat_template=_chat_template(root, config),
+        max_length=max_length if isinstance(max_length, int | float) else None,
         model_file=model_file,
         where=str(path),
     )
@@ -119,6 +121,17 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def _special_texts(*sources: Mapping[str, Any]) -> set[str]:
+    """Every token that settings declare special, with a name known here or without."""
+    found = set(_special_tokens(*sources).values())
+    for source in sources:
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            listed = source.get(key) or ()
+            values = listed.values() if isinstance(listed, dict) else listed
+            found |= {text for text in map(_token_text, values) if text is not None}
+    return found
+
+
 def _adds_bos(backend: tokenizers.Tokenizer, bos_token: str | None) -> bool:
     """Whether the file's own post-processor puts BOS in front of a text."""
     tokens = backend.encode("a", add_special_tokens=True).tokens
@@ -134,7 +147,11 @@ def _added_tokens(
         name = "added_tokens.json"
         held = {token.content for token in backend.get_added_tokens_decoder().values()}
         added = {text: i for text, i in _read_json(root / name).items() if text not in held}
-        entries = {i: {"content": text, "special": True} for text, i in added.items()}
+        special = _special_texts(config, _read_json(root / "special_tokens_map.json"))
+        entries = {
+            i: {"content": text, "special": text in special, "normalized": False}
+            for text, i in added.items()
+        }
     try:
         return {
             int(i): AddedToken(raw["content"], **{k: raw[k] for k in _MARKS if k in raw} | marks)

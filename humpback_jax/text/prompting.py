@@ -32,18 +32,27 @@ def prompting(tokenizer: Tokenizer, template: str) -> Prompting:
     found = unbaked(tokenizer.chat_template)
     if found.chat_template != tokenizer.chat_template:
         tokenizer = tokenizer.with_chat_template(found.chat_template)
-    return Prompting(tokenizer, choose_template(tokenizer, template, found.system), found.tags)
+    chosen = choose_template(tokenizer, template, found.system, found.bos_text)
+    return Prompting(tokenizer, chosen, found.tags)
 
 
-def choose_template(tokenizer: Tokenizer, template: str, system: str | None = None) -> Template:
+def choose_template(
+    tokenizer: Tokenizer, template: str, system: str | None = None, bos_text: str | None = None
+) -> Template:
     """The template "auto" (the tokenizer's own chat template, else plain), "chat" or "plain".
+
+    `system` and `bos_text` are as `Template.for_tokenizer` takes them.
 
     Raises:
       HumpbackError: no such template, or "chat" for a tokenizer that has none.
     """
     if template == "auto":
-        return Template.for_tokenizer(tokenizer, system=system)
+        return Template.for_tokenizer(tokenizer, system=system, bos_text=bos_text)
     if template not in ("chat", "plain"):
         raise HumpbackError(f"template={template!r} is unknown; choose auto, chat or plain.")
-    # mypy does not narrow a str by its membership.
-    return Template.for_tokenizer(tokenizer, name=template, system=system)  # type: ignore[arg-type]
+    return Template.for_tokenizer(
+        tokenizer,
+        name=template,  # type: ignore[arg-type]  # mypy does not narrow a str by its membership
+        system=system,
+        bos_text=bos_text,
+    )

@@ -109,15 +109,21 @@ def backend_from_model_file(
 def holds_vocabulary(content: bytes, backend: tokenizers.Tokenizer) -> bool:
     """Whether a `tokenizer.model` has the backend's tokens, id by id, and joins pairs as BPE does.
 
-    Converters to GGUF take it for BPE in any case.
+    Added tokens behind its last id do not count: programs take them from other files. Converters
+    to GGUF take it for BPE in any case.
     """
     try:
         proto = _parsed(content, "")
     except HumpbackError:
         return False
     pieces = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    behind = {
+        token.content: i
+        for i, token in backend.get_added_tokens_decoder().items()
+        if i >= len(pieces)
+    }
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    return proto.trainer_spec.model_type == _BPE and pieces == vocabulary
+    return proto.trainer_spec.model_type == _BPE and {**pieces, **behind} == vocabulary
 
 
 def _parsed(content: bytes, where: str) -> Any:

@@ -56,7 +56,8 @@ class Template:
       name: "chat" uses the model's own template, "plain" our wording for base models.
       chat_template: jinja source, in both cases.
       special_tokens: what the jinja source may insert, by name.
-      bos_text: the text each rendering starts with, "" for models without BOS.
+      bos_text: what a rendering starts with unless the chat template writes BOS: that, with a space
+        behind it for some vocabularies; "" for models without BOS.
       eos_texts: texts that end a turn; the first is appended where a template writes none.
       control_tokens: texts that contents must not be able to produce.
       system: system message put first where a conversation has none; None leaves it to the model.
@@ -83,10 +84,14 @@ class Template:
         *,
         name: Literal["chat", "plain"] | None = None,
         system: str | None = None,
+        bos_text: str | None = None,
     ) -> Template:
         """The template of a model; by default "chat" where its tokenizer has a template of its own.
 
         That of a model exported under "plain" is our wording, and so is "plain" again.
+
+        Args:
+          bos_text: None for the tokenizer's.
         """
         wording = prompt_text("plain_template")
         name = name or ("plain" if tokenizer.chat_template in (None, "", wording) else "chat")
@@ -100,7 +105,7 @@ class Template:
             name=name,
             chat_template=source,
             special_tokens=tokenizer.special_tokens,
-            bos_text=tokenizer.special_tokens["bos_token"] if tokenizer.add_bos else "",
+            bos_text=tokenizer.bos_text if bos_text is None else bos_text,
             eos_texts=tokenizer.eos_texts,
             control_tokens=tokenizer.control_tokens,
             system=system,
@@ -153,7 +158,7 @@ class Template:
         """A conversation up to where the assistant starts to write."""
         if not messages or messages[-1].get("role") == "assistant":
             raise HumpbackError("A prompt must end with a user message.")
-        return self._render(self._prepare(messages, tags), add_generation_prompt=True)
+        return self._render_prompt(self._prepare(messages, tags))
 
     def question(self, instruction: str, tags: Tags = "none") -> str:
         """A conversation of one user turn, up to where the assistant starts to write."""
@@ -174,8 +179,10 @@ class Template:
     def plain_text(self, text: str) -> Rendered:
         """A document for plain language modelling: all of it supervised, and its EOS."""
         body = neutralise(text, self.control_tokens) + self.eos_texts[0]
-        start = len(self.bos_text)
-        return Rendered(self.bos_text + body, ((start, start + len(body)),))
+        text = self.bos_text + body
+        # The space behind BOS is part of the first word.
+        start = len(self.special_tokens["bos_token"]) if self.bos_text else 0
+        return Rendered(text, ((start, len(text)),))
 
     def rubric_prompt(self, instruction: str, response: str) -> str:
         """Asks for reasons and a last line `Score: N`."""
@@ -187,6 +194,10 @@ class Template:
         answer = f"{self.score_prefix}1"
         rendered = self.forward([*task, _assistant(answer)], complete=False)
         return rendered.text[:-1]
+
+    def writes_bos(self, text: str) -> bool:
+        """Whether nothing has to go before a text of the chat template: many write BOS."""
+        return not self.bos_text or text.startswith(self.special_tokens["bos_token"])
 
     def content_hash(self) -> str:
         """SHA-256 over everything that changes a rendering."""
@@ -246,11 +257,15 @@ class Template:
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         text = render_chat(self.chat_template, messages, self.special_tokens, add_generation_prompt)
-        # Chat templates often write BOS themselves.
-        return text if text.startswith(self.bos_text) else self.bos_text + text
+        return text if self.writes_bos(text) else self.bos_text + text
+
+    def _render_prompt(self, messages: Messages) -> str:
+        # Vocabularies join a space to the word behind it: at the end of a prompt it would be a
+        # token that no training text has there, so the model writes it.
+        return self._render(messages, add_generation_prompt=True).rstrip(" ")
 
     def _prompt_end(self, full: str, before: Messages) -> int:
-        prompt = self._render(before, add_generation_prompt=True)
+        prompt = self._render_prompt(before)
         if not full.startswith(prompt):
             raise HumpbackError(_ALTERED)
         return len(prompt)

@@ -72,8 +72,11 @@ def tokenize_batch(
     """Tokenises (id, rendered) rows, each once, and marks the supervised tokens.
 
     A token is supervised iff it starts inside a span: one that began in the prompt belongs to the
-    prompt. Rows over `max_tokens` are an error, dropped, or cut to their first `max_tokens` tokens;
-    a cut answer has no EOS, so the model does not learn to stop in mid-sentence.
+    prompt. For vocabularies that drop white space at the end of a text, that between a prompt and a
+    span is not in the prompt, and belongs to the span.
+
+    Rows over `max_tokens` are an error, dropped, or cut to their first `max_tokens` tokens; a cut
+    answer has no EOS, so the model does not learn to stop in mid-sentence.
 
     Raises:
       HumpbackError: an empty answer; with on_long="error" also a row that is too long or has
@@ -82,10 +85,14 @@ def tokenize_batch(
     named = list(rows)
     for row_id, rendered in named:
         _require_answers(tokenizer, rendered, row_id)
+    drops_space = tokenizer.encode("a\n") == tokenizer.encode("a")
     encoded = tokenizer.encode_batch_with_offsets([rendered.text for _, rendered in named])
     examples, dropped = [], []
     for (row_id, rendered), (ids, offsets) in zip(named, encoded, strict=True):
-        mask = _supervised(offsets, rendered.spans)
+        spans = rendered.spans
+        if drops_space:
+            spans = tuple((len(rendered.text[:begin].rstrip()), end) for begin, end in spans)
+        mask = _supervised(offsets, spans)
         reason = None
         if max_tokens is not None and len(ids) > max_tokens:
             if on_long == "truncate":

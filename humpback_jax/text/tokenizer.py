@@ -34,6 +34,7 @@ class Tokenizer:
       pad_id: the padding id; an EOS id where the model has none (masks never depend on it).
       add_bos: whether a text for this model starts with BOS.
       chat_template: jinja source, or None for a base model.
+      max_length: tokens to which other programs cut a text when told to cut, None for unknown.
       model_file: the source's sentencepiece `tokenizer.model`, for programs that read no other.
     """
 
@@ -45,6 +46,7 @@ class Tokenizer:
         extra_eos_ids: Iterable[int] = (),
         add_bos: bool = False,
         chat_template: str | None = None,
+        max_length: int | float | None = None,
         model_file: bytes | None = None,
         where: str = "tokenizer",
     ) -> None:
@@ -62,6 +64,7 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens: dict[str, str] = dict(sorted(special_tokens.items()))
         self.chat_template = chat_template
+        self.max_length = max_length
         self.model_file = model_file
         self.bos_id = self._special_id("bos_token")
         self.add_bos = add_bos and self.bos_id is not None
@@ -100,6 +103,19 @@ class Tokenizer:
     @property
     def eos_texts(self) -> tuple[str, ...]:
         return tuple(str(self.backend.id_to_token(i)) for i in self.eos_ids)
+
+    @property
+    def bos_text(self) -> str:
+        """What a text for this model starts with, "" where that is nothing.
+
+        Some sentencepiece vocabularies put a space before a text that begins without BOS alone, and
+        their models know BOS with that space behind it: programs encode first, then add the id.
+        """
+        if not self.add_bos:
+            return ""
+        bos = self.special_tokens["bos_token"]
+        known = [self.bos_id, *self.encode("a")]
+        return f"{bos} " if self.encode(f"{bos}a") != known == self.encode(f"{bos} a") else bos
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -160,13 +176,14 @@ class Tokenizer:
             extra_eos_ids=self.eos_ids,
             add_bos=self.add_bos,
             chat_template=chat_template,
+            max_length=self.max_length,
             model_file=self.model_file,
         )
 
     def to_files(self) -> dict[str, bytes]:
         """File names and contents that `transformers.AutoTokenizer` and `from_folder` read.
 
-        With `tokenizer.model`, where the source's has this vocabulary still: llama.cpp's converter
+        With `tokenizer.model`, where the source's is of this vocabulary: llama.cpp's converter
         takes the scores of sentencepiece's merges from it, else it makes them up.
         """
         from humpback_jax.text.sentencepiece_tokenizer import holds_vocabulary
@@ -185,8 +202,14 @@ class Tokenizer:
             "add_bos_token": self.add_bos,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
+            # By itself that class adds token_type_ids in some versions, which generate() refuses,
+            # and pads behind a prompt, where the answer comes.
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",
             **self.special_tokens,
         }
+        if self.max_length is not None:
+            config["model_max_length"] = self.max_length
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         generation: dict[str, Any] = {

@@ -9,7 +9,9 @@ from typing import Any
 
 from humpback_jax.errors import HumpbackError
 
-_CONTROL = 3  # a type of token
+# Types of tokens that are found in a text as a whole: control, and user-defined as old conversions
+# of ChatML models have it.
+_WHOLE = (3, 4)
 # Files name one EOS, and mostly no other token that ends an answer: llama.cpp, too, knows these by
 # their text. <|endoftext|> is not among them: it separates documents (and is the default model's
 # unknown token); models that end answers with it name it as EOS.
@@ -102,4 +104,4 @@ def special_fields(
 
 def _ends_by_text(tokens: Sequence[str], kinds: Sequence[int]) -> list[int]:
     told = zip(tokens, kinds, strict=False)
-    return [i for i, (t, kind) in enumerate(told) if kind == _CONTROL and t in _TURN_ENDS]
+    return [i for i, (t, kind) in enumerate(told) if kind in _WHOLE and t in _TURN_ENDS]
