@@ -49,7 +49,8 @@ def train(arguments: argparse.Namespace) -> Result:
         if getattr(arguments, name) < 0:
             raise HumpbackError(f"--{name}={getattr(arguments, name)} has to be 0 or more.")
     out = Path(arguments.out)
-    if out.exists() and out.resolve() == Path(arguments.model).resolve():
+    # Of resolved paths, `new/../model` is `model` before there is any folder `new`.
+    if out.resolve() == Path(arguments.model).resolve() and out.resolve().exists():
         # A run that is killed while the model is replaced could not go on.
         raise HumpbackError(f"--out={out} is the model to be trained; choose another folder.")
     writable_folder(out)
