@@ -17,7 +17,14 @@ Result = dict[str, Any]
 
 
 def chosen_config(arguments: argparse.Namespace) -> Any:
-    """The config of `train` and `aot`: a file's, or the defaults; overrides apply to both."""
+    """The config of `train` and `aot`: a file's, or the defaults; overrides apply to both.
+
+    Its base is the model that `--model` names, where that is given.
+
+    Raises:
+      HumpbackError: see `load_config` and `flag_as_field`.
+    """
+    flag_as_field(arguments, "model", "base.model")
     if arguments.config:
         return load_config(arguments.config, arguments.overrides)
     config = default_config()
@@ -25,6 +32,21 @@ def chosen_config(arguments: argparse.Namespace) -> Any:
         set_field(config, key, values)
     check_config(config)
     return config
+
+
+def flag_as_field(arguments: argparse.Namespace, flag: str, key: str) -> None:
+    """Takes `--FLAG=V`, where it is given, for `--config.KEY=V`.
+
+    Raises:
+      HumpbackError: both are given.
+    """
+    value = getattr(arguments, flag)
+    if value is None or value == []:
+        return
+    if key in arguments.overrides:
+        raise HumpbackError(f"--{flag} and --config.{key} mean the same; leave one of them out.")
+    values = value if isinstance(value, list) else [value]
+    arguments.overrides[key] = [str(each) for each in values]
 
 
 def adapted(model: LanguageModel, adapter: str | None) -> LanguageModel:
