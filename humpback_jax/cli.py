@@ -171,7 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--heldout",
         action="append",
         default=[],
-        help="FILE or SOURCE=FILE of pairs whose loss train.eval_every measures; may be repeated",
+        help="FILE or SOURCE=FILE of pairs whose loss is measured every train.eval_every steps; "
+        "may be repeated",
     )
     train.add_argument("--profile", metavar="DIR", help="trace a few steps for xprof, perfetto")
     train.add_argument("--preview", type=int, default=2, help="show the first N training rows")

@@ -81,6 +81,12 @@ def test_an_option_of_training_that_can_do_nothing_is_refused(option, said, tmp_
     assert said in refused(capsys, *train(data, tmp_path / "out", option))
 
 
+def test_held_out_rows_that_nothing_measures_are_silently_ignored(tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    message = refused(capsys, *train(data, tmp_path / "out", f"--heldout={data}"))
+    assert "--heldout" in message and "--config.train.eval_every=N" in message
+
+
 ALTERNATING = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"

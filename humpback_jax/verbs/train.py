@@ -162,11 +162,17 @@ def _section(
     """The config's section of this direction.
 
     Raises:
-      HumpbackError: a mixture of unknown sources, or nothing to measure every `eval_every` steps.
+      HumpbackError: a mixture of unknown sources, or nothing to measure every `eval_every` steps,
+        or never a time to measure.
     """
     section = config.backward if arguments.reverse else config.train
     if section.eval_every and not heldout:
         raise HumpbackError(f"eval_every={section.eval_every} measures the rows of --heldout=FILE.")
+    if heldout and not section.eval_every:
+        raise HumpbackError(
+            "--heldout=FILE is measured every so many steps: add --config.train.eval_every=N, or "
+            "leave it out."
+        )
     check_sources(parse_mixture(section.mixture), [file.source for file in files])
     if not arguments.config:
         told = {key.partition(".")[2] for key in arguments.overrides}
