@@ -8,6 +8,7 @@ from pathlib import Path
 from humpback_jax import loop
 from humpback_jax.config import load_config
 from humpback_jax.errors import HumpbackError
+from humpback_jax.overrides import apply_overrides
 from humpback_jax.plan import dry_run
 from humpback_jax.progress import timed_lines
 from humpback_jax.report.build import build_report
@@ -20,7 +21,8 @@ def run(arguments: argparse.Namespace) -> Result:
     if not arguments.config:
         raise HumpbackError("run needs --config=configs/FILE.py; configs/ holds the experiments.")
     flag_as_field(arguments, "limit", "corpus.limit")
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config)
+    apply_overrides(config, arguments.overrides)
     workdir = Path(arguments.workdir)
     say = timed_lines()
     if arguments.dry_run:

@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ from humpback_jax.training.packing import PackingPlan
 from humpback_jax.training.trainer import Trained
 from humpback_jax.verbs.arguments import Result, chosen_config, flag_as_field, writable_folder
 
-# A file of one's own shall not lose rows unseen, and today's base models were trained without
-# dropout: the paper's 0.1 takes SmolLM2-135M's loss on a page of text from 3.8 to 6.0.
-WITHOUT_CONFIG: Mapping[str, Any] = {"on_long": "error", "dropout": 0.0}
+# One epoch of small batches. A file of one's own shall not lose rows unseen, and today's base
+# models were trained without dropout: the paper's 0.1 takes SmolLM2-135M's loss on a page of text
+# from 3.8 to 6.0.
+WITHOUT_CONFIG = {"epochs": 1.0, "batch_examples": 8, "on_long": "error", "dropout": 0.0}
 
 
 def train(arguments: argparse.Namespace) -> Result:
@@ -45,7 +46,7 @@ def train(arguments: argparse.Namespace) -> Result:
     started = time.monotonic()
     arguments.overrides = _of_direction(arguments.overrides, arguments.reverse)
     flag_as_field(arguments, "mix", "backward.mixture" if arguments.reverse else "train.mixture")
-    config = chosen_config(arguments)
+    config = chosen_config(arguments, WITHOUT_CONFIG)
     for name in ("limit", "preview"):
         if getattr(arguments, name) < 0:
             raise HumpbackError(f"--{name}={getattr(arguments, name)} has to be 0 or more.")
@@ -76,9 +77,10 @@ def train(arguments: argparse.Namespace) -> Result:
     tokens = Path(arguments.tokens) if arguments.tokens else out / "resume" / "tokens"
     examples, bad = token_store(files, way, tokens, say)
     sources = source_counts(examples.columns, parse_mixture(section.mixture))
-    if not arguments.config:
+    told = any(key.endswith(".batch_examples") for key in arguments.overrides)
+    if not (arguments.config or told):
         draws = sum(counts["draws"] for counts in sources.values())
-        _fit_to_file(section, draws, arguments.overrides)
+        section.batch_examples = min(section.batch_examples, draws)
     identity = run_identity(
         config.base.model, base, section, direction, config.seed, examples.hash, heldout
     )
@@ -174,9 +176,6 @@ def _section(
             "leave it out."
         )
     check_sources(parse_mixture(section.mixture), [file.source for file in files])
-    if not arguments.config:
-        told = {key.partition(".")[2] for key in arguments.overrides}
-        section.update({k: value for k, value in WITHOUT_CONFIG.items() if k not in told})
     return section
 
 
@@ -220,12 +219,3 @@ def _of_direction(overrides: dict[str, list[str]], reverse: bool) -> dict[str, l
             )
         found[own] = values
     return found
-
-
-def _fit_to_file(section: Any, count: int, overrides: dict[str, list[str]]) -> None:
-    """What `train` does unless told otherwise: one epoch, small batches."""
-    given = {key.rsplit(".", 1)[-1] for key in overrides}
-    if not given & {"steps", "epochs"}:
-        section.epochs = 1.0
-    if "batch_examples" not in given:
-        section.batch_examples = min(8, count)
