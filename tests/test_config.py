@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from humpback_jax.compute import choose_compute
 from humpback_jax.config import (
     WITHOUT_EFFECT,
     apply_tiny,
@@ -20,6 +21,7 @@ from humpback_jax.config import (
 from humpback_jax.curators import SCALES
 from humpback_jax.errors import HumpbackError
 from humpback_jax.overrides import apply_overrides, set_field
+from humpback_jax.stages.settings import train_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -66,6 +68,16 @@ def test_the_defaults_are_the_papers_settings():
     assert (config.curate.curator, config.curate.threshold, config.rounds) == ("rubric", 5.0, 2)
     assert (config.corpus.min_chars, config.corpus.max_chars) == (600, 3000)
     check_config(config)
+
+
+def test_a_data_set_below_3000_examples_is_trained_in_batches_of_32_for_too_many_epochs():
+    compute, section = choose_compute("float32", 1), default_config().train
+    for count in (1600, 1601, 2999, 3000):
+        spec = train_spec(section, compute, 0, count)
+        assert spec.batch_examples == (8 if count < 3000 else 32)  # Humpback, section 3.1
+    epochs = [batch * steps / count for count, batch, steps in section.step_table]
+    place = [count for count, _, _ in section.step_table].index(2999)
+    assert epochs[place - 1] <= epochs[place] <= epochs[place + 1]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
