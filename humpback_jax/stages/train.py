@@ -21,7 +21,7 @@ from humpback_jax.training.examples import index_of
 from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.mixture import parse_mixture, source_counts
 
-VERSION = 2
+VERSION = 3
 
 
 def train_stage(
@@ -89,6 +89,7 @@ def train_stage(
             "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
             "packing_efficiency": round(trained.plan.efficiency, 4),
             "sources": source_counts(index_of(tokenized), parse_mixture(section.mixture)),
+            "seen": trained.plan.seen,
         }
         write_parquet(
             folder / "data.parquet",

@@ -192,6 +192,7 @@ def _outcome(trained: Trained, sources: dict[str, dict[str, Any]]) -> Result:
     return {
         "examples": sum(counts["examples"] for counts in sources.values()),
         "supervised_tokens": sum(counts["supervised_tokens"] for counts in sources.values()),
+        "seen": trained.plan.seen,
         "packing_efficiency": round(trained.plan.efficiency, 4),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
