@@ -45,6 +45,7 @@ def default_config() -> ConfigDict:
             "data": {
                 "seed": "builtin",  # a file of pairs, or the packaged set
                 "heldout": "builtin",  # a file of pairs, or the packaged held-out part
+                "validation": "",  # a file of pairs that eval_every measures; "": the held-out ones
                 "seed_limit": 0,  # 0: all
                 "skip_bad": False,
             },
@@ -151,7 +152,7 @@ def train_section() -> dict[str, Any]:
         "eval_every": 0,
         "resume_every": 0,
         "keep_resume": 2,  # states of an unfinished run
-        "select": "last",  # last | best: by the loss on held-out rows, every eval_every steps
+        "select": "last",  # last | best: by the loss on data.validation, every eval_every steps
         "spike_factor": 0.0,  # stop at a loss so many standard deviations up; 0: never
         "checkpoint_epochs": False,
     }
@@ -272,12 +273,18 @@ def check_data(config: ConfigDict) -> None:
     """Refuses a run of which the config does not say where its data are.
 
     Raises:
-      HumpbackError: names the empty fields.
+      HumpbackError: names the empty fields; `data.validation` is needed for `select=best` alone.
     """
     fields = dict(_leaves(config))
     missing = [f"--config.{key}=FILE" for key in DATA if not fields[key]]
     if missing:
         raise HumpbackError(f"{config.name} brings no data of its own: add {' '.join(missing)}.")
+    for name in ("backward", "train"):
+        if config[name].select == "best" and not config.data.validation:
+            raise HumpbackError(
+                f"config.{name}.select=best would choose weights on the held-out pairs, on which "
+                "the run then reports: add --config.data.validation=FILE with other pairs."
+            )
 
 
 def _check_fields(config: ConfigDict) -> None:

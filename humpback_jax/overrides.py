@@ -91,6 +91,9 @@ def _without_effect(config: ConfigDict) -> Iterator[tuple[str, str]]:
     for name in ("backward", "train"):
         yield from _of_training(config[name], name)
     yield from _of_curation(config)
+    if not config.backward.eval_every and not config.train.eval_every:
+        reason = "where nothing is measured while training; add --config.train.eval_every"
+        yield "data.validation", reason
 
 
 def _of_training(section: ConfigDict, name: str) -> Iterator[tuple[str, str]]:

@@ -483,7 +483,9 @@ def test_a_held_out_pair_longer_than_the_window_stops_a_run_at_its_end(
     run = ["run", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", "--json"]
     assert main([*run, f"--config.data.heldout={heldout}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("1 held-out pairs are too long" in line and "the-long-one" in line for line in lines)
+    assert any(
+        "1 pairs of data.heldout are too long" in line and "the-long-one" in line for line in lines
+    )
     assert json.loads(lines[-1])["models"]["base"]["nll"]["n"] == len(pairs)
     write(heldout, long)
     message = refused(capsys, *run, f"--config.data.heldout={heldout}")

@@ -100,6 +100,11 @@ def test_a_mistyped_override_is_refused_with_its_key(key, value, message):
         (TINY, "curate.max_new_tokens=64", "no curator writes"),
         (TINY, "curate.also= curate.also_limit=5", "add --config.curate.also"),
         (TINY, "curate.also=pmi curate.also_limit=5", "without further curators"),
+        (
+            TINY,
+            "train.eval_every=0 backward.eval_every=0 data.validation=x",
+            "add --config.train.eval_every",
+        ),
     ],
 )
 def test_an_override_that_another_setting_wins_over_is_silently_ignored(

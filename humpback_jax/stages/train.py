@@ -48,12 +48,12 @@ def train_stage(
         "data": rows_hash(row_identity(example) for example in examples),
     }
     if section.select == "best":
-        fields["heldout"] = rows_hash(row_identity(example) for example in context.heldout)
+        fields["heldout"] = rows_hash(row_identity(example) for example in context.validation)
     stage = Stage("train", VERSION, json.loads(json.dumps(fields)))
 
     def make(folder: Path) -> tuple[str, dict[str, Any]]:
         identity = run_identity(
-            name, context.base, section, direction, config.seed, fields["data"], context.heldout
+            name, context.base, section, direction, config.seed, fields["data"], context.validation
         )
         resume = ResumeFolder(context.resume_root / folder.name, section.keep_resume, identity)
         context.release()
@@ -66,7 +66,7 @@ def train_stage(
             context.compute,
             config.seed,
             tags=tags,
-            validation=context.heldout,
+            validation=context.validation,
             resume=resume,
             on_metrics=lambda row: _report(context, name, row),
             on_plan=lambda plan: context.say(f"{name}: {plan.summary()}"),
