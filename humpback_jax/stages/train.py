@@ -90,6 +90,7 @@ def train_stage(
             "packing_efficiency": round(trained.plan.efficiency, 4),
             "sources": source_counts(index_of(tokenized), parse_mixture(section.mixture)),
             "seen": trained.plan.seen,
+            "epochs": trained.plan.epochs,
         }
         write_parquet(
             folder / "data.parquet",
@@ -105,7 +106,21 @@ def train_stage(
         # Not before the model is sealed: until then a killed run needs it.
         ResumeFolder(context.resume_root / Path(artifact.path).name).delete()
     stop.obey(f"{name} is done")
+    if section.checkpoint_epochs:
+        _tell_of_missing_epochs(context, artifact)
     return artifact
+
+
+def _tell_of_missing_epochs(context: Context, model: Artifact) -> None:
+    """A model's key does not know whether the ends of its epochs are kept: it may lack them."""
+    folder = context.folder.root / model.path
+    epochs = range(1, model.details["epochs"] + 1)
+    missing = [str(epoch) for epoch in epochs if not holds_checkpoint(folder / f"epoch_{epoch}")]
+    if missing:
+        context.say(
+            f"{model.name}: epochs {', '.join(missing)} have no checkpoint: the model was trained "
+            "without checkpoint_epochs, and is not trained again for them. --fresh does so."
+        )
 
 
 def _report(context: Context, name: str, row: dict[str, Any]) -> None:

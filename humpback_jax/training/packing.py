@@ -137,7 +137,7 @@ class PackingPlan:
     """What the batches of a training run hold, and the shapes that fit every one of them.
 
     Attributes:
-      steps: batches of the run. examples: how many these are drawn from.
+      steps: batches of the run. epochs: that these complete. examples: that they are drawn from.
       seen: by source, of those that a step takes at least once: "examples" and their
         "supervised_tokens".
       num_rows: rows of a batch, a multiple of those of a micro-batch.
@@ -149,6 +149,7 @@ class PackingPlan:
     """
 
     steps: int
+    epochs: int
     examples: int
     seen: dict[str, dict[str, int]]
     num_rows: int
@@ -210,6 +211,7 @@ def plan_packing(
     computed = sum(_places(rows, batch, widths, micro_rows) for rows, batch in pairs)
     return PackingPlan(
         steps,
+        order.epochs(steps),
         order.examples,
         _seen(index, np.unique(np.concatenate(drawn))),
         num_rows,
