@@ -145,11 +145,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--workdir", required=True, help="run folder; a finished part is not redone")
     run.add_argument("--fresh", action="store_true", help="ignore earlier artifacts; delete none")
     run.add_argument("--dry-run", action="store_true", help="plan and estimate only")
-    run.add_argument("--limit", type=int, default=0, help="use at most N documents")
+    run.add_argument("--limit", type=int, help="use at most N documents")
     run.add_argument("--profile", metavar="DIR", help="trace a few steps of each training")
 
     train = verb("train", "one SFT run on a file of pairs", config=True)
-    train.add_argument("--model", default="smollm2-135m-instruct")
+    train.add_argument(
+        "--model", help="instead of the config's, which is smollm2-135m-instruct without --config"
+    )
     train.add_argument(
         "--data", action="append", required=True, help="FILE or SOURCE=FILE; may be repeated"
     )
@@ -169,7 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--heldout",
         action="append",
         default=[],
-        help="FILE or SOURCE=FILE of pairs whose loss train.eval_every measures; may be repeated",
+        help="FILE or SOURCE=FILE of pairs whose loss is measured every train.eval_every steps; "
+        "may be repeated",
     )
     train.add_argument("--profile", metavar="DIR", help="trace a few steps for xprof, perfetto")
     train.add_argument("--preview", type=int, default=2, help="show the first N training rows")

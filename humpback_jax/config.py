@@ -1,4 +1,4 @@
-"""The configuration of a run: defaults, config files with arguments, typed overrides.
+"""The configuration of a run: defaults, config files with arguments, and what is checked of it.
 
 Every field stands here once, with the paper's value or a marked choice of ours. A config file
 (`configs/*.py`) starts from `default_config()` and changes what it is about.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ STEP_TABLE = (
     (100, 8, 30),
     (800, 8, 300),
     (1600, 8, 600),
+    (2999, 8, 1200),  # ours: the batch that section 3.1 gives below 3,000, and 3.2 epochs
     (3200, 32, 500),
     (6400, 32, 600),
     (12800, 32, 600),
@@ -45,6 +45,7 @@ def default_config() -> ConfigDict:
             "data": {
                 "seed": "builtin",  # a file of pairs, or the packaged set
                 "heldout": "builtin",  # a file of pairs, or the packaged held-out part
+                "validation": "",  # a file of pairs that eval_every measures; "": the held-out ones
                 "seed_limit": 0,  # 0: all
                 "skip_bad": False,
             },
@@ -151,7 +152,7 @@ def train_section() -> dict[str, Any]:
         "eval_every": 0,
         "resume_every": 0,
         "keep_resume": 2,  # states of an unfinished run
-        "select": "last",  # last | best: by the loss on held-out rows, every eval_every steps
+        "select": "last",  # last | best: by the loss on data.validation, every eval_every steps
         "spike_factor": 0.0,  # stop at a loss so many standard deviations up; 0: never
         "checkpoint_epochs": False,
     }
@@ -174,6 +175,8 @@ SHARES = ("top_p", "fraction", "decay_share")
 PARTS = ("dropout", "label_smoothing")
 ANY_NUMBER = ("seed", "curate.threshold", "meters.min_lift")
 NOT_EMPTY = ("evaluate.tags",)
+# By `curate.select`, the field that says where it cuts.
+CUTS = {"absolute": "threshold", "top_fraction": "fraction", "count": "count"}
 DATA = ("data.seed", "data.heldout", "corpus.documents")  # a config may leave them to its user
 
 
@@ -206,12 +209,11 @@ def apply_tiny(config: ConfigDict) -> None:
         config.compute.update({"precision": "float32", "batch_size": 4})
 
 
-def load_config(reference: str, overrides: Mapping[str, Sequence[str]] | None = None) -> ConfigDict:
-    """Loads `path/to/config.py[:arg,...]` and applies `--config.a.b=value` overrides.
+def load_config(reference: str) -> ConfigDict:
+    """Loads `path/to/config.py[:arg,...]`; `overrides.apply_overrides` checks it.
 
     Raises:
-      HumpbackError: the file is missing or fails, an argument or key is unknown, a value has the
-        wrong type. The message names the key and the nearest known one.
+      HumpbackError: the file is missing or fails, or an argument is unknown.
     """
     path_text, _, argument = reference.partition(":")
     path = Path(path_text)
@@ -223,14 +225,11 @@ def load_config(reference: str, overrides: Mapping[str, Sequence[str]] | None = 
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(*([argument] if argument else []))
+        config: ConfigDict = module.get_config(*([argument] if argument else []))
     except HumpbackError:
         raise
     except Exception as error:
         raise HumpbackError(f"--config={reference}: {path} failed: {error!r}.") from error
-    for key, values in (overrides or {}).items():
-        set_field(config, key, values)
-    check_config(config)
     return config
 
 
@@ -252,7 +251,7 @@ def check_config(config: ConfigDict) -> None:
             known = _choices().get(key, _choices().get(name))
             if known is not None and choice not in known:
                 raise HumpbackError(
-                    f"config.{key}={choice!r} is unknown{_nearest(str(choice), known)}; known: "
+                    f"config.{key}={choice!r} is unknown{nearest(str(choice), known)}; known: "
                     f"{', '.join(known)}."
                 )
         if isinstance(value, int | float) and key not in ANY_NUMBER:
@@ -274,12 +273,18 @@ def check_data(config: ConfigDict) -> None:
     """Refuses a run of which the config does not say where its data are.
 
     Raises:
-      HumpbackError: names the empty fields.
+      HumpbackError: names the empty fields; `data.validation` is needed for `select=best` alone.
     """
     fields = dict(_leaves(config))
     missing = [f"--config.{key}=FILE" for key in DATA if not fields[key]]
     if missing:
         raise HumpbackError(f"{config.name} brings no data of its own: add {' '.join(missing)}.")
+    for name in ("backward", "train"):
+        if config[name].select == "best" and not config.data.validation:
+            raise HumpbackError(
+                f"config.{name}.select=best would choose weights on the held-out pairs, on which "
+                "the run then reports: add --config.data.validation=FILE with other pairs."
+            )
 
 
 def _check_fields(config: ConfigDict) -> None:
@@ -293,7 +298,7 @@ def _check_fields(config: ConfigDict) -> None:
     for key in found:
         if key not in known:
             raise HumpbackError(
-                f"config.{key} is unknown{_nearest(key, list(known))}; correct or remove it."
+                f"config.{key} is unknown{nearest(key, list(known))}; correct or remove it."
             )
 
 
@@ -359,7 +364,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
         "curate.curator": CURATORS,
         "curate.also": CURATORS,
         "meters.curators": CURATORS,
-        "curate.select": ("absolute", "top_fraction", "count"),
+        "curate.select": tuple(CUTS),
         "backward.select": ("last", "best"),
         "train.select": ("last", "best"),
         "meters.action": ("stop", "warn"),
@@ -382,57 +387,14 @@ def arguments(argument: str, known: Sequence[str], where: str) -> list[str]:
     for part in parts:
         if part not in known:
             raise HumpbackError(
-                f"{where}: the argument {part!r} is unknown{_nearest(part, known)}; "
+                f"{where}: the argument {part!r} is unknown{nearest(part, known)}; "
                 f"known: {', '.join(known)}."
             )
     return parts
 
 
-def set_field(config: ConfigDict, key: str, values: Sequence[str]) -> None:
-    """Sets one dotted key from command-line text, converted to the type of its default."""
-    from ml_collections import ConfigDict
-
-    node, parts = config, key.split(".")
-    for depth, part in enumerate(parts):
-        if not isinstance(node, ConfigDict) or part not in node:
-            known = list(node) if isinstance(node, ConfigDict) else []
-            inside = ".".join(["config", *parts[:depth]])
-            raise HumpbackError(
-                f"--config.{key}: unknown key {part!r} in {inside}{_nearest(part, known)}."
-            )
-        if depth < len(parts) - 1:
-            node = node[part]
-    current = node[parts[-1]]
-    if isinstance(current, ConfigDict):
-        raise HumpbackError(f"--config.{key} is a section; set one of its fields: {list(current)}.")
-    node[parts[-1]] = _convert(key, values, current)
-
-
-def _convert(key: str, values: Sequence[str], current: Any) -> Any:
-    if isinstance(current, tuple):
-        items = [item for value in values for item in value.split(",") if item]
-        if current and not isinstance(current[0], str):
-            raise HumpbackError(f"--config.{key} is a table; change it in the config file.")
-        return tuple(items)
-    text = values[-1]
-    try:
-        if isinstance(current, bool):
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if isinstance(current, int):
-            return int(text)
-        if isinstance(current, float) and math.isfinite(number := float(text)):
-            return number
-        if isinstance(current, str):
-            return text
-    except (KeyError, ValueError):
-        pass
-    raise HumpbackError(
-        f"--config.{key}={text}: the value must be of type {type(current).__name__}, like "
-        f"{current!r}."
-    )
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint at the known name that is most like this one, "" where none is."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

@@ -27,14 +27,15 @@ from humpback_jax.curators import check_curator
 from humpback_jax.environment import describe_environment
 from humpback_jax.lock import sole_user
 from humpback_jax.metrics import MetricsLog
-from humpback_jax.models import load_model
+from humpback_jax.models import LanguageModel, load_model
+from humpback_jax.records import Example
 from humpback_jax.stages.augment import augment_stage
 from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import score_stage, select_stage, selected_examples
 from humpback_jax.stages.evaluate import answers_stage, evaluate_stage, results_table
 from humpback_jax.stages.heldout import fitting_pairs
 from humpback_jax.stages.measure import backward_meter_stage, check_meters, curation_meter_stage
-from humpback_jax.stages.sources import corpus_stage, seed_pairs
+from humpback_jax.stages.sources import corpus_stage, seed_pairs, validation_pairs
 from humpback_jax.stages.texts import TAGS_BY_SOURCE
 from humpback_jax.stages.train import train_stage
 from humpback_jax.training.mixture import check_sources, parse_mixture
@@ -131,18 +132,28 @@ def prepare(
         check_sources(parse_mixture(section.mixture), tuple(TAGS_BY_SOURCE))
     folder = RunFolder(workdir, fresh=fresh, say=say)
     seed, heldout = seed_pairs(config)
+    validation = validation_pairs(config, seed, heldout)
     compute = choose_compute(**config.compute)
     base = load_model(config.base.model, config.base.template, config.seed)
-    heldout, too_long = fitting_pairs(base, config, heldout)
-    if too_long:
-        say(
-            f"warning: {len(too_long)} held-out pairs are too long for the window of {base.name} "
-            f"and left out, the first is row {too_long[0]}"
-        )
+    heldout = _fitting("data.heldout", heldout, base, config, say)
+    watched = _fitting("data.validation", validation, base, config, say) or heldout
     metrics = MetricsLog(workdir)
-    context = Context(config, folder, compute, base, seed, heldout, metrics, say, profile)
+    context = Context(config, folder, compute, base, seed, heldout, metrics, say, profile, watched)
     check_meters(context)
     return context
+
+
+def _fitting(
+    name: str, pairs: list[Example], base: LanguageModel, config: Any, say: Callable[[str], None]
+) -> list[Example]:
+    """The pairs that the model's window holds; says how many it does not."""
+    fitting, too_long = fitting_pairs(base, config, pairs, name)
+    if too_long:
+        say(
+            f"warning: {len(too_long)} pairs of {name} are too long for the window of {base.name} "
+            f"and left out, the first is row {too_long[0]}"
+        )
+    return fitting
 
 
 def _score(context: Context, t: int, judge: Artifact, candidates: Artifact) -> Artifact:

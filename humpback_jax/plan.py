@@ -181,8 +181,8 @@ class _Planner:
         tokens = sum(int(index.lengths[order.indices(step)].sum()) for step in range(spec.steps))
         cost = tokens / packing.efficiency * self.train_factor * REMAT_FACTOR[spec.remat]
         if spec.eval_every:
-            held_out = self._tokens(render(self.template, self.context.heldout, direction))
-            cost += spec.steps // spec.eval_every * held_out
+            watched = self._tokens(render(self.template, self.context.validation, direction))
+            cost += spec.steps // spec.eval_every * watched
         return StagePlan(name, len(kept), tokens, cost, spec.steps)
 
     def _backward_meter(self) -> StagePlan:

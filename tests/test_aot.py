@@ -22,13 +22,14 @@ from humpback_jax.aot.programs import training_plan
 from humpback_jax.aot.summary import summary_lines
 from humpback_jax.cli import main
 from humpback_jax.compute import Compute, choose_compute
-from humpback_jax.config import default_config, set_field
+from humpback_jax.config import default_config
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.kernels import XLA
 from humpback_jax.model.linear import Precision
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.shapes import PUBLISHED, SHAPES
 from humpback_jax.models import load_config, load_model, save_checkpoint
+from humpback_jax.overrides import set_field
 from humpback_jax.parallel.mesh import one_copy
 from humpback_jax.parallel.topology import CHIPS, tpu_slice
 from humpback_jax.weights.gguf_export import save_gguf

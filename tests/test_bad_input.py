@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import resource
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from humpback_jax.cli import main
+from humpback_jax.cli import build_parser, config_overrides, main
 from humpback_jax.models import load_model, save_checkpoint
-from humpback_jax.verbs.arguments import writable_folder
+from humpback_jax.verbs.arguments import chosen_config, writable_folder
 from humpback_jax.weights.safetensors_io import save_hf
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return message
 
 
+def parsed(*command: str) -> argparse.Namespace:
+    """What a verb is given for a command line."""
+    arguments, rest = build_parser().parse_known_args(command)
+    arguments.overrides = config_overrides(rest, arguments)
+    return arguments
+
+
 def write(path: Path, *rows: object) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -71,6 +79,12 @@ def train(data: Path, out: Path, *extra: str) -> list[str]:
 def test_an_option_of_training_that_can_do_nothing_is_refused(option, said, tmp_path, capsys):
     data = write(tmp_path / "rows.jsonl", GOOD)
     assert said in refused(capsys, *train(data, tmp_path / "out", option))
+
+
+def test_held_out_rows_that_nothing_measures_are_silently_ignored(tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    message = refused(capsys, *train(data, tmp_path / "out", f"--heldout={data}"))
+    assert "--heldout" in message and "--config.train.eval_every=N" in message
 
 
 ALTERNATING = (
@@ -108,6 +122,50 @@ def test_a_model_trained_over_itself_is_refused_before_a_kill_can_leave_it_half_
     model = shutil.copytree(hf_folder, tmp_path / "model")
     message = refused(capsys, *train(data, tmp_path / "x" / ".." / "model", f"--model={model}"))
     assert "is the model to be trained" in message and "another folder" in message
+
+
+def test_train_ignores_the_model_that_its_config_names(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    command = ["train", "--config=configs/tiny.py", f"--data={data}", f"--out={tmp_path / 'out'}"]
+    command.append("--config.train.eval_every=0")
+    named = f"--config.base.model={tmp_path / 'absent'}"
+    assert f"{tmp_path / 'absent'}" in refused(capsys, *command, named)
+    assert chosen_config(parsed(*command)).base.model == "tiny-random"
+    assert chosen_config(parsed(*command, "--model=own")).base.model == "own"
+    without = parsed("train", f"--data={data}", f"--out={tmp_path / 'out'}")
+    assert chosen_config(without).base.model == "smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "field"),
+    [
+        ("train --config=configs/tiny.py --data=x --out={out}", "model=a", "base.model=b"),
+        ("aot --config=configs/tiny.py --topology=v5e:2x2", "model=a", "base.model=b"),
+        ("aot --topology=v5e:2x2", "lora=4", "train.lora.rank=8"),
+        ("train --data=x --out={out}", "mix=web:cap=3", "train.mixture=web:cap=4"),
+        ("train --reverse --data=x --out={out}", "mix=web:cap=3", "backward.mixture=web:cap=4"),
+        ("run --config=configs/tiny.py --workdir={out}", "limit=3", "corpus.limit=4"),
+    ],
+)
+def test_of_a_flag_and_a_field_that_mean_the_same_one_is_silently_ignored(
+    verb: str, flag: str, field: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = verb.format(out=tmp_path / "out").split()
+    message = refused(capsys, *command, f"--{flag}", f"--config.{field}")
+    assert f"--{flag.partition('=')[0]}" in message
+    assert f"--config.{field.partition('=')[0]}" in message
+
+
+def test_a_setting_of_the_backward_direction_told_twice_is_silently_ignored_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    twice = ("--reverse", "--config.train.epochs=2", "--config.backward.epochs=3")
+    command = ["train", f"--data={data}", f"--out={tmp_path / 'out'}"]
+    message = refused(capsys, *command, *twice)
+    assert "--config.train.epochs" in message and "--config.backward.epochs" in message
 
 
 def test_settings_of_the_other_direction_are_refused_instead_of_ignored(
@@ -425,7 +483,9 @@ def test_a_held_out_pair_longer_than_the_window_stops_a_run_at_its_end(
     run = ["run", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", "--json"]
     assert main([*run, f"--config.data.heldout={heldout}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("1 held-out pairs are too long" in line and "the-long-one" in line for line in lines)
+    assert any(
+        "1 pairs of data.heldout are too long" in line and "the-long-one" in line for line in lines
+    )
     assert json.loads(lines[-1])["models"]["base"]["nll"]["n"] == len(pairs)
     write(heldout, long)
     message = refused(capsys, *run, f"--config.data.heldout={heldout}")

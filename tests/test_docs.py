@@ -14,11 +14,18 @@ import pytest
 from humpback_jax.bench.table import sample_lines, score_lines, train_lines
 from humpback_jax.cli import build_parser, config_overrides, main
 from humpback_jax.compute import choose_compute
-from humpback_jax.config import default_config, load_config, set_field
+from humpback_jax.config import default_config, load_config
 from humpback_jax.curators import CURATORS
+from humpback_jax.evaluation.meters import BackwardMeter
+from humpback_jax.evaluation.statistics import Estimate
 from humpback_jax.models import load_checkpoint
+from humpback_jax.report import tables
+from humpback_jax.report.document import block_markdown
+from humpback_jax.report.readme import BEGIN, END
+from humpback_jax.run_view import RunView
 from humpback_jax.stages.settings import train_spec
-from humpback_jax.verbs.train import _fit_to_file, _section
+from humpback_jax.verbs.arguments import chosen_config
+from humpback_jax.verbs.train import WITHOUT_CONFIG
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,19 +58,35 @@ def test_the_readme_claims_of_the_loop_what_its_table_does_not_show() -> None:
     assert f"the {words[len(CURATORS)]} ways to rate a pair" in text
 
 
+def test_the_readme_s_tables_have_other_rows_or_columns_than_a_report_writes(
+    tmp_path: Path,
+) -> None:
+    """`humpback report --readme` writes them anew: where this fails, that is to be done."""
+    estimate = Estimate(1.0, 2, 0.1)
+    meter = BackwardMeter(estimate, estimate, 0.1, 0.1, 0.1).record()
+    entry = {"name": "round_0/backward_meter", "kind": "meter", "details": meter}
+    (tmp_path / "manifest.json").write_text(json.dumps({"artifacts": [entry]}))
+    run = RunView(tmp_path)
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    for table in (tables.results(run), tables.curation(run), tables.rounds(run)):
+        assert block_markdown(table).splitlines()[0] in block
+    (figures,) = re.findall(r"^\| figure \|.*\n\| --- .*\n((?:\|.*\n)+)", block, re.M)
+    labels = [line.split("|")[1].strip() for line in figures.splitlines()]
+    assert labels == [row[0] for row in tables.backward(run).rows]
+
+
 def test_the_pages_on_training_name_other_defaults_than_those_of_the_verb() -> None:
     arguments = build_parser().parse_args(["train", "--data=x", "--out=y"])
     arguments.overrides = {}
-    section = _section(default_config(), arguments, [], [])
-    _fit_to_file(section, 100, {})
+    section = chosen_config(arguments, WITHOUT_CONFIG).train
     assert (section.epochs, section.batch_examples) == (1.0, 8)
     assert (section.on_long, section.dropout) == ("error", 0.0)
     paper = default_config().train
     assert (paper.on_long, paper.dropout) == ("drop", 0.1)
     arguments.overrides = {"train.dropout": ["0.1"], "train.lora.dropout": ["0.2"]}
-    told = default_config()
-    told.train.dropout = 0.1
-    assert _section(told, arguments, [], []).dropout == 0.1
+    arguments.overrides |= {"train.lora.rank": ["4"]}
+    told = chosen_config(arguments, WITHOUT_CONFIG).train
+    assert (told.dropout, told.lora.dropout) == (0.1, 0.2)
     training, data = (
         " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
         for name in ("training.md", "data.md")
@@ -94,13 +117,17 @@ TRAIN = "--model=tiny-random --rows=8 --steps=2 --batch-size=4 --rounds=1 --vs=t
     ("page", "least"),
     [("adapters.md", 7), ("benchmarks.md", 4), ("data.md", 3), ("scale.md", 2)],
 )
-def test_every_command_on_a_page_is_understood(page: str, least: int) -> None:
+def test_every_command_on_a_page_is_understood(
+    page: str, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     commands = shown_commands(ROOT / "docs" / page)
     assert len(commands) >= least
     for command in commands:
         arguments, rest = build_parser().parse_known_args(shlex.split(command)[1:])
-        for key, values in config_overrides(rest, arguments).items():
-            set_field(default_config(), key, values)
+        arguments.overrides = config_overrides(rest, arguments)
+        if arguments.verb in ("train", "aot"):
+            chosen_config(arguments, WITHOUT_CONFIG)
 
 
 def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:

@@ -36,12 +36,13 @@ from humpback_jax.aot.train import (
     plan_training,
     state_of,
 )
-from humpback_jax.config import default_config, set_field
+from humpback_jax.config import default_config
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.kernels import Kernels
 from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.model.shapes import SHAPES
+from humpback_jax.overrides import set_field
 from humpback_jax.parallel.topology import CHIPS
 from humpback_jax.training.examples import ExampleIndex
 from humpback_jax.training.loss import chunk_size

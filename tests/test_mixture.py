@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tiny_run import tiny_config
 
 from humpback_jax.cli import main
-from humpback_jax.config import default_config, set_field
+from humpback_jax.config import default_config
 from humpback_jax.errors import HumpbackError
 from humpback_jax.loop import prepare
 from humpback_jax.models import load_checkpoint
+from humpback_jax.overrides import set_field
 from humpback_jax.training.examples import ExampleIndex, keys_of, numbered
 from humpback_jax.training.mixture import (
     Share,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.training.examples import TrainingExample, index_of, keys_of
-from humpback_jax.training.order import BatchOrder
+from humpback_jax.training.order import BatchOrder, Pool
 from humpback_jax.training.packing import (
     best_fit,
     lay_out,
@@ -170,6 +170,22 @@ def test_a_long_example_makes_every_batch_as_wide_as_itself() -> None:
     plan = plan_packing(index, order, 32, 2048, None)
     assert plan.widths == (256, 512, 1024)
     assert plan.efficiency > 0.75 > 2 * plan_packing(index, order, 32, 2048, 1).efficiency
+
+
+def test_examples_that_no_step_takes_are_said_to_be_trained_on() -> None:
+    index = index_of(examples_of([10] * 12))
+    order = BatchOrder(index.keys, 2, 0)
+    for steps in (1, 5, 6, 20):
+        plan = plan_packing(index, order, steps, WIDTH)
+        taken = {int(i) for step in range(steps) for i in order.indices(step)}
+        for number, source in enumerate(SOURCES):
+            own = [i for i in taken if index.sources[i] == number]
+            tokens = sum(int(index.supervised[i]) for i in own)
+            assert plan.seen[source] == {"examples": len(own), "supervised_tokens": tokens}
+        said = f"{2 * steps} of 12 examples are seen in {steps} steps"
+        assert (said in plan.summary()) == (steps < 6)
+    chosen = BatchOrder(index.keys, 2, 0, [Pool(np.arange(4), 4)])
+    assert "are seen" not in plan_packing(index, chosen, 2, WIDTH).summary()
 
 
 def test_a_row_of_its_own_is_free_or_dearer_than_all_places() -> None:

@@ -14,6 +14,7 @@ import pytest
 from tiny_run import train_again
 
 from humpback_jax.errors import HumpbackError
+from humpback_jax.lineage import batches
 from humpback_jax.report import facts
 from humpback_jax.report.build import build_report
 from humpback_jax.report.document import (
@@ -138,6 +139,20 @@ def test_pairs_that_a_mixture_leaves_out_are_not_counted_as_trained_on(
     assert dict(zip(rounds(run).headers, rounds(run).rows[-1], strict=True))["trained on"] == "4"
     seen = dict(zip(training(run).headers, training(run).rows[-1], strict=True))
     assert seen["examples"] == "24 seed, 4 web"
+    supervised = sum(row["supervised_tokens"] for row in run.history("round_2/M_2"))
+    assert seen["supervised tokens"] == str(supervised)
+
+
+def test_pairs_that_no_step_saw_are_counted_as_trained_on(tiny_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    run = train_again(folder, steps=3)
+    drawn = {example for batch in batches(run, "round_2/M_2") for example in batch}
+    web = sum(source == "web" for source, _ in drawn)
+    assert 0 < web < len(drawn) == 12
+    found = {(count.round, count.label): count.value for count in facts.counts(run)}
+    assert found[2, "selected"] > found[2, "train M_2"] == web
+    seen = dict(zip(training(run).headers, training(run).rows[-1], strict=True))
+    assert seen["examples"] == f"{12 - web} of 24 seed, {web} of {found[2, 'selected']} web"
     supervised = sum(row["supervised_tokens"] for row in run.history("round_2/M_2"))
     assert seen["supervised tokens"] == str(supervised)
 

@@ -174,6 +174,15 @@ def test_every_candidate_gets_a_decision_with_its_reason_and_unrated_ones_never_
     assert [(e.instruction, e.response) for e in examples] == [(GOOD, "y"), (GOOD + "?", "y")]
 
 
+def test_a_limit_that_the_selection_does_not_read_makes_pairs_and_models_anew(tmp_path):
+    rows = [(candidate("good"), 5.0), (candidate("poor"), 1.0)]
+    told = {"select": "top_fraction", "fraction": 0.5}
+    first = selected(tmp_path, rows, **told)
+    for field, value in (("threshold", 2.0), ("count", 7)):
+        assert selected(tmp_path, rows, **told, **{field: value}).path == first.path
+    assert selected(tmp_path, rows, **{**told, "fraction": 1.0}).path != first.path
+
+
 def test_nothing_selected_is_an_error_that_says_what_to_do_and_keeps_the_scores(tmp_path):
     with pytest.raises(HumpbackError, match=r"none of 1 candidates.*Lower curate\.threshold"):
         selected(tmp_path, [(candidate("a"), 3.0)], select="absolute", threshold=5.0)

@@ -118,6 +118,7 @@ def test_training_takes_a_split_and_makes_its_tokens_anew_when_the_data_set_chan
     arguments = ["train", "--model=tiny-random", f"--data=web={prepared}", "--config.train.steps=1"]
     arguments += [f"--out={tmp_path / 'out'}", f"--tokens={tmp_path / 'tokens'}"]
     arguments += ["--config.train.on_long=truncate", f"--heldout={prepared / 'heldout'}"]
+    arguments += ["--config.train.eval_every=1"]
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["sources"]["web"]["examples"] == 20

@@ -56,9 +56,9 @@ def counts(run: RunView) -> list[Count]:
 
 
 def trained_on(run: RunView, t: int) -> int | None:
-    """Pairs that M_t was trained on, those that the mixture leaves out apart; None without M_t."""
-    sources = run.details(f"round_{t}/M_{t}").get("sources")
-    return None if sources is None else sources.get("web", {"examples": 0})["examples"]
+    """Pairs that at least one step of M_t took; None without M_t."""
+    seen = run.details(f"round_{t}/M_{t}").get("seen")
+    return None if seen is None else seen.get("web", {"examples": 0})["examples"]
 
 
 def evaluated(run: RunView) -> list[str]:

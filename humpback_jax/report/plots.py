@@ -111,7 +111,7 @@ def _flow(axes: Any, run: RunView) -> None:
 
 
 def _losses(axes: Any, run: RunView) -> None:
-    """Training loss (thin) and held-out NLL while training (points) of each model."""
+    """Training loss (thin) and validation NLL (points) of each model."""
     _clean(axes, "loss while training", "step", "nats a token")
     drawn = False
     for name in run.names("model"):
@@ -130,7 +130,7 @@ def _losses(axes: Any, run: RunView) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     handles, _ = axes.get_legend_handles_labels()
     if any("validation_nll" in row for name in run.names("model") for row in run.history(name)):
-        (mark,) = axes.plot([], [], "o--", color=GREY, ms=4.5, lw=0.8, label="held out")
+        (mark,) = axes.plot([], [], "o--", color=GREY, ms=4.5, lw=0.8, label="validation")
         handles.append(mark)
     _legend(axes, handles)
 

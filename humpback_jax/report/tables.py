@@ -233,19 +233,20 @@ def corpus_rules(run: RunView) -> Table:
 
 
 def training(run: RunView) -> Table:
-    """What each model was trained on."""
+    """What the steps of each model took, each example and its tokens counted once."""
     rows = []
     for name in run.names("model"):
-        details, sources = run.details(name), run.details(name)["sources"]
+        details = run.details(name)
+        seen = details["seen"]
         losses = [row["loss"] for row in run.history(name) if "loss" in row]
         checks = [row["validation_nll"] for row in run.history(name) if "validation_nll" in row]
         rows.append(
             [
                 name,
-                ", ".join(f"{counts['examples']} {source}" for source, counts in sources.items()),
+                ", ".join(_seen(details, source) for source in seen),
                 ", ".join(f"{n} {why}" for why, n in details["dropped"].items()) or "0",
                 str(details["steps"]),
-                str(sum(counts["supervised_tokens"] for counts in sources.values())),
+                str(sum(counts["supervised_tokens"] for counts in seen.values())),
                 percent(details["packing_efficiency"]),
                 f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "",
                 f"{checks[-1]:.3f}" if checks else "",
@@ -253,6 +254,12 @@ def training(run: RunView) -> Table:
         )
     headers = ("model", "examples", "dropped", "steps", "supervised tokens", "packing")
     return Table((*headers, "loss first → last", "validation NLL"), rows, left=2)
+
+
+def _seen(details: Row, source: str) -> str:
+    """`40 web`, or `31 of 40 web` where there were more than the steps took."""
+    seen, all_of_them = (details[key][source]["examples"] for key in ("seen", "sources"))
+    return f"{seen} {source}" if seen == all_of_them else f"{seen} of {all_of_them} {source}"
 
 
 def lineage(run: RunView) -> Table:

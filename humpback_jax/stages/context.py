@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Context:
 
     Attributes:
       base: the pretrained model. seed, heldout: human pairs.
+      validation: pairs that training is watched on.
       say: progress lines for people; metrics go to `metrics.jsonl`.
       profile: folder for traces of each training, if any.
     """
@@ -35,6 +36,7 @@ class Context:
     metrics: MetricsLog
     say: Callable[[str], None]
     profile: Path | None = None
+    validation: Sequence[Example] = ()
     _cached: tuple[str, Inference] | None = None
 
     @property

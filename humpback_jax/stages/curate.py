@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from humpback_jax.artifacts import Artifact, Row, Stage
+from humpback_jax.config import CUTS
 from humpback_jax.curators import (
     COMBINED,
     PairText,
@@ -143,7 +144,7 @@ def select_stage(context: Context, name: str, candidates: Artifact, scores: Arti
     """
     config = context.config
     section = config.curate
-    names = ("curator", "select", "threshold", "fraction", "count")
+    names = ("curator", "select", CUTS[section.select])
     fields = {key: section[key] for key in names} | {"gate": gate_fields(config)}
     stage = Stage("select", VERSION, json.loads(json.dumps(fields)))
 

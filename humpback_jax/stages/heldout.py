@@ -19,9 +19,12 @@ from humpback_jax.records import Example
 
 
 def fitting_pairs(
-    base: LanguageModel, config: Any, pairs: Sequence[Example]
+    base: LanguageModel, config: Any, pairs: Sequence[Example], name: str = "data.heldout"
 ) -> tuple[list[Example], list[str]]:
     """(the pairs that fit, ids of those that do not): the latter would stop a run at its end.
+
+    Args:
+      name: of the pairs, for people.
 
     Raises:
       HumpbackError: none fits.
@@ -34,7 +37,7 @@ def fitting_pairs(
             too_long.append(pair.id)
     if too_long and not fitting:
         raise HumpbackError(
-            f"data.heldout: none of {len(too_long)} pairs fits the window of {base.name}, "
+            f"{name}: none of {len(too_long)} pairs fits the window of {base.name}, "
             f"{base.config.max_position_embeddings} tokens, with what is asked about them. Shorten "
             "them, or lower evaluate.answer_tokens."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,37 @@ def seed_pairs(config: Any) -> tuple[list[Example], list[Example]]:
     """
     seed = _pairs(config.data.seed, "train", config.data.skip_bad)
     heldout = _pairs(config.data.heldout, "heldout", config.data.skip_bad)
-    shared = {e.instruction for e in seed} & {e.instruction for e in heldout}
-    if shared:
-        raise HumpbackError(
-            f"{len(shared)} instructions appear in both data.seed and data.heldout, for example "
-            f"{min(shared)[:80]!r}. Remove them from one of the two."
-        )
+    _refuse_shared("data.seed", seed, "data.heldout", heldout)
     if config.data.seed_limit:
         seed = sorted(seed, key=lambda e: stable_id("seed", e.id))[: config.data.seed_limit]
     return seed, heldout
+
+
+def validation_pairs(
+    config: Any, seed: Sequence[Example], heldout: Sequence[Example]
+) -> list[Example]:
+    """The pairs of `data.validation`, [] where it is empty.
+
+    Raises:
+      HumpbackError: an unreadable file, or an instruction that stands in another part, too.
+    """
+    if not config.data.validation:
+        return []
+    found = _pairs_of(config.data.validation, config.data.skip_bad)
+    _refuse_shared("data.seed", seed, "data.validation", found)
+    _refuse_shared("data.heldout", heldout, "data.validation", found)
+    return found
+
+
+def _refuse_shared(
+    first: str, pairs: Sequence[Example], second: str, others: Sequence[Example]
+) -> None:
+    shared = {e.instruction for e in pairs} & {e.instruction for e in others}
+    if shared:
+        raise HumpbackError(
+            f"{len(shared)} instructions appear in both {first} and {second}, for example "
+            f"{min(shared)[:80]!r}. Remove them from one of the two."
+        )
 
 
 def packaged_pairs(split: str) -> list[Example]:
@@ -50,8 +73,10 @@ def packaged_pairs(split: str) -> list[Example]:
 
 
 def _pairs(where: str, split: str, skip_bad: bool) -> list[Example]:
-    if where == "builtin":
-        return packaged_pairs(split)
+    return packaged_pairs(split) if where == "builtin" else _pairs_of(where, skip_bad)
+
+
+def _pairs_of(where: str, skip_bad: bool) -> list[Example]:
     examples, _ = read_examples(Path(where), "seed", skip_bad=skip_bad)
     for example in examples:
         if not example.messages:

@@ -21,7 +21,7 @@ from humpback_jax.training.examples import index_of
 from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.mixture import parse_mixture, source_counts
 
-VERSION = 2
+VERSION = 3
 
 
 def train_stage(
@@ -48,12 +48,12 @@ def train_stage(
         "data": rows_hash(row_identity(example) for example in examples),
     }
     if section.select == "best":
-        fields["heldout"] = rows_hash(row_identity(example) for example in context.heldout)
+        fields["heldout"] = rows_hash(row_identity(example) for example in context.validation)
     stage = Stage("train", VERSION, json.loads(json.dumps(fields)))
 
     def make(folder: Path) -> tuple[str, dict[str, Any]]:
         identity = run_identity(
-            name, context.base, section, direction, config.seed, fields["data"], context.heldout
+            name, context.base, section, direction, config.seed, fields["data"], context.validation
         )
         resume = ResumeFolder(context.resume_root / folder.name, section.keep_resume, identity)
         context.release()
@@ -66,7 +66,7 @@ def train_stage(
             context.compute,
             config.seed,
             tags=tags,
-            validation=context.heldout,
+            validation=context.validation,
             resume=resume,
             on_metrics=lambda row: _report(context, name, row),
             on_plan=lambda plan: context.say(f"{name}: {plan.summary()}"),
@@ -88,6 +88,8 @@ def train_stage(
             "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
             "packing_efficiency": round(trained.plan.efficiency, 4),
             "sources": source_counts(index_of(tokenized), parse_mixture(section.mixture)),
+            "seen": trained.plan.seen,
+            "epochs": trained.plan.epochs,
         }
         write_parquet(
             folder / "data.parquet",
@@ -103,7 +105,21 @@ def train_stage(
         # Not before the model is sealed: until then a killed run needs it.
         ResumeFolder(context.resume_root / Path(artifact.path).name).delete()
     stop.obey(f"{name} is done")
+    if section.checkpoint_epochs:
+        _tell_of_missing_epochs(context, artifact)
     return artifact
+
+
+def _tell_of_missing_epochs(context: Context, model: Artifact) -> None:
+    """A model's key does not know whether the ends of its epochs are kept: it may lack them."""
+    folder = context.folder.root / model.path
+    epochs = range(1, model.details["epochs"] + 1)
+    missing = [str(epoch) for epoch in epochs if not holds_checkpoint(folder / f"epoch_{epoch}")]
+    if missing:
+        context.say(
+            f"{model.name}: epochs {', '.join(missing)} have no checkpoint: the model was trained "
+            "without checkpoint_epochs, and is not trained again for them. --fresh does so."
+        )
 
 
 def _report(context: Context, name: str, row: dict[str, Any]) -> None:

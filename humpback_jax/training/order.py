@@ -35,6 +35,9 @@ class BatchOrder:
     a hash of (seed, epoch, key). So a batch depends neither on the order of the input nor, for the
     examples that stay, on rows added or removed; and when an epoch ends, no example of a pool was
     drawn more than once more than another.
+
+    Attributes:
+      examples: how many are drawn from. epoch_examples: draws an epoch.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class BatchOrder:
         """`keys`: those of an `ExampleIndex`. `pools`: None draws each example once an epoch."""
         self._keys, self._size, self._seed = keys, batch_examples, seed
         self._pools = [Pool(np.arange(len(keys)), len(keys))] if pools is None else list(pools)
+        self.examples = sum(len(pool.members) for pool in self._pools)
         self.epoch_examples = draws_of(self._pools)
         if batch_examples > self.epoch_examples:
             raise HumpbackError(

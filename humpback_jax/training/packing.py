@@ -134,9 +134,12 @@ def _cost(
 
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
-    """The shapes that fit every batch of a training run.
+    """What the batches of a training run hold, and the shapes that fit every one of them.
 
     Attributes:
+      steps: batches of the run. epochs: that these complete. examples: that they are drawn from.
+      seen: by source, of those that a step takes at least once: "examples" and their
+        "supervised_tokens".
       num_rows: rows of a batch, a multiple of those of a micro-batch.
       micro_rows: rows that are computed at one time. A batch that fills fewer rows than `num_rows`
         leaves its last micro-batches empty, and they cost nothing.
@@ -145,6 +148,10 @@ class PackingPlan:
       efficiency: share of the computed places that hold tokens, over the planned steps.
     """
 
+    steps: int
+    epochs: int
+    examples: int
+    seen: dict[str, dict[str, int]]
     num_rows: int
     micro_rows: int
     widths: tuple[int, ...]
@@ -157,10 +164,14 @@ class PackingPlan:
 
     def summary(self) -> str:
         """One line for people."""
-        return (
+        packing = (
             f"batches of at most {self.num_rows} rows of {self.row_tokens:,} places, "
             f"{self.efficiency:.1%} of the computed places hold tokens"
         )
+        seen = sum(counts["examples"] for counts in self.seen.values())
+        if seen == self.examples:
+            return packing
+        return f"{packing}; {seen:,} of {self.examples:,} examples are seen in {self.steps:,} steps"
 
 
 def plan_packing(
@@ -185,7 +196,8 @@ def plan_packing(
       HumpbackError: an example is longer than a row.
     """
     longest = static_bound(int(index.lengths.max()), row_tokens, multiple_of)
-    batches = [index.lengths[order.indices(step)].tolist() for step in range(steps)]
+    drawn = [order.indices(step) for step in range(steps)]
+    batches = [index.lengths[indices].tolist() for indices in drawn]
     if accumulation is None:
         widths = _best_widths(batches, longest, row_tokens, parts, multiple_of)
         packed = [pack(batch, widths, parts) for batch in batches]
@@ -197,7 +209,29 @@ def plan_packing(
         micro_rows = num_rows // accumulation
     pairs = zip(packed, batches, strict=True)
     computed = sum(_places(rows, batch, widths, micro_rows) for rows, batch in pairs)
-    return PackingPlan(num_rows, micro_rows, widths, longest, sum(map(sum, batches)) / computed)
+    return PackingPlan(
+        steps,
+        order.epochs(steps),
+        order.examples,
+        _seen(index, np.unique(np.concatenate(drawn))),
+        num_rows,
+        micro_rows,
+        widths,
+        longest,
+        sum(map(sum, batches)) / computed,
+    )
+
+
+def _seen(index: ExampleIndex, drawn: np.ndarray) -> dict[str, dict[str, int]]:
+    """`PackingPlan.seen`, of the examples with these indices."""
+    sources, supervised = index.sources[drawn], index.supervised[drawn]
+    return {
+        name: {
+            "examples": int((sources == number).sum()),
+            "supervised_tokens": int(supervised[sources == number].sum()),
+        }
+        for number, name in enumerate(index.names)
+    }
 
 
 def _best_width(

@@ -12,7 +12,7 @@ from humpback_jax.aot.table import fill_table
 from humpback_jax.artifacts import write_json
 from humpback_jax.errors import HumpbackError
 from humpback_jax.progress import timed_lines
-from humpback_jax.verbs.arguments import Result, chosen_config
+from humpback_jax.verbs.arguments import Result, chosen_config, flag_as_field
 
 
 def aot(arguments: argparse.Namespace) -> Result:
@@ -23,8 +23,7 @@ def aot(arguments: argparse.Namespace) -> Result:
         raise HumpbackError("aot needs --topology=KIND:SHAPE, e.g. v5p:2x2x1, or --table=FILE.")
     if arguments.rows is not None and arguments.rows < 1:
         raise HumpbackError(f"--rows={arguments.rows} has to be 1 or more.")
-    if arguments.lora is not None:
-        arguments.overrides["train.lora.rank"] = [str(arguments.lora)]
+    flag_as_field(arguments, "lora", "train.lora.rank")
     config = chosen_config(arguments)
     if arguments.suggest:
         result = suggest_for(config, arguments.model, arguments.topology, timed_lines())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from humpback_jax.compute import Compute, choose_compute
-from humpback_jax.config import check_config, default_config, load_config, set_field
+from humpback_jax.config import default_config, load_config
 from humpback_jax.errors import HumpbackError
+from humpback_jax.overrides import apply_overrides
 
 if TYPE_CHECKING:
     from humpback_jax.models import LanguageModel
@@ -16,15 +18,41 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 
-def chosen_config(arguments: argparse.Namespace) -> Any:
-    """The config of `train` and `aot`: a file's, or the defaults; overrides apply to both."""
-    if arguments.config:
-        return load_config(arguments.config, arguments.overrides)
-    config = default_config()
-    for key, values in arguments.overrides.items():
-        set_field(config, key, values)
-    check_config(config)
+def chosen_config(
+    arguments: argparse.Namespace, of_training: Mapping[str, Any] | None = None
+) -> Any:
+    """The config of `train` and `aot`: a file's, or the defaults; overrides apply to both.
+
+    Its base is the model that `--model` names, where that is given.
+
+    Args:
+      of_training: what stands in both training sections where no file is named.
+
+    Raises:
+      HumpbackError: see `load_config`, `flag_as_field` and `apply_overrides`.
+    """
+    flag_as_field(arguments, "model", "base.model")
+    config = load_config(arguments.config) if arguments.config else default_config()
+    if not arguments.config:
+        for section in (config.backward, config.train):
+            section.update(of_training or {})
+    apply_overrides(config, arguments.overrides)
     return config
+
+
+def flag_as_field(arguments: argparse.Namespace, flag: str, key: str) -> None:
+    """Takes `--FLAG=V`, where it is given, for `--config.KEY=V`.
+
+    Raises:
+      HumpbackError: both are given.
+    """
+    value = getattr(arguments, flag)
+    if value is None or value == []:
+        return
+    if key in arguments.overrides:
+        raise HumpbackError(f"--{flag} and --config.{key} mean the same; leave one of them out.")
+    values = value if isinstance(value, list) else [value]
+    arguments.overrides[key] = [str(each) for each in values]
 
 
 def adapted(model: LanguageModel, adapter: str | None) -> LanguageModel:

@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +33,26 @@ from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.mixture import check_sources, parse_mixture, source_counts
 from humpback_jax.training.packing import PackingPlan
 from humpback_jax.training.trainer import Trained
-from humpback_jax.verbs.arguments import Result, chosen_config, writable_folder
+from humpback_jax.verbs.arguments import Result, chosen_config, flag_as_field, writable_folder
 
-# A file of one's own shall not lose rows unseen, and today's base models were trained without
-# dropout: the paper's 0.1 takes SmolLM2-135M's loss on a page of text from 3.8 to 6.0.
-WITHOUT_CONFIG: Mapping[str, Any] = {"on_long": "error", "dropout": 0.0}
+# One epoch of small batches. A file of one's own shall not lose rows unseen, and today's base
+# models were trained without dropout: the paper's 0.1 takes SmolLM2-135M's loss on a page of text
+# from 3.8 to 6.0.
+WITHOUT_CONFIG = {"epochs": 1.0, "batch_examples": 8, "on_long": "error", "dropout": 0.0}
 
 
 def train(arguments: argparse.Namespace) -> Result:
     """SFT on files of rows; writes one of our checkpoints."""
     started = time.monotonic()
     arguments.overrides = _of_direction(arguments.overrides, arguments.reverse)
-    config = chosen_config(arguments)
+    flag_as_field(arguments, "mix", "backward.mixture" if arguments.reverse else "train.mixture")
+    config = chosen_config(arguments, WITHOUT_CONFIG)
     for name in ("limit", "preview"):
         if getattr(arguments, name) < 0:
             raise HumpbackError(f"--{name}={getattr(arguments, name)} has to be 0 or more.")
     out = Path(arguments.out)
-    if out.exists() and out.resolve() == Path(arguments.model).resolve():
+    # Of resolved paths, `new/../model` is `model` before there is any folder `new`.
+    if out.resolve() == Path(config.base.model).resolve() and out.resolve().exists():
         # A run that is killed while the model is replaced could not go on.
         raise HumpbackError(f"--out={out} is the model to be trained; choose another folder.")
     writable_folder(out)
@@ -59,9 +62,10 @@ def train(arguments: argparse.Namespace) -> Result:
     section = _section(config, arguments, files, heldout)
     compute = choose_compute(**config.compute)
     on_mesh = training_mesh(compute.mesh, width=1) is not None  # whatever the width
-    base = load_model(arguments.model, config.base.template, config.seed, stored=on_mesh)
+    base = load_model(config.base.model, config.base.template, config.seed, stored=on_mesh)
     say = timed_lines() if _leads() else _nothing
     metrics = MetricsLog(out)
+    say(f"train: {config.base.model} is tuned into {out}")
 
     way = Tokenization(base, section, direction, arguments.skip_bad, arguments.limit)
     for line in preview_lines(
@@ -73,11 +77,12 @@ def train(arguments: argparse.Namespace) -> Result:
     tokens = Path(arguments.tokens) if arguments.tokens else out / "resume" / "tokens"
     examples, bad = token_store(files, way, tokens, say)
     sources = source_counts(examples.columns, parse_mixture(section.mixture))
-    if not arguments.config:
+    told = any(key.endswith(".batch_examples") for key in arguments.overrides)
+    if not (arguments.config or told):
         draws = sum(counts["draws"] for counts in sources.values())
-        _fit_to_file(section, draws, arguments.overrides)
+        section.batch_examples = min(section.batch_examples, draws)
     identity = run_identity(
-        arguments.model, base, section, direction, config.seed, examples.hash, heldout
+        config.base.model, base, section, direction, config.seed, examples.hash, heldout
     )
     # Processes that trained on other rows would learn something else, or wait for each other.
     require_same({**identity, "settings": _shared_settings(config, section, heldout)})
@@ -156,20 +161,21 @@ def _heldout(arguments: argparse.Namespace) -> list[Example]:
 def _section(
     config: Any, arguments: argparse.Namespace, files: list[RowFile], heldout: list[Example]
 ) -> Any:
-    """The config's section of this direction, with the mixture of the command line.
+    """The config's section of this direction.
 
     Raises:
-      HumpbackError: a mixture of unknown sources, or nothing to measure every `eval_every` steps.
+      HumpbackError: a mixture of unknown sources, or nothing to measure every `eval_every` steps,
+        or never a time to measure.
     """
     section = config.backward if arguments.reverse else config.train
     if section.eval_every and not heldout:
         raise HumpbackError(f"eval_every={section.eval_every} measures the rows of --heldout=FILE.")
-    if arguments.mix:
-        section.mixture = tuple(part for text in arguments.mix for part in text.split(","))
+    if heldout and not section.eval_every:
+        raise HumpbackError(
+            "--heldout=FILE is measured every so many steps: add --config.train.eval_every=N, or "
+            "leave it out."
+        )
     check_sources(parse_mixture(section.mixture), [file.source for file in files])
-    if not arguments.config:
-        told = {key.partition(".")[2] for key in arguments.overrides}
-        section.update({k: value for k, value in WITHOUT_CONFIG.items() if k not in told})
     return section
 
 
@@ -186,6 +192,7 @@ def _outcome(trained: Trained, sources: dict[str, dict[str, Any]]) -> Result:
     return {
         "examples": sum(counts["examples"] for counts in sources.values()),
         "supervised_tokens": sum(counts["supervised_tokens"] for counts in sources.values()),
+        "seen": trained.plan.seen,
         "packing_efficiency": round(trained.plan.efficiency, 4),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
@@ -198,21 +205,18 @@ def _of_direction(overrides: dict[str, list[str]], reverse: bool) -> dict[str, l
     """`--config.train.X` is this run's X in either direction, where X may stand under `backward`.
 
     Raises:
-      HumpbackError: a setting of the backward direction, and no --reverse.
+      HumpbackError: a setting of the backward direction, and no --reverse; or X in both sections.
     """
-    if reverse:
-        own = {key.replace("train.", "backward.", 1): v for key, v in overrides.items()}
-        return {**own, **{key: v for key, v in overrides.items() if key.startswith("backward.")}}
-    for key in overrides:
-        if key.startswith("backward."):
+    found: dict[str, list[str]] = {}
+    for key, values in overrides.items():
+        section, _, field = key.partition(".")
+        if section == "backward" and not reverse:
             raise HumpbackError(f"--config.{key} has no effect without --reverse.")
-    return overrides
-
-
-def _fit_to_file(section: Any, count: int, overrides: dict[str, list[str]]) -> None:
-    """What `train` does unless told otherwise: one epoch, small batches."""
-    given = {key.rsplit(".", 1)[-1] for key in overrides}
-    if not given & {"steps", "epochs"}:
-        section.epochs = 1.0
-    if "batch_examples" not in given:
-        section.batch_examples = min(8, count)
+        own = f"backward.{field}" if reverse and section == "train" else key
+        if own in found:
+            raise HumpbackError(
+                f"--config.train.{field} and --config.backward.{field} mean the same with "
+                "--reverse; leave one of them out."
+            )
+        found[own] = values
+    return found
