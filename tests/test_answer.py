@@ -313,6 +313,23 @@ def test_each_text_comes_back_with_its_item_and_each_shard_once_complete(sizes, 
     assert len(ended) == sum(sizes)
 
 
+def test_a_kill_loses_most_of_the_texts_drawn():
+    """Rows are sorted by length a few at a time, so that shards end one after another."""
+    shards = [(n, range(16 * n, 16 * n + 16)) for n in range(12)]
+
+    def ask(item: int) -> Asked:
+        prompt = "word " * (1 + item * 37 % 60)
+        return str(item), prompt, np.zeros(2, "u4"), Decoding(0.0, max_new_tokens=2)
+
+    ended: list[None] = []
+    kept, lost = 0, []
+    for _, drawn in draw_shards(reader(), iter(shards), ask, None, lambda: ended.append(None)):
+        kept += len(drawn)
+        lost.append(len(ended) - kept)
+    assert kept == 12 * 16
+    assert max(lost) < 64
+
+
 def test_no_slot_waits_for_the_end_of_a_shard(tmp_path, monkeypatch):
     """Shards of as many rows as there are slots would leave most of them empty most of the time."""
     path = write(tmp_path / "in.jsonl", prompts(120))

@@ -135,27 +135,57 @@ def test_slots_or_guesses_change_more_than_near_ties(slots: int, drafts: str, ro
     check_near_ties(draw(reader(slots, drafts), list(requests()[:rows])))
 
 
-def test_a_job_killed_at_random_and_continued_writes_another_file(tmp_path: Path) -> None:
+# `humpback` with small shards; says at its end how many texts it has drawn.
+SMALL_SHARDS = """
+import sys
+from humpback_jax import shards
+from humpback_jax.cli import main
+from humpback_jax.sampling.replicas import Replicas
+
+stream, drawn = Replicas.stream, []
+
+def counted(*given):
+    for found in stream(*given):
+        drawn.append(found)
+        yield found
+
+shards.SHARD_ROWS, Replicas.stream = 16, counted
+status = main(sys.argv[1:])
+print("drawn:", len(drawn))
+sys.exit(status)
+"""
+
+
+def test_a_job_killed_at_random_and_continued_writes_another_file_or_all_of_it_again(
+    tmp_path: Path,
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join(json.dumps({"id": str(i), "prompt": text}) + "\n" for i, text in enumerate(texts()))
     )
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    command = [sys.executable, "-m", "humpback_jax", "sample", f"--prompts={prompts}", "--reverse"]
+    command = [sys.executable, "-c", SMALL_SHARDS, "sample", f"--prompts={prompts}", "--reverse"]
     command += [f"--max-tokens={NEW}", "--precision=float32"]
-    started = time.monotonic()
-    subprocess.run([*command, f"--out={whole}"], cwd=ROOT, check=True, capture_output=True)
-    duration = time.monotonic() - started
-    process = subprocess.Popen(
-        [*command, f"--out={broken}"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    time.sleep(random.uniform(0.3, 0.95) * duration)
+
+    def finish(out: Path) -> int:
+        done = subprocess.run(
+            [*command, f"--out={out}"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return int(done.stdout.splitlines()[-1].removeprefix("drawn: "))
+
+    def kept() -> list[Path]:
+        return list((tmp_path / ".broken.jsonl.shards").glob("*.jsonl"))
+
+    assert finish(whole) == len(texts())
+    process = subprocess.Popen([*command, f"--out={broken}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    wanted = random.randint(1, len(texts()) // 16 - 2)
+    while len(kept()) < wanted:
+        assert process.poll() is None, "the job ended before it could be killed"
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run([*command, f"--out={broken}"], cwd=ROOT, check=True, capture_output=True)
+    left = len(texts()) - sum(len(path.read_text().splitlines()) for path in kept())
+    assert finish(broken) == left
     assert whole.read_text() == broken.read_text()
 
 

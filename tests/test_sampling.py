@@ -34,7 +34,7 @@ from humpback_jax.model.cache import (
     cache_bytes,
 )
 from humpback_jax.model.llama import init_params, unstack_layers
-from humpback_jax.sampling.engine import LOOKAHEAD, Completion, Engine, Request, Shape
+from humpback_jax.sampling.engine import Completion, Engine, Request, Shape
 from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.sampling.programs import decode_program, empty_slots, prefill_program
 from humpback_jax.sampling.sampler import (
@@ -431,7 +431,7 @@ def test_rows_are_read_as_slots_become_free_and_handed_out_as_they_end() -> None
 
     seen = [index for index, _ in itertools.islice(engine_of(3).stream(endless()), 600)]
     assert len(set(seen)) == 600
-    assert read <= 600 + 2 * LOOKAHEAD
+    assert read <= 600 + 2 * engine_of(3).lookahead
 
 
 def test_a_job_of_all_lengths_runs_in_few_programs() -> None:

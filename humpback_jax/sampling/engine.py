@@ -119,7 +119,11 @@ class Work:
 
 
 class Engine:
-    """Holds a model ready for decoding."""
+    """Holds a model ready for decoding.
+
+    Attributes:
+      lookahead: how many rows are read, and sorted by length, at a time.
+    """
 
     def __init__(
         self,
@@ -144,6 +148,7 @@ class Engine:
         if not self.stop_ids:
             raise HumpbackError("the model names no end-of-turn token, so text would never stop.")
         self.work = Work()
+        self.lookahead = LOOKAHEAD * shape.slots
         self.memory, self.kernels = memory, kernels
         self.params = params if mesh else jax.tree.map(jnp.asarray, params)
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
@@ -167,7 +172,7 @@ class Engine:
         """(place in `requests`, what was drawn), as rows end.
 
         Args:
-          requests: read as slots become free, a window of `LOOKAHEAD` ahead.
+          requests: read as slots become free, a window of `lookahead` ahead.
           prefix: prompts that begin with its tokens do not compute them again.
           stopped: asked before each call of the device whether nobody wants the rest.
 
@@ -177,7 +182,7 @@ class Engine:
         """
         prefix = prefix or self.prefix(())
         checked = (self._row(index, each, prefix) for index, each in enumerate(requests))
-        yield from _Run(self, prefix).all(_by_length(checked), stopped)
+        yield from _Run(self, prefix).all(_by_length(checked, self.lookahead), stopped)
 
     def prefix(self, tokens: Sequence[int]) -> Prefix:
         """Tokens that prompts may begin with, computed when first asked for."""
@@ -246,7 +251,8 @@ class Engine:
 
 
 CAPACITY = 1024  # places of a slot, where rows do not need more
-LOOKAHEAD = 512
+# Rows a slot that are sorted by length: more would end together, and be lost together by a kill.
+LOOKAHEAD = 4
 
 
 @dataclasses.dataclass
@@ -285,15 +291,15 @@ class _Piece:
 _ANY, _NO_KEY = Decoding(0.0), np.zeros(2, np.uint32)  # of places without a piece
 
 
-def _by_length(rows: Iterable[_Row]) -> Iterator[_Row]:
-    """Rows of like length together, window by window, up and down in turn."""
-    for number, window in enumerate(_windows(rows)):
+def _by_length(rows: Iterable[_Row], count: int) -> Iterator[_Row]:
+    """Rows of like length together, `count` by `count`, up and down in turn."""
+    for number, window in enumerate(_windows(rows, count)):
         yield from sorted(window, key=lambda row: len(row.own), reverse=number % 2 == 0)
 
 
-def _windows(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
+def _windows(rows: Iterable[_Row], count: int) -> Iterator[list[_Row]]:
     rest = iter(rows)
-    while window := list(itertools.islice(rest, LOOKAHEAD)):
+    while window := list(itertools.islice(rest, count)):
         yield window
 
 
