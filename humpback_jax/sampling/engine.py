@@ -269,9 +269,10 @@ class _Row:
     def own(self) -> np.ndarray:
         return self.request.prompt[self.shared :]
 
-    def places(self, window: int) -> int:
-        """Places that the row may come to use in its slot."""
-        return min(len(self.own) + self.request.decoding.max_new_tokens, window)
+    @property
+    def places(self) -> int:
+        """Places that the row may come to use in its slot, if the model's window has so many."""
+        return len(self.own) + self.request.decoding.max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +295,7 @@ _ANY, _NO_KEY = Decoding(0.0), np.zeros(2, np.uint32)  # of places without a pie
 def _by_length(rows: Iterable[_Row], count: int) -> Iterator[_Row]:
     """Rows of like length together, `count` by `count`, up and down in turn."""
     for number, window in enumerate(_windows(rows, count)):
-        yield from sorted(window, key=lambda row: len(row.own), reverse=number % 2 == 0)
+        yield from sorted(window, key=lambda row: row.places, reverse=number % 2 == 0)
 
 
 def _windows(rows: Iterable[_Row], count: int) -> Iterator[list[_Row]]:
@@ -325,21 +326,28 @@ class _Run:
             while waiting is not None and self._fits(waiting):
                 self._enter(waiting)
                 waiting = next(rows, None)
-            first = self._prefill(waiting is not None)
-            drawn = self._decode(waiting is not None)
+            more = waiting is not None and self._suits(waiting)
+            first = self._prefill(more)
+            drawn = self._decode(more)
             yield from finished  # the device is at work meanwhile
             finished = self._collect(first, drawn, waiting is not None)
         yield from finished
 
     def _fits(self, row: _Row) -> bool:
-        """Whether a slot is free and long enough; slots grow while no row is in them."""
-        window = self.engine.config.max_position_embeddings
-        needed = row.places(window)
-        if needed > self.capacity:
+        """Whether a slot for the row is free; they become what it needs while no row is in them."""
+        if not self._suits(row):
             if any(self.rows):
                 return False
-            self._allocate(self.engine.capacity_of(needed))
+            self._allocate(self.engine.capacity_of(row.places))
         return None in self.rows
+
+    def _suits(self, row: _Row) -> bool:
+        """Whether these slots are long enough, and as many as the row would have by itself.
+
+        Another number may flip a near-tie, and few long slots would slow down all short rows.
+        """
+        capacity = self.engine.capacity_of(row.places)
+        return capacity <= self.capacity and self.engine.slots_of(capacity) == len(self.rows)
 
     def _allocate(self, capacity: int) -> None:
         engine = self.engine
