@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import re
+import time
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ from humpback_jax.model.cache import (
     cache_bytes,
 )
 from humpback_jax.model.llama import init_params, unstack_layers
-from humpback_jax.sampling.engine import Completion, Engine, Request, Shape
+from humpback_jax.sampling.engine import Completion, Engine, Request, Shape, _Row, _Run
 from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.sampling.programs import decode_program, empty_slots, prefill_program
 from humpback_jax.sampling.sampler import (
@@ -402,6 +403,18 @@ def test_a_text_is_cut_where_the_caller_says_and_its_slot_is_used_again() -> Non
         assert after.tokens.tolist() == before.tokens[:kept].tolist()
         assert after.logprobs.tolist() == before.logprobs[:kept].tolist()
         assert after.finish_reason == "stop"
+
+
+def test_a_long_text_is_copied_whenever_a_few_of_its_tokens_have_been_drawn() -> None:
+    """Thousands of tokens, in calls of a few: the host would hold up the device."""
+    each = requests_by_hash(1, GREEDY)[0]
+    row = _Row(0, each, 0, tokens=[7] * 300_000, logprobs=[-1.0] * 300_000)
+    run = _Run(engine_of(3), engine_of(3).prefix(()))
+    started = time.process_time()
+    assert not any(run._completion(row, live=True) for _ in range(100))
+    assert time.process_time() - started < 0.2
+    ended = run._completion(row, live=False)
+    assert ended is not None and len(ended.tokens) == 300_000
 
 
 def test_slots_stay_full_while_rows_are_waiting() -> None:

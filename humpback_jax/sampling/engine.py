@@ -451,27 +451,25 @@ class _Run:
     def _take(self, slot: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         if len(tokens):
             row = self._row(slot)
+            if not np.isfinite(logprobs).all():
+                raise HumpbackError(
+                    f"record {row.request.id}: the model's probabilities are not numbers; its "
+                    "weights are broken, or overflow in this precision."
+                )
             row.tokens.extend(tokens.tolist())
             row.logprobs.extend(logprobs.tolist())
 
     def _completion(self, row: _Row, live: bool) -> Completion | None:
         """The row's text, if it has ended."""
-        logprobs = np.array(row.logprobs, np.float32)
-        if not np.isfinite(logprobs).all():
-            raise HumpbackError(
-                f"record {row.request.id}: the model's probabilities are not numbers; its weights "
-                "are broken, or overflow in this precision."
-            )
-        tokens = np.array(row.tokens, np.int32)
-        stopped = int(tokens[-1] in {*self.engine.stop_ids, *row.request.decoding.stop_ids})
-        if row.request.cut is not None:
-            kept = row.request.cut(row.tokens[: len(row.tokens) - stopped])
-            if kept is not None:
-                return Completion(tokens[:kept], logprobs[:kept], "stop")
-        if live:
+        stops = {*self.engine.stop_ids, *row.request.decoding.stop_ids}
+        drawn = len(row.tokens) - (row.tokens[-1] in stops)
+        cut = row.request.cut(row.tokens[:drawn]) if row.request.cut else None
+        if live and cut is None:
             return None
-        reason = "stop" if stopped else "length"
-        return Completion(tokens[: len(tokens) - stopped], logprobs, reason)
+        tokens, logprobs = np.array(row.tokens, np.int32), np.array(row.logprobs, np.float32)
+        if cut is not None:
+            return Completion(tokens[:cut], logprobs[:cut], "stop")
+        return Completion(tokens[:drawn], logprobs, "stop" if drawn < len(tokens) else "length")
 
     def _row(self, slot: int) -> _Row:
         row = self.rows[slot]
