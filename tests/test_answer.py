@@ -146,6 +146,39 @@ def test_a_killed_job_loses_all_draws_of_its_prompts(tmp_path, monkeypatch):
     assert sorted(sizes) == [2, 4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_rows_are_rendered_again_though_surveyed_or_finished(tmp_path, monkeypatch, skip_bad):
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
+    rows = prompts(12)
+    if skip_bad:
+        rows.insert(2, {"prompt": "word" * 2000})
+        rows.insert(7, {"prompt": "word" * 2000})
+    path = write(tmp_path / "in.jsonl", rows)
+    asked = {row["prompt"] for row in rows}
+    job, out = dataclasses.replace(JOB, skip_bad=skip_bad), tmp_path / "out.jsonl"
+    expected = run(path, tmp_path / "whole.jsonl", job)
+    assert [row["kept"] for row in expected] == list(range(12))
+    written, rendered = Shards.write, []
+
+    def killed(self, number, rows):
+        written(self, number, rows)
+        raise KeyboardInterrupt
+
+    render = Template.forward_prompt
+
+    def watched(template, messages, *rest):
+        rendered.extend({messages[-1]["content"]} & asked)
+        return render(template, messages, *rest)
+
+    monkeypatch.setattr(Shards, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, out, job)
+    monkeypatch.setattr(Shards, "write", written)
+    monkeypatch.setattr(Template, "forward_prompt", watched)
+    assert run(path, out, job) == expected
+    assert len(rendered) == len(rows) + 12 - 4, "the survey, and the shards that are left"
+
+
 @pytest.mark.parametrize("change", ["input", "seed"])
 def test_shards_of_another_job_are_not_taken_over(tmp_path, monkeypatch, change):
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)

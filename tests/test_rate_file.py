@@ -139,6 +139,23 @@ def test_a_pair_that_the_chat_template_refuses_is_named_or_counted(tmp_path):
         score(path, by=by)
 
 
+def test_pairs_are_checked_again_though_the_survey_has_done_so(tmp_path, monkeypatch):
+    long = {"id": "long", "instruction": "Go on.", "output": "a" * 3000}
+    pairs = [GOOD, long, GOOD, {"text": "no pair"}, long, GOOD]
+    path = write(tmp_path / "pairs.jsonl", *pairs)
+    check, checked = rate_file.require_rateable, []
+
+    def watched(model, curator, pair):
+        checked.append(pair.id)
+        check(model, curator, pair)
+
+    monkeypatch.setattr(rate_file, "require_rateable", watched)
+    rows, report = score(path, skip_bad=True)
+    assert [row["id"] for row in rows] == ["good", "good#2", "good#3"]
+    assert checked == ["good", "long", "good#2", "long#2", "good#3"]
+    assert (report.rows, report.bad) == (3, {"cannot be rated": 2, "not a pair": 1})
+
+
 def test_a_file_of_which_nothing_can_be_rated_is_an_error(tmp_path, nothing_is_rated):
     long = {"instruction": "Go on.", "output": "a" * 3000}
     path = write(tmp_path / "pairs.jsonl", long)
