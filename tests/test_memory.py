@@ -198,6 +198,29 @@ def test_decoding_takes_much_memory_that_is_in_no_plan() -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * weights
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_guessing_takes_memory_that_is_in_no_plan(drafts: int) -> None:
+    """Each guess is a place of its own, with logits of its own."""
+    vocab, rows, capacity = 100_000, 4, 256
+    _, config, _ = from_engine()
+    config = dataclasses.replace(config, vocab_size=vocab, max_position_embeddings=capacity)
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    arguments = (
+        abstract_params(config, "float32", "unrolled", mesh=mesh),
+        abstract_slots(config, FLOAT32, rows, capacity, mesh, XLA),
+        abstract_prefix(config, FLOAT32, mesh),
+        jax.ShapeDtypeStruct((rows,), bool),
+        np.int32(1),
+    )
+    compiled = decode_program(config, FLOAT32, 4, drafts, mesh).lower(*arguments).compile()
+    taken = compiled.memory_analysis().temp_size_in_bytes
+    budget = cache_bytes(config, rows, capacity, "float32") + taken
+    planned = rows_that_fit(config, "float32", capacity, rows, budget, 0, 0, drafts=drafts)
+    assert planned < rows, "the budget has no room for the tokens that the rows contain"
+    budget += int(0.1 * taken)
+    assert rows_that_fit(config, "float32", capacity, rows, budget, 0, 0, drafts=drafts) == rows
+
+
 def test_float32_and_bfloat16_rows_are_planned_alike() -> None:
     sizes = [cache_bytes(LLAMA_7B, 3, 256, dtype) for dtype in ("float32", "bfloat16")]
     assert sizes[0] == 2 * sizes[1] == 2 * (2 * 32 * 3 * 4096 * 256 * 2)

@@ -240,6 +240,7 @@ class Engine:
                 shape.chunks * shape.chunk_tokens,
                 axis_size(self.mesh, "tensor"),
                 axis_size(self.mesh, "fsdp") if self.kernels.cuts_the_cache(self.precision) else 1,
+                shape.drafts,
             )
         return self._slots_of[capacity]
 
