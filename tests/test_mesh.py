@@ -116,6 +116,17 @@ def test_a_mesh_larger_than_the_machine_is_an_error_before_any_work() -> None:
         our_share(parse_mesh("tensor=64"))
 
 
+def test_several_processes_ignore_how_many_copies_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each has devices of its own: none of them could be left out."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert our_share(parse_mesh("data=2")).count == our_share(parse_mesh("tensor=1")).count == 2
+    with pytest.raises(HumpbackError, match=r"data=1.* takes 1 of 2 devices.* leave data= out"):
+        our_share(parse_mesh("data=1"))
+
+
 @pytest.mark.slow
 def test_a_copy_of_the_model_waits_for_another() -> None:
     """Each copy is a mesh of its own: no program spans two of them."""
