@@ -18,7 +18,7 @@ from humpback_jax.compute import choose_compute, use_compilation_cache, use_core
 from humpback_jax.curators import PairText, Rating, Scored, rate
 from humpback_jax.inference import Inference, Opening
 from humpback_jax.models import load_model
-from humpback_jax.sampling.likelihood import WIDTHS, Query, programs, shared_tokens
+from humpback_jax.sampling.likelihood import WIDTH, Query, programs, shared_tokens
 from humpback_jax.sampling.prefix import Prefix
 from humpback_jax.sampling.sampler import Decoding
 
@@ -88,7 +88,7 @@ def measure(job: PairsJob, curator: str) -> dict[str, Any]:
     flops = sum(
         prefill_flops(model.config, *counts) for counts in zip(shared, own, places, strict=True)
     )
-    speed = matmul_rate(model.config, WIDTHS[-1], judge.precision.compute)
+    speed = matmul_rate(model.config, WIDTH, judge.precision.compute)
     figures["matmul_share"] = flops / seconds / speed
     figures["bare_prefill_seconds"] = _bare_prefill(judge, asked)
     if curator == "rubric_likelihood":
