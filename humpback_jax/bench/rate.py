@@ -146,10 +146,12 @@ def _computed_alone(
     ]
     again = rate("pmi", judge, others, decoding, 0, scored)
     targets = sum(len(query.targets) for query, _ in asked + judge.asked)
-    joint = sum(json.loads(rating.detail)["tokens"] for rating in [*ratings, *again])
-    needed = sum(tokens for _, tokens in scored.alone.values())
+    tokens = [json.loads(rating.detail)["tokens"] for rating in [*ratings, *again]]
+    joint = sum(tokens)
+    responses = dict(zip((pair.response for pair in [*job.pairs, *others]), tokens, strict=True))
+    needed = sum(responses.values())
     return {
-        "responses": len(scored.alone),
+        "responses": len(responses),
         "pairs": len(ratings) + len(again),
         "tokens_needed": needed,
         "tokens_computed": targets - joint,
