@@ -74,7 +74,7 @@ def answer_file(
         missing = shards.missing(_draws(usable, job))
 
         def count() -> None:
-            progress.add(1, lambda seconds: _speed(reader, seconds))
+            progress.add(1, lambda seconds: reader.replicas.work.speed(seconds))
 
         for number, rows in _answered(reader, missing, job, count):
             if share.leads:
@@ -215,9 +215,3 @@ def _add_prompt_logprobs(
     by_id = dict(zip(texts, found, strict=True))
     for prompt, row in zip(prompts, rows, strict=True):
         row["prompt_logprobs"] = [round(float(value), 4) for value in by_id[prompt.id]]
-
-
-def _speed(reader: Inference, seconds: float) -> str:
-    work = reader.replicas.work
-    tokens = work.prompt_tokens + work.shared_tokens + work.new_tokens
-    return f"{tokens / seconds:,.0f} tokens/s, slots {work.occupancy:.0%} full"

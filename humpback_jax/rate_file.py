@@ -60,7 +60,11 @@ def rate_file(
         progress = Progress("score", ours, say, done)
         again = enumerate(_pairs(path, ReadReport(), skip_bad))
         missing = shards.missing(pair for place, pair in again if place not in bad)
-        for number, rated in rate_shards(curator, judge, missing, decoding, seed, progress.add):
+
+        def count(pairs: int) -> None:
+            progress.add(pairs, lambda seconds: judge.replicas.work.speed(seconds))
+
+        for number, rated in rate_shards(curator, judge, missing, decoding, seed, count):
             if judge.share.leads:
                 shards.write(number, itertools.starmap(_row, rated))
         shards.wait()

@@ -102,6 +102,7 @@ class Work:
       prompt_tokens, shared_tokens: prefilled, and taken from the prefix instead.
       prefilled_places: places of all prefill calls, padding included.
       new_tokens: drawn. row_steps, live_row_steps: of decode calls while rows were waiting.
+      scored_tokens: read for their likelihood or that of what follows, from the prefix or not.
     """
 
     rows: int = 0
@@ -111,11 +112,18 @@ class Work:
     new_tokens: int = 0
     row_steps: int = 0
     live_row_steps: int = 0
+    scored_tokens: int = 0
 
     @property
     def occupancy(self) -> float:
         """Share of row-steps that drew a token, while rows were waiting for a slot."""
         return self.live_row_steps / self.row_steps if self.row_steps else 1.0
+
+    def speed(self, seconds: float) -> str:
+        """For people: tokens a second, and how full the slots were, if there were any."""
+        tokens = self.prompt_tokens + self.shared_tokens + self.new_tokens + self.scored_tokens
+        slots = f", slots {self.occupancy:.0%} full" if self.new_tokens else ""
+        return f"{tokens / seconds:,.0f} tokens/s{slots}"
 
 
 class Engine:

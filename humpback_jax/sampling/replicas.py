@@ -104,6 +104,7 @@ class Replicas:
         def score(number: int) -> list[np.ndarray]:
             engine = self.engines[number]
             mine = [queries[index] for index in order[number::copies]]
+            engine.work.scored_tokens += sum(len(query.tokens) for query in mine)
             return log_probs(
                 engine.config,
                 engine.params,
