@@ -224,6 +224,12 @@ def test_no_array_of_tokens_times_vocabulary_is_held() -> None:
     assert largest >= vocab * config.hidden_size, "the regular expression finds the embedding"
 
 
+def test_an_empty_continuation_is_an_error_that_names_no_query() -> None:
+    texts = [random_tokens(3), random_tokens(0)]
+    with pytest.raises(HumpbackError, match="choices: continuation 2 is empty"):
+        continuations("choices", random_tokens(5), texts)
+
+
 def test_an_empty_prompt_is_an_error_not_the_neighbour_s_answer() -> None:
     queries = [next_token("full", random_tokens(5), [1]), next_token("void", random_tokens(0), [1])]
     with pytest.raises(HumpbackError, match="void is empty"):

@@ -65,11 +65,17 @@ def next_token(name: str, prompt: np.ndarray, token_ids: Sequence[int]) -> Query
 
 
 def continuations(name: str, prompt: np.ndarray, texts: Sequence[np.ndarray]) -> Query:
-    """Every token of every continuation of one prompt, which is computed once for all of them."""
+    """Every token of every continuation of one prompt, which is computed once for all of them.
+
+    Raises:
+      HumpbackError: a continuation is empty.
+    """
     start, trunk = len(prompt), np.arange(len(prompt))
     tokens, places, branches = [prompt], [trunk], [np.zeros(start, np.int32)]
     after, targets, used = [], [], start
     for branch, text in enumerate(texts, start=1):
+        if not len(text):
+            raise HumpbackError(f"{name}: continuation {branch} is empty; give it a token.")
         read = len(text) - 1  # the last token is a target only
         tokens.append(text[:-1])
         places.append(start + np.arange(read))
