@@ -14,6 +14,7 @@ import re
 import time
 
 import jax
+import near_ties
 import numpy as np
 import pytest
 import torch
@@ -40,9 +41,7 @@ from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.sampling.programs import decode_program, empty_slots
 from humpback_jax.sampling.sampler import (
     Decoding,
-    controls_of,
     record_key,
-    truncated_probabilities,
 )
 
 STOP = 5
@@ -188,25 +187,10 @@ def test_the_batch_size_changes_no_text_but_for_near_ties(decoding) -> None:
 
 
 def tie_gap(each: Request, one: Completion, other: Completion) -> float:
-    """How far the two texts' first different tokens are from tying.
+    def logits_after(tokens: np.ndarray) -> np.ndarray:
+        return torch_logits(model_of()[0], tokens[None])[0, -1]
 
-    Greedy: the difference of their logits. Sampled: how far the uniform number lies from the
-    nearer end of each token's share of the cumulative distribution; the larger of both distances.
-    """
-    pair = [[*c.tokens.tolist(), STOP, -1] for c in (one, other)]
-    place = next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b)
-    context = np.concatenate([each.prompt, one.tokens[:place]])
-    logits = torch_logits(model_of()[0], context[None])[0, -1]
-    tokens = [pair[0][place], pair[1][place]]
-    if each.decoding.temperature == 0:
-        return float(abs(logits[tokens[0]] - logits[tokens[1]]))
-    controls = controls_of([each.decoding], [each.key], [])
-    weights = np.asarray(truncated_probabilities(logits[None], controls), np.float64)[0]
-    upper = np.cumsum(weights) / weights.sum()
-    lower = upper - weights / weights.sum()
-    key = jax.random.fold_in(jax.random.wrap_key_data(each.key), place)
-    uniform = float(jax.random.uniform(key))
-    return max(max(lower[t] - uniform, uniform - upper[t], 0.0) for t in tokens)
+    return near_ties.tie_gap(each, one, other, STOP, logits_after)
 
 
 def test_the_tie_gap_is_large_for_texts_that_have_no_excuse() -> None:
