@@ -63,17 +63,18 @@ def answer_file(
         and before anything is computed.
     """
     report, share = ReadReport(), reader.share
-    fingerprint, total = _survey(reader, path, job, report)
+    fingerprint, total, bad = _survey(reader, path, job, report)
     named = [reader.model.hash, fingerprint, reader.compute.sampling_formats]
     identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
     with open_shards(out, form, identity, total * job.draws, share.takes) as shards:
         ours, done = shards.part()
         progress = Progress("sample", ours, say, done)
-        usable = usable_prompts(reader, path, job, ReadReport())
+        again = enumerate(stream_prompts(path, ReadReport(), job.skip_bad, job.reverse))
+        usable = (prompt for place, prompt in again if place not in bad)
         missing = shards.missing(_draws(usable, job))
 
         def count() -> None:
-            progress.add(1, lambda seconds: _speed(reader, seconds))
+            progress.add(1, lambda seconds: reader.replicas.work.speed(seconds))
 
         for number, rows in _answered(reader, missing, job, count):
             if share.leads:
@@ -110,22 +111,34 @@ def _answered(
         yield number, rows
 
 
-def _survey(reader: Inference, path: Path, job: Job, report: ReadReport) -> tuple[str, int]:
-    """Reads all rows once, so that a bad one is found before anything is spent."""
+def _survey(
+    reader: Inference, path: Path, job: Job, report: ReadReport
+) -> tuple[str, int, set[int]]:
+    """Checks all rows once, so that a bad one is found before anything is spent.
+
+    Returns:
+      A fingerprint of the usable rows and the job, their number, and the places of the others.
+    """
+    bad: set[int] = set()
     digest, total = hashlib.sha256(repr(job).encode()), 0
-    for prompt in usable_prompts(reader, path, job, report):
+    for prompt in usable_prompts(reader, path, job, report, bad):
         digest.update(json.dumps([prompt.id, prompt.row]).encode())
         total += 1
-    return digest.hexdigest(), total
+    return digest.hexdigest(), total, bad
 
 
-def usable_prompts(reader: Inference, path: Path, job: Job, report: ReadReport) -> Iterator[Prompt]:
+def usable_prompts(
+    reader: Inference, path: Path, job: Job, report: ReadReport, bad: set[int]
+) -> Iterator[Prompt]:
     """The rows that can be answered; others are counted with `job.skip_bad`, or else errors.
+
+    Args:
+      bad: gets the places of the others among the prompts of the file.
 
     Raises:
       HumpbackError: names the row.
     """
-    for prompt in stream_prompts(path, report, job.skip_bad, job.reverse):
+    for place, prompt in enumerate(stream_prompts(path, report, job.skip_bad, job.reverse)):
         try:
             _, text, _, decoding = _asked(reader, prompt, 0, job)
             reader.check(prompt.id, text, decoding)
@@ -134,6 +147,7 @@ def usable_prompts(reader: Inference, path: Path, job: Job, report: ReadReport) 
                 raise
             report.skip("cannot be answered")
             report.rows -= 1
+            bad.add(place)
             continue
         yield prompt
 
@@ -201,9 +215,3 @@ def _add_prompt_logprobs(
     by_id = dict(zip(texts, found, strict=True))
     for prompt, row in zip(prompts, rows, strict=True):
         row["prompt_logprobs"] = [round(float(value), 4) for value in by_id[prompt.id]]
-
-
-def _speed(reader: Inference, seconds: float) -> str:
-    work = reader.replicas.work
-    tokens = work.prompt_tokens + work.shared_tokens + work.new_tokens
-    return f"{tokens / seconds:,.0f} tokens/s, slots {work.occupancy:.0%} full"

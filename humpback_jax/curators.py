@@ -7,6 +7,7 @@ without generating. All see the pair without source tags.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,11 +80,11 @@ class Scored:
     """What one judge has computed so far, so that no curator computes it again.
 
     Attributes:
-      alone: log p(y) and tokens of each response y.
+      alone: log p(y) of each response y, by `_digest`.
       ratings: by curator and pair.
     """
 
-    alone: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)
+    alone: dict[bytes, float] = dataclasses.field(default_factory=dict)
     ratings: dict[tuple[str, PairText], Rating] = dataclasses.field(default_factory=dict)
 
 
@@ -143,6 +144,8 @@ def rate_shards(
 ) -> Iterator[tuple[int, list[tuple[PairText, Rating]]]]:
     """(number of a shard, its pairs in order, each with its rating), in any order of shards.
 
+    Of the shards that are done, only the number log p(y) of each response stays in memory.
+
     Args:
       shards: (number, pairs), read as they are needed.
       rated: told how many more pairs are rated.
@@ -150,8 +153,9 @@ def rate_shards(
     if curator == "rubric":
         yield from _rubric(judge, shards, decoding, seed, rated)
         return
+    alone: dict[bytes, float] = {}
     for number, pairs in shards:
-        ratings = rate(curator, judge, pairs, decoding, seed, Scored())
+        ratings = rate(curator, judge, pairs, decoding, seed, Scored(alone))
         rated(len(pairs))
         yield number, list(zip(pairs, ratings, strict=True))
 
@@ -221,23 +225,23 @@ def _pmi(
     curator: str,
     judge: Inference,
     pairs: Sequence[PairText],
-    alone: dict[str, tuple[float, int]],
+    alone: dict[bytes, float],
 ) -> list[Rating]:
     """(log p(y | x) - log p(y)) / |y|, in nats a token; log p(y) once per response."""
     template = judge.model.template
-    new = {p.response: p.id for p in pairs if p.response not in alone}
+    names = [_digest(pair.response) for pair in pairs]
+    new = {name: pair for name, pair in zip(names, pairs, strict=True) if name not in alone}
     if new:
-        nll, tokens = judge.nll(
-            [(name, template.response_alone(y)) for y, name in new.items()],
+        nll, _ = judge.nll(
+            [(pair.id, template.response_alone(pair.response)) for pair in new.values()],
             lambda text: template.response_alone(text).text,
         )
-        for response, value, count in zip(new, nll, tokens, strict=True):
-            alone[response] = (-float(value), int(count))
+        alone.update(zip(new, (-nll).tolist(), strict=True))
     joint = [(p.id, template.forward(_chat(p))) for p in pairs]
     nll, tokens = judge.nll(joint, template.question)
     ratings = []
-    for pair, value, count in zip(pairs, nll, tokens, strict=True):
-        given, prior = -float(value), alone[pair.response][0]
+    for pair, name, value, count in zip(pairs, names, nll, tokens, strict=True):
+        given, prior = -float(value), alone[name]
         detail = {
             "log_p_y_given_x": round(given, 4),
             "log_p_y": round(prior, 4),
@@ -246,6 +250,10 @@ def _pmi(
         score = round((given - prior) / int(count), 6)
         ratings.append(Rating(pair.id, curator, score, json.dumps(detail)))
     return ratings
+
+
+def _digest(response: str) -> bytes:
+    return hashlib.blake2b(response.encode(), digest_size=16).digest()
 
 
 def require_rateable(model: LanguageModel, curator: str, pair: PairText) -> None:

@@ -18,7 +18,7 @@ from humpback_jax.curators import COMBINED
 from humpback_jax.loop import prepare
 from humpback_jax.model.remat import Remat
 from humpback_jax.records import Example, Message, Segment, stable_id
-from humpback_jax.sampling.likelihood import WIDTHS, sequence_nll
+from humpback_jax.sampling.likelihood import WIDTH, sequence_nll
 from humpback_jax.sampling.sampler import Decoding
 from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import choose, rubric_decoding, scores_name
@@ -114,7 +114,7 @@ def forward_seconds(context: Context) -> float:
     width = min(PROBE_TOKENS, model.config.max_position_embeddings - 1)
     ids = np.arange(width + 1, dtype=np.int32) % model.config.vocab_size
     mask = np.arange(width + 1) >= width // 2
-    count = WIDTHS[-1] // width
+    count = WIDTH // width
     examples = [TrainingExample(str(index), ids, mask) for index in range(count)]
     precision = context.compute.precision
     params = jax.tree.map(jax.numpy.asarray, model.params)

@@ -47,8 +47,9 @@ def rate_file(
         take; named, and before anything is computed.
     """
     report = ReadReport()
+    bad: set[int] = set()
     digest, total = hashlib.sha256(), 0
-    for pair in _usable(judge, path, curator, report, skip_bad):
+    for pair in _usable(judge, path, curator, report, skip_bad, bad):
         digest.update(repr(pair).encode())
         total += 1
     named = [judge.model.hash, judge.compute.sampling_formats, curator, repr(decoding), seed]
@@ -57,8 +58,13 @@ def rate_file(
     with open_shards(out, form, identity, total, judge.share.takes) as shards:
         ours, done = shards.part()
         progress = Progress("score", ours, say, done)
-        missing = shards.missing(_usable(judge, path, curator, ReadReport(), skip_bad))
-        for number, rated in rate_shards(curator, judge, missing, decoding, seed, progress.add):
+        again = enumerate(_pairs(path, ReadReport(), skip_bad))
+        missing = shards.missing(pair for place, pair in again if place not in bad)
+
+        def count(pairs: int) -> None:
+            progress.add(pairs, lambda seconds: judge.replicas.work.speed(seconds))
+
+        for number, rated in rate_shards(curator, judge, missing, decoding, seed, count):
             if judge.share.leads:
                 shards.write(number, itertools.starmap(_row, rated))
         shards.wait()
@@ -68,11 +74,19 @@ def rate_file(
 
 
 def _usable(
-    judge: Inference, path: Path, curator: str, report: ReadReport, skip_bad: bool
+    judge: Inference,
+    path: Path,
+    curator: str,
+    report: ReadReport,
+    skip_bad: bool,
+    bad: set[int],
 ) -> Iterator[PairText]:
-    """The pairs that can be rated; other rows are counted with `skip_bad`, or else errors."""
-    for example in stream_examples(path, "seed", report, skip_bad, pairs=True):
-        pair = PairText(example.id, example.instruction, example.response)
+    """The pairs that can be rated; other rows are counted with `skip_bad`, or else errors.
+
+    Args:
+      bad: gets the places of the others among the pairs of the file.
+    """
+    for place, pair in enumerate(_pairs(path, report, skip_bad)):
         try:
             require_rateable(judge.model, curator, pair)
         except HumpbackError as error:
@@ -82,8 +96,14 @@ def _usable(
                 ) from error
             report.skip("cannot be rated")
             report.rows -= 1
+            bad.add(place)
             continue
         yield pair
+
+
+def _pairs(path: Path, report: ReadReport, skip_bad: bool) -> Iterator[PairText]:
+    for example in stream_examples(path, "seed", report, skip_bad, pairs=True):
+        yield PairText(example.id, example.instruction, example.response)
 
 
 def _ranked(shards: Shards) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from tiny_llama import from_torch, torch_llama
 
 from humpback_jax.compute import choose_compute
-from humpback_jax.curators import CURATORS, PairText, Rating, Scored, check_curator, combine, rate
+from humpback_jax.curators import (
+    CURATORS,
+    PairText,
+    Rating,
+    Scored,
+    check_curator,
+    combine,
+    rate,
+    rate_shards,
+)
 from humpback_jax.errors import HumpbackError
 from humpback_jax.inference import Generation, Inference
 from humpback_jax.models import LanguageModel
@@ -96,6 +105,18 @@ def test_no_judge_scores_the_same_text_twice(monkeypatch):
     assert rows == []
     rate("pmi", judge(), [*PAIRS, new], DECODING, 0, scored)
     assert rows == ["e"]
+
+
+def test_a_response_is_scored_alone_again_in_each_shard_or_otherwise_after_a_kill(monkeypatch):
+    """Second draws for the same documents stand after all first ones."""
+    rows: list[str] = []
+    nll = judge().nll
+    monkeypatch.setattr(judge(), "nll", lambda r, o: rows.extend(n for n, _ in r) or nll(r, o))
+    second = [PairText(f"{p.id}2", f"{p.instruction} Go on.", p.response) for p in PAIRS]
+    shards = [(0, PAIRS), (1, second)]
+    whole = dict(rate_shards("pmi", judge(), shards, DECODING, 0))
+    assert len(rows) == len({pair.response for pair in PAIRS}) + 2 * len(PAIRS)
+    assert dict(rate_shards("pmi", judge(), shards[1:], DECODING, 0)) == {1: whole[1]}
 
 
 def test_rows_that_share_an_id_keep_their_own_ratings():

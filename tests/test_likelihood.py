@@ -29,7 +29,7 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import init_params, unstack_layers
 from humpback_jax.sampling import likelihood
 from humpback_jax.sampling.likelihood import (
-    WIDTHS,
+    WIDTH,
     continuations,
     log_probs,
     next_token,
@@ -39,7 +39,6 @@ from humpback_jax.sampling.likelihood import (
 from humpback_jax.sampling.prefix import compute_prefix
 from humpback_jax.training.examples import TrainingExample
 
-WIDTH = WIDTHS[0]
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
@@ -95,27 +94,32 @@ def test_nothing_supervised_is_zero_of_zero_not_an_average() -> None:
 
 
 @settings(max_examples=15)
-@given(order=st.permutations(range(16)), count=st.integers(1, 16))
+@given(order=st.permutations(range(17)), count=st.integers(1, 17))
 def test_a_score_does_not_depend_on_the_order_or_on_the_examples_beside_it(order, count) -> None:
-    """To the last bit, wherever a text comes to stand in a row."""
-    examples = random_examples(16, longest=100)
-    together = _scores_together()
+    """To the last bit, wherever a text comes to stand in a row, among few or beside a long one."""
     chosen = order[:count]
-    # Enough of them for the same program.
-    nll, _ = score([*[examples[i] for i in chosen], *random_examples(20, 90, 80, seed=9)])
-    assert nll[:count].tolist() == [together[i] for i in chosen]
+    nll, _ = score([_mixed()[i] for i in chosen])
+    assert nll.tolist() == [_scores_together()[i] for i in chosen]
+
+
+@functools.cache
+def _mixed() -> list[TrainingExample]:
+    return [*random_examples(16, longest=100), *random_examples(1, WIDTH + 60, WIDTH + 2, seed=1)]
 
 
 @functools.cache
 def _scores_together() -> tuple[float, ...]:
-    return tuple(score(random_examples(16, longest=100))[0])
+    return tuple(score(_mixed())[0])
 
 
-def test_the_program_for_little_work_gives_the_scores_of_the_one_for_much() -> None:
-    examples = random_examples(16, longest=100)
-    few, _ = score(examples[:2])
-    assert sum(e.length for e in examples[:2]) <= WIDTH < sum(e.length for e in examples)
-    assert few == pytest.approx(_scores_together()[:2], rel=1e-6)
+def test_a_text_is_scored_by_another_program_beside_others() -> None:
+    """Programs of other widths may round otherwise."""
+    queries = [supervised_tokens(example) for example in _mixed()]
+    nothing = [0] * len(queries)
+    together = {i: width for width, found in likelihood._packed(queries, nothing) for i in found}
+    assert len(together) == len(queries) and len({*together.values()}) == 2
+    for index, query in enumerate(queries):
+        assert [*likelihood._packed([query], [0])] == [(together[index], [0])]
 
 
 def test_sequences_beyond_the_trained_length_are_scored_as_if_alone() -> None:
@@ -211,13 +215,19 @@ def test_no_array_of_tokens_times_vocabulary_is_held() -> None:
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), layout="unrolled"))
     prefix = jax.eval_shape(lambda: compute_prefix(config, params, (), FLOAT32).arrays)
     query = next_token("p", random_tokens(5), [1])
-    batch = likelihood._lay_out([query], [0], [0], WIDTHS[1])
+    batch = likelihood._lay_out([query], [0], [0], WIDTH)
     program = likelihood._program(config, FLOAT32, "unrolled", None, None)
     text = program.lower(params, prefix, batch, np.int32(1))
     shapes = re.findall(r"tensor<((?:\d+x)+)[a-z]", text.as_text())
     largest = max(np.prod([int(n) for n in shape.rstrip("x").split("x")]) for shape in shapes)
-    assert largest < WIDTHS[1] * vocab // 2
+    assert largest < WIDTH * vocab // 2
     assert largest >= vocab * config.hidden_size, "the regular expression finds the embedding"
+
+
+def test_an_empty_continuation_is_an_error_that_names_no_query() -> None:
+    texts = [random_tokens(3), random_tokens(0)]
+    with pytest.raises(HumpbackError, match="choices: continuation 2 is empty"):
+        continuations("choices", random_tokens(5), texts)
 
 
 def test_an_empty_prompt_is_an_error_not_the_neighbour_s_answer() -> None:

@@ -130,6 +130,37 @@ def test_a_row_too_long_for_the_memory_ends_a_job_midway_without_its_name() -> N
     engine.check("mostly shared", 5000, 500, shared=4900)
 
 
+def test_one_long_row_leaves_all_others_with_its_few_slots_and_another_text() -> None:
+    _, config, params = from_engine()
+    config = dataclasses.replace(config, max_position_embeddings=2048)
+    memory = tree_bytes(params) + 5 * cache_bytes(config, 1, 2048, "float32")
+    shape = Shape(8, chunks=4, chunk_tokens=64, steps=4)
+    engine = Engine(config, params, (5,), shape=shape, memory=memory)
+    slots, decode = [], engine._decode
+
+    def watched(params, slots_, prefix, ended, patience):
+        slots.append(len(ended))
+        return decode(params, slots_, prefix, ended, patience)
+
+    engine._decode = watched
+    how = Decoding(0.9, max_new_tokens=6)
+    lengths = [9 + i for i in range(40)]
+
+    def ask(name: int, length: int) -> Request:
+        return Request(str(name), random_tokens(length), record_key(0, "m", str(name), 0), how)
+
+    short = [ask(i, n) for i, n in enumerate(lengths)]
+    alone = engine.generate(short)
+    few, many = engine.slots_of(2048), engine.slots_of(1024)
+    assert few < many == max(slots) == min(slots)
+    slots.clear()
+    beside = engine.generate([*short[:20], ask(99, 1100), *short[20:]])
+    assert slots[0] == few and slots[-1] == many, "the long row is read first, as the longest"
+    for one, other in zip(alone, [*beside[:20], *beside[21:]], strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.logprobs, other.logprobs)
+
+
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -165,6 +196,29 @@ def test_decoding_takes_much_memory_that_is_in_no_plan() -> None:
     compiled = decode_program(config, FLOAT32, 16, 0, mesh).lower(*arguments).compile()
     weights = 4 * count_parameters(config)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * weights
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_guessing_takes_memory_that_is_in_no_plan(drafts: int) -> None:
+    """Each guess is a place of its own, with logits of its own."""
+    vocab, rows, capacity = 100_000, 4, 256
+    _, config, _ = from_engine()
+    config = dataclasses.replace(config, vocab_size=vocab, max_position_embeddings=capacity)
+    mesh = make_mesh(MeshShape(), jax.devices()[:1])
+    arguments = (
+        abstract_params(config, "float32", "unrolled", mesh=mesh),
+        abstract_slots(config, FLOAT32, rows, capacity, mesh, XLA),
+        abstract_prefix(config, FLOAT32, mesh),
+        jax.ShapeDtypeStruct((rows,), bool),
+        np.int32(1),
+    )
+    compiled = decode_program(config, FLOAT32, 4, drafts, mesh).lower(*arguments).compile()
+    taken = compiled.memory_analysis().temp_size_in_bytes
+    budget = cache_bytes(config, rows, capacity, "float32") + taken
+    planned = rows_that_fit(config, "float32", capacity, rows, budget, 0, 0, drafts=drafts)
+    assert planned < rows, "the budget has no room for the tokens that the rows contain"
+    budget += int(0.1 * taken)
+    assert rows_that_fit(config, "float32", capacity, rows, budget, 0, 0, drafts=drafts) == rows
 
 
 def test_float32_and_bfloat16_rows_are_planned_alike() -> None:

@@ -116,6 +116,17 @@ def test_a_mesh_larger_than_the_machine_is_an_error_before_any_work() -> None:
         our_share(parse_mesh("tensor=64"))
 
 
+def test_several_processes_ignore_how_many_copies_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each has devices of its own: none of them could be left out."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert our_share(parse_mesh("data=2")).count == our_share(parse_mesh("tensor=1")).count == 2
+    with pytest.raises(HumpbackError, match=r"data=1.* takes 1 of 2 devices.* leave data= out"):
+        our_share(parse_mesh("data=1"))
+
+
 @pytest.mark.slow
 def test_a_copy_of_the_model_waits_for_another() -> None:
     """Each copy is a mesh of its own: no program spans two of them."""
@@ -358,3 +369,23 @@ def test_two_hosts_with_the_same_number_wait_for_a_third() -> None:
 
 def test_hosts_that_have_met_are_not_connected() -> None:
     assert joined(2, (1, 0), 60) == [(0, "2\n"), (0, "2\n")]
+
+
+LATE = """
+import os
+import time
+os.environ["XLA_FLAGS"] += " --xla_cpu_collective_timeout_seconds=1"  # otherwise half an hour
+import jax
+from humpback_jax.parallel import processes
+processes.join_processes()
+processes.wait_for_all("all are here")
+time.sleep(4 * jax.process_index())
+processes.wait_for_all("all shards are written")
+print("met")
+"""
+
+
+def test_a_host_that_is_done_long_before_another_gives_up() -> None:
+    for process in start_several(2, [], 1, ("-c", LATE)):
+        output, errors = process.communicate(timeout=120)
+        assert (process.returncode, output) == (0, "met\n"), errors[-2000:]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import weakref
 from typing import Any
 
 import numpy as np
@@ -193,6 +195,28 @@ def test_a_backward_model_that_finishes_nothing_is_found_after_all_documents_are
     stopping.config.augment.max_new_tokens = 2
     with pytest.raises(HumpbackError, match=r"pass rate 0\.00 is below 0\.1"):
         measure.backward_meter_stage(stopping, base_of(stopping), base_of(stopping))
+
+
+@pytest.mark.parametrize("stage", ["backward", "curation"])
+def test_a_meter_holds_two_models_each_planned_for_all_memory(tmp_path, monkeypatch, stage):
+    held: list[weakref.ref[Inference]] = []
+    make = Inference.__init__
+
+    def watched(inference: Inference, *given: Any) -> None:
+        assert not any(reference() for reference in held), "the last model is still there"
+        held.append(weakref.ref(inference))
+        make(inference, *given)
+
+    monkeypatch.setattr(Inference, "__init__", watched)
+    made, _ = context(tmp_path, "warn")
+    monkeypatch.setattr(Context, "model", lambda context, artifact: context.base)
+    other = dataclasses.replace(base_of(made), name="round_0/M_yx", hash="another")
+    if stage == "backward":
+        measure.backward_meter_stage(made, other, base_of(made))
+    else:
+        made.config.meters.curators = ("pmi_frozen",)
+        measure.curation_meter_stage(made, 1, other)
+    assert len(held) == 2
 
 
 def test_a_run_without_two_instructions_to_confuse_stops_after_its_first_models(tmp_path):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import normalizers
 
-from humpback_jax import rate_file
+from humpback_jax import progress, rate_file
 from humpback_jax.cli import main
 from humpback_jax.compute import choose_compute
 from humpback_jax.curators import CURATORS
@@ -137,6 +138,36 @@ def test_a_pair_that_the_chat_template_refuses_is_named_or_counted(tmp_path):
     assert [row["id"] for row in rows] == ["good"] and report.bad == {"cannot be rated": 1}
     with pytest.raises(HumpbackError, match=r"the-odd-one.*no!.*--skip-bad"):
         score(path, by=by)
+
+
+def test_pairs_are_checked_again_though_the_survey_has_done_so(tmp_path, monkeypatch):
+    long = {"id": "long", "instruction": "Go on.", "output": "a" * 3000}
+    pairs = [GOOD, long, GOOD, {"text": "no pair"}, long, GOOD]
+    path = write(tmp_path / "pairs.jsonl", *pairs)
+    check, checked = rate_file.require_rateable, []
+
+    def watched(model, curator, pair):
+        checked.append(pair.id)
+        check(model, curator, pair)
+
+    monkeypatch.setattr(rate_file, "require_rateable", watched)
+    rows, report = score(path, skip_bad=True)
+    assert [row["id"] for row in rows] == ["good", "good#2", "good#3"]
+    assert checked == ["good", "long", "good#2", "long#2", "good#3"]
+    assert (report.rows, report.bad) == (3, {"cannot be rated": 2, "not a pair": 1})
+
+
+@pytest.mark.parametrize("curator", ["rubric", "pmi"])
+def test_nobody_sees_how_fast_pairs_are_rated(curator, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    path, said = write(tmp_path / "pairs.jsonl", GOOD, GOOD), []
+    by, decoding = judge(), Decoding(max_new_tokens=4)
+    by.replicas.forget_work()
+    out = tmp_path / "out.jsonl"
+    rate_file.rate_file(by, path, out, None, curator, decoding, 0, False, said.append)
+    speeds = re.findall(r"rows/s, ([\d,]+) tokens/s, ", said[-1])
+    assert int(speeds[0].replace(",", "")) > 0
+    assert ("slots" in said[-1] and "full" in said[-1]) == (curator == "rubric")
 
 
 def test_a_file_of_which_nothing_can_be_rated_is_an_error(tmp_path, nothing_is_rated):

@@ -15,9 +15,9 @@ from tiny_llama import FLOAT32, from_torch, random_tokens, torch_llama
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import unstack_layers
-from humpback_jax.sampling.engine import LOOKAHEAD, Engine, Request, Shape
+from humpback_jax.sampling.engine import Engine, Request, Shape
 from humpback_jax.sampling.likelihood import every_token
-from humpback_jax.sampling.replicas import Replicas
+from humpback_jax.sampling.replicas import Replicas, _Dealer
 from humpback_jax.sampling.sampler import Decoding, record_key
 
 
@@ -65,6 +65,15 @@ def test_one_copy_does_all_the_work() -> None:
     assert min(rows) >= 10
 
 
+def test_a_copy_begins_later_rows_while_another_has_the_first_ones_still_to_come() -> None:
+    """Shards would end together: of each window every copy gets as much as its engine sorts."""
+    dealer = _Dealer((request(number) for number in range(40)), 2, 4)
+    first, second = dealer.hand(0), dealer.hand(1)
+    for start in (0, 8):
+        got = [*itertools.islice(first, 4), *itertools.islice(second, 4)]
+        assert sorted(place for place, _ in got) == list(range(start, start + 8))
+
+
 def test_a_stream_without_end_is_read_to_its_end_first() -> None:
     read = 0
 
@@ -76,7 +85,7 @@ def test_a_stream_without_end_is_read_to_its_end_first() -> None:
 
     found = list(itertools.islice(replicas(2).stream(endless()), 30))
     assert len({place for place, _ in found}) == 30
-    assert read <= 6 * LOOKAHEAD
+    assert read <= 30 + 6 * replicas(2).engines[0].lookahead
 
 
 def test_a_stream_that_is_given_up_leaves_copies_at_work() -> None:

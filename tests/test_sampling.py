@@ -11,8 +11,10 @@ import functools
 import hashlib
 import itertools
 import re
+import time
 
 import jax
+import near_ties
 import numpy as np
 import pytest
 import torch
@@ -34,14 +36,12 @@ from humpback_jax.model.cache import (
     cache_bytes,
 )
 from humpback_jax.model.llama import init_params, unstack_layers
-from humpback_jax.sampling.engine import LOOKAHEAD, Completion, Engine, Request, Shape
+from humpback_jax.sampling.engine import Completion, Engine, Request, Shape, _Row, _Run
 from humpback_jax.sampling.prefix import compute_prefix
-from humpback_jax.sampling.programs import decode_program, empty_slots, prefill_program
+from humpback_jax.sampling.programs import decode_program, empty_slots
 from humpback_jax.sampling.sampler import (
     Decoding,
-    controls_of,
     record_key,
-    truncated_probabilities,
 )
 
 STOP = 5
@@ -187,25 +187,10 @@ def test_the_batch_size_changes_no_text_but_for_near_ties(decoding) -> None:
 
 
 def tie_gap(each: Request, one: Completion, other: Completion) -> float:
-    """How far the two texts' first different tokens are from tying.
+    def logits_after(tokens: np.ndarray) -> np.ndarray:
+        return torch_logits(model_of()[0], tokens[None])[0, -1]
 
-    Greedy: the difference of their logits. Sampled: how far the uniform number lies from the
-    nearer end of each token's share of the cumulative distribution; the larger of both distances.
-    """
-    pair = [[*c.tokens.tolist(), STOP, -1] for c in (one, other)]
-    place = next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b)
-    context = np.concatenate([each.prompt, one.tokens[:place]])
-    logits = torch_logits(model_of()[0], context[None])[0, -1]
-    tokens = [pair[0][place], pair[1][place]]
-    if each.decoding.temperature == 0:
-        return float(abs(logits[tokens[0]] - logits[tokens[1]]))
-    controls = controls_of([each.decoding], [each.key], [])
-    weights = np.asarray(truncated_probabilities(logits[None], controls), np.float64)[0]
-    upper = np.cumsum(weights) / weights.sum()
-    lower = upper - weights / weights.sum()
-    key = jax.random.fold_in(jax.random.wrap_key_data(each.key), place)
-    uniform = float(jax.random.uniform(key))
-    return max(max(lower[t] - uniform, uniform - upper[t], 0.0) for t in tokens)
+    return near_ties.tie_gap(each, one, other, STOP, logits_after)
 
 
 def test_the_tie_gap_is_large_for_texts_that_have_no_excuse() -> None:
@@ -404,6 +389,18 @@ def test_a_text_is_cut_where_the_caller_says_and_its_slot_is_used_again() -> Non
         assert after.finish_reason == "stop"
 
 
+def test_a_long_text_is_copied_whenever_a_few_of_its_tokens_have_been_drawn() -> None:
+    """Thousands of tokens, in calls of a few: the host would hold up the device."""
+    each = requests_by_hash(1, GREEDY)[0]
+    row = _Row(0, each, 0, tokens=[7] * 300_000, logprobs=[-1.0] * 300_000)
+    run = _Run(engine_of(3), engine_of(3).prefix(()))
+    started = time.process_time()
+    assert not any(run._completion(row, live=True) for _ in range(100))
+    assert time.process_time() - started < 0.2
+    ended = run._completion(row, live=False)
+    assert ended is not None and len(ended.tokens) == 300_000
+
+
 def test_slots_stay_full_while_rows_are_waiting() -> None:
     """One slow row must not hold up the batch, which then decodes empty slots most of the time."""
     lengths = [3, 60, 5, 2, 41, 7, 4, 3, 28, 6] * 12
@@ -431,14 +428,19 @@ def test_rows_are_read_as_slots_become_free_and_handed_out_as_they_end() -> None
 
     seen = [index for index, _ in itertools.islice(engine_of(3).stream(endless()), 600)]
     assert len(set(seen)) == 600
-    assert read <= 600 + 2 * LOOKAHEAD
+    assert read <= 600 + 2 * engine_of(3).lookahead
 
 
 def test_a_job_of_all_lengths_runs_in_few_programs() -> None:
+    """Slots grow twice, which changes no text."""
     _, config, params = model_of()
-    prefill, decode = prefill_program(config, FLOAT32), decode_program(config, FLOAT32, 5, 0)
-    before = prefill._cache_size() + decode._cache_size()
+    config = dataclasses.replace(config, max_position_embeddings=4096)
     engine = Engine(config, unstack_layers(params), [STOP], shape=small(5))
-    engine.generate(requests_by_hash(30, GREEDY, WINDOW - 1))
+    short = requests_by_hash(40, GREEDY, 30)
+    long = [request(str(n), random_tokens(n, seed=n), GREEDY) for n in (1100, 2100)]
+    asked = [*short[:20], long[0], *short[20:], long[1]]
+    together = as_tuples(engine.generate(asked))
     engine.generate(requests_by_hash(30, SAMPLED, 9))
-    assert prefill._cache_size() + decode._cache_size() - before <= 4
+    assert engine.programs() == 2 * 3
+    for place in (0, 20, 21, 41):
+        assert as_tuples(engine.generate([asked[place]])) == [together[place]]

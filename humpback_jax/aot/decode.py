@@ -85,6 +85,7 @@ def plan_decode(
                 engine.chunks * engine.chunk_tokens,
                 choice.tensor,
                 choice.fsdp if compute.kernels.cuts_the_cache(precision) else 1,
+                engine.drafts,
             )
         except NoRoom as error:
             reason = error

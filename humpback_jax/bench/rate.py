@@ -18,7 +18,7 @@ from humpback_jax.compute import choose_compute, use_compilation_cache, use_core
 from humpback_jax.curators import PairText, Rating, Scored, rate
 from humpback_jax.inference import Inference, Opening
 from humpback_jax.models import load_model
-from humpback_jax.sampling.likelihood import WIDTHS, Query, programs, shared_tokens
+from humpback_jax.sampling.likelihood import WIDTH, Query, programs, shared_tokens
 from humpback_jax.sampling.prefix import Prefix
 from humpback_jax.sampling.sampler import Decoding
 
@@ -88,7 +88,7 @@ def measure(job: PairsJob, curator: str) -> dict[str, Any]:
     flops = sum(
         prefill_flops(model.config, *counts) for counts in zip(shared, own, places, strict=True)
     )
-    speed = matmul_rate(model.config, WIDTHS[-1], judge.precision.compute)
+    speed = matmul_rate(model.config, WIDTH, judge.precision.compute)
     figures["matmul_share"] = flops / seconds / speed
     figures["bare_prefill_seconds"] = _bare_prefill(judge, asked)
     if curator == "rubric_likelihood":
@@ -146,10 +146,12 @@ def _computed_alone(
     ]
     again = rate("pmi", judge, others, decoding, 0, scored)
     targets = sum(len(query.targets) for query, _ in asked + judge.asked)
-    joint = sum(json.loads(rating.detail)["tokens"] for rating in [*ratings, *again])
-    needed = sum(tokens for _, tokens in scored.alone.values())
+    tokens = [json.loads(rating.detail)["tokens"] for rating in [*ratings, *again]]
+    joint = sum(tokens)
+    responses = dict(zip((pair.response for pair in [*job.pairs, *others]), tokens, strict=True))
+    needed = sum(responses.values())
     return {
-        "responses": len(scored.alone),
+        "responses": len(responses),
         "pairs": len(ratings) + len(again),
         "tokens_needed": needed,
         "tokens_computed": targets - joint,

@@ -13,9 +13,8 @@ import numpy as np
 
 from humpback_jax.curators import PairText, Rating
 from humpback_jax.errors import HumpbackError
-from humpback_jax.evaluation.nll import instruction_nll
-from humpback_jax.evaluation.statistics import Estimate, auc, token_mean
-from humpback_jax.inference import Generation, Inference
+from humpback_jax.evaluation.statistics import Estimate, auc
+from humpback_jax.inference import Generation
 from humpback_jax.records import Example, stable_id
 from humpback_jax.text.template import Template
 
@@ -142,28 +141,28 @@ class BackwardMeter:
 
 
 def backward_meter(
-    backward: Inference,
     examples: Sequence[Example],
     generations: Sequence[Generation],
+    nll: Estimate,
+    template: Template,
     rate_pmi: Callable[[Sequence[PairText]], list[Rating]],
     passes: Callable[[Generation, Example], bool],
 ) -> BackwardMeter:
-    """Measures M_yx on held-out pairs.
+    """Measures M_yx on held-out pairs, of which it has been asked.
 
     Args:
-      generations: one drawn instruction per example.
+      generations: one instruction per example that it drew. nll: of the true instructions.
+      template: of its prompts.
       rate_pmi: the `pmi` curator under the judge.
       passes: whether the gates let an instruction through that was drawn for an example.
     """
-    nll, tokens = instruction_nll(backward, examples)
     pairs = [PairText(e.id, g.text, e.response) for e, g in zip(examples, generations, strict=True)]
     lifts = np.array([r.value for r in rate_pmi(pairs)], float)
-    wording = backward.model.template
     return BackwardMeter(
-        nll=token_mean(nll, tokens),
+        nll=nll,
         lift=Estimate(float(lifts.mean()), len(lifts), float(lifts.std() / len(lifts) ** 0.5)),
         copy_rate=float(np.mean([copy_rate(p.instruction, p.response) for p in pairs])),
-        echo_rate=float(np.mean([echoes(p.instruction, wording) for p in pairs])),
+        echo_rate=float(np.mean([echoes(p.instruction, template) for p in pairs])),
         pass_rate=float(np.mean([passes(*p) for p in zip(generations, examples, strict=True)])),
     )
 

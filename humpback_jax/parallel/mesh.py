@@ -157,6 +157,12 @@ def our_share(shape: MeshShape | None, parts: int = 1, kv_heads: int = 1) -> Sha
             )
         if jax.process_count() == 1:
             local = local[:wanted]
+        elif wanted < jax.device_count():
+            raise HumpbackError(
+                f"the mesh data={shape.data}, fsdp={shape.fsdp}, tensor={shape.tensor} takes "
+                f"{wanted} of {jax.device_count()} devices; a job of several processes uses all. "
+                "Choose other sizes, or leave data= out."
+            )
     alone = dataclasses.replace(shape, data=1)
     if shape.replica <= len(local):
         if len(local) % shape.replica:

@@ -102,6 +102,7 @@ class Work:
       prompt_tokens, shared_tokens: prefilled, and taken from the prefix instead.
       prefilled_places: places of all prefill calls, padding included.
       new_tokens: drawn. row_steps, live_row_steps: of decode calls while rows were waiting.
+      scored_tokens: read for their likelihood or that of what follows, from the prefix or not.
     """
 
     rows: int = 0
@@ -111,15 +112,26 @@ class Work:
     new_tokens: int = 0
     row_steps: int = 0
     live_row_steps: int = 0
+    scored_tokens: int = 0
 
     @property
     def occupancy(self) -> float:
         """Share of row-steps that drew a token, while rows were waiting for a slot."""
         return self.live_row_steps / self.row_steps if self.row_steps else 1.0
 
+    def speed(self, seconds: float) -> str:
+        """For people: tokens a second, and how full the slots were, if there were any."""
+        tokens = self.prompt_tokens + self.shared_tokens + self.new_tokens + self.scored_tokens
+        slots = f", slots {self.occupancy:.0%} full" if self.new_tokens else ""
+        return f"{tokens / seconds:,.0f} tokens/s{slots}"
+
 
 class Engine:
-    """Holds a model ready for decoding."""
+    """Holds a model ready for decoding.
+
+    Attributes:
+      lookahead: how many rows are read, and sorted by length, at a time.
+    """
 
     def __init__(
         self,
@@ -144,6 +156,7 @@ class Engine:
         if not self.stop_ids:
             raise HumpbackError("the model names no end-of-turn token, so text would never stop.")
         self.work = Work()
+        self.lookahead = LOOKAHEAD * shape.slots
         self.memory, self.kernels = memory, kernels
         self.params = params if mesh else jax.tree.map(jnp.asarray, params)
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
@@ -167,7 +180,7 @@ class Engine:
         """(place in `requests`, what was drawn), as rows end.
 
         Args:
-          requests: read as slots become free, a window of `LOOKAHEAD` ahead.
+          requests: read as slots become free, a window of `lookahead` ahead.
           prefix: prompts that begin with its tokens do not compute them again.
           stopped: asked before each call of the device whether nobody wants the rest.
 
@@ -177,7 +190,7 @@ class Engine:
         """
         prefix = prefix or self.prefix(())
         checked = (self._row(index, each, prefix) for index, each in enumerate(requests))
-        yield from _Run(self, prefix).all(_by_length(checked), stopped)
+        yield from _Run(self, prefix).all(_by_length(checked, self.lookahead), stopped)
 
     def prefix(self, tokens: Sequence[int]) -> Prefix:
         """Tokens that prompts may begin with, computed when first asked for."""
@@ -235,6 +248,7 @@ class Engine:
                 shape.chunks * shape.chunk_tokens,
                 axis_size(self.mesh, "tensor"),
                 axis_size(self.mesh, "fsdp") if self.kernels.cuts_the_cache(self.precision) else 1,
+                shape.drafts,
             )
         return self._slots_of[capacity]
 
@@ -246,7 +260,8 @@ class Engine:
 
 
 CAPACITY = 1024  # places of a slot, where rows do not need more
-LOOKAHEAD = 512
+# Rows a slot that are sorted by length: more would end together, and be lost together by a kill.
+LOOKAHEAD = 4
 
 
 @dataclasses.dataclass
@@ -263,9 +278,10 @@ class _Row:
     def own(self) -> np.ndarray:
         return self.request.prompt[self.shared :]
 
-    def places(self, window: int) -> int:
-        """Places that the row may come to use in its slot."""
-        return min(len(self.own) + self.request.decoding.max_new_tokens, window)
+    @property
+    def places(self) -> int:
+        """Places that the row may come to use in its slot, if the model's window has so many."""
+        return len(self.own) + self.request.decoding.max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,15 +301,15 @@ class _Piece:
 _ANY, _NO_KEY = Decoding(0.0), np.zeros(2, np.uint32)  # of places without a piece
 
 
-def _by_length(rows: Iterable[_Row]) -> Iterator[_Row]:
-    """Rows of like length together, window by window, up and down in turn."""
-    for number, window in enumerate(_windows(rows)):
-        yield from sorted(window, key=lambda row: len(row.own), reverse=number % 2 == 0)
+def _by_length(rows: Iterable[_Row], count: int) -> Iterator[_Row]:
+    """Rows of like length together, `count` by `count`, up and down in turn."""
+    for number, window in enumerate(_windows(rows, count)):
+        yield from sorted(window, key=lambda row: row.places, reverse=number % 2 == 0)
 
 
-def _windows(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
+def _windows(rows: Iterable[_Row], count: int) -> Iterator[list[_Row]]:
     rest = iter(rows)
-    while window := list(itertools.islice(rest, LOOKAHEAD)):
+    while window := list(itertools.islice(rest, count)):
         yield window
 
 
@@ -319,21 +335,28 @@ class _Run:
             while waiting is not None and self._fits(waiting):
                 self._enter(waiting)
                 waiting = next(rows, None)
-            first = self._prefill(waiting is not None)
-            drawn = self._decode(waiting is not None)
+            more = waiting is not None and self._suits(waiting)
+            first = self._prefill(more)
+            drawn = self._decode(more)
             yield from finished  # the device is at work meanwhile
             finished = self._collect(first, drawn, waiting is not None)
         yield from finished
 
     def _fits(self, row: _Row) -> bool:
-        """Whether a slot is free and long enough; slots grow while no row is in them."""
-        window = self.engine.config.max_position_embeddings
-        needed = row.places(window)
-        if needed > self.capacity:
+        """Whether a slot for the row is free; they become what it needs while no row is in them."""
+        if not self._suits(row):
             if any(self.rows):
                 return False
-            self._allocate(self.engine.capacity_of(needed))
+            self._allocate(self.engine.capacity_of(row.places))
         return None in self.rows
+
+    def _suits(self, row: _Row) -> bool:
+        """Whether these slots are long enough, and as many as the row would have by itself.
+
+        Another number may flip a near-tie, and few long slots would slow down all short rows.
+        """
+        capacity = self.engine.capacity_of(row.places)
+        return capacity <= self.capacity and self.engine.slots_of(capacity) == len(self.rows)
 
     def _allocate(self, capacity: int) -> None:
         engine = self.engine
@@ -437,27 +460,25 @@ class _Run:
     def _take(self, slot: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         if len(tokens):
             row = self._row(slot)
+            if not np.isfinite(logprobs).all():
+                raise HumpbackError(
+                    f"record {row.request.id}: the model's probabilities are not numbers; its "
+                    "weights are broken, or overflow in this precision."
+                )
             row.tokens.extend(tokens.tolist())
             row.logprobs.extend(logprobs.tolist())
 
     def _completion(self, row: _Row, live: bool) -> Completion | None:
         """The row's text, if it has ended."""
-        logprobs = np.array(row.logprobs, np.float32)
-        if not np.isfinite(logprobs).all():
-            raise HumpbackError(
-                f"record {row.request.id}: the model's probabilities are not numbers; its weights "
-                "are broken, or overflow in this precision."
-            )
-        tokens = np.array(row.tokens, np.int32)
-        stopped = int(tokens[-1] in {*self.engine.stop_ids, *row.request.decoding.stop_ids})
-        if row.request.cut is not None:
-            kept = row.request.cut(row.tokens[: len(row.tokens) - stopped])
-            if kept is not None:
-                return Completion(tokens[:kept], logprobs[:kept], "stop")
-        if live:
+        stops = {*self.engine.stop_ids, *row.request.decoding.stop_ids}
+        drawn = len(row.tokens) - (row.tokens[-1] in stops)
+        cut = row.request.cut(row.tokens[:drawn]) if row.request.cut else None
+        if live and cut is None:
             return None
-        reason = "stop" if stopped else "length"
-        return Completion(tokens[: len(tokens) - stopped], logprobs, reason)
+        tokens, logprobs = np.array(row.tokens, np.int32), np.array(row.logprobs, np.float32)
+        if cut is not None:
+            return Completion(tokens[:cut], logprobs[:cut], "stop")
+        return Completion(tokens[:drawn], logprobs, "stop" if drawn < len(tokens) else "length")
 
     def _row(self, slot: int) -> _Row:
         row = self.rows[slot]

@@ -22,7 +22,7 @@ from humpback_jax.sampling.prefix import Prefix, PrefixArrays, compute_prefix
 from humpback_jax.training.examples import TrainingExample
 from humpback_jax.training.packing import best_fit
 
-WIDTHS = (256, 1024)  # places of one program call: for little work, and for much
+WIDTH = 1024  # places of one program call, where a query does not take more
 TARGETS = 256  # targets whose logits are computed at one time
 VOCABULARY = 8192  # tokens of the vocabulary whose logits exist at one time
 
@@ -65,11 +65,17 @@ def next_token(name: str, prompt: np.ndarray, token_ids: Sequence[int]) -> Query
 
 
 def continuations(name: str, prompt: np.ndarray, texts: Sequence[np.ndarray]) -> Query:
-    """Every token of every continuation of one prompt, which is computed once for all of them."""
+    """Every token of every continuation of one prompt, which is computed once for all of them.
+
+    Raises:
+      HumpbackError: a continuation is empty.
+    """
     start, trunk = len(prompt), np.arange(len(prompt))
     tokens, places, branches = [prompt], [trunk], [np.zeros(start, np.int32)]
     after, targets, used = [], [], start
     for branch, text in enumerate(texts, start=1):
+        if not len(text):
+            raise HumpbackError(f"{name}: continuation {branch} is empty; give it a token.")
         read = len(text) - 1  # the last token is a target only
         tokens.append(text[:-1])
         places.append(start + np.arange(read))
@@ -186,11 +192,12 @@ def _packed(queries: Sequence[Query], shared: Sequence[int]) -> Iterator[tuple[i
         chunks = -(-(len(query.tokens) - count) // CHUNK)
         # Targets have as many places as tokens; a query with more takes the room of both.
         sizes.append(max(chunks * CHUNK, len(query.targets)))
-    little, much = WIDTHS
-    longest = max(sizes, default=1)
-    width = little if sum(sizes) <= little else max(much, 1 << (longest - 1).bit_length())
-    for members in best_fit(sizes, width):
-        yield width, members
+    # A query's width is its own business: programs of other widths may round otherwise.
+    widths = np.array([max(WIDTH, 1 << (size - 1).bit_length()) for size in sizes], int)
+    for width in np.unique(widths).tolist():
+        indices = np.flatnonzero(widths == width).tolist()
+        for members in best_fit([sizes[index] for index in indices], width):
+            yield width, [indices[member] for member in members]
 
 
 class _Batch(NamedTuple):

@@ -14,7 +14,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.parallel.topology import GIB
 
 KEPT_FREE = 0.1  # of the device's memory, for the compiler's own buffers
-LOGITS = 4  # float32 arrays of [rows, vocabulary] that drawing holds at a time
+LOGITS = 5  # float32 arrays of [places, vocabulary] that drawing holds at a time
 
 
 def device_bytes(device: Any, sharing: int = 1) -> int:
@@ -72,6 +72,7 @@ def rows_that_fit(
     prefill_tokens: int,
     tensor: int = 1,
     fsdp: int = 1,
+    drafts: int = 0,
 ) -> int:
     """Rows that one copy of the model decodes together: `wanted`, or fewer by halves.
 
@@ -80,13 +81,14 @@ def rows_that_fit(
       budget, weights: bytes of one device, and what the weights take of them.
       prefill_tokens: computed in one call. tensor: devices that share the key/value heads.
       fsdp: devices that share the caches' rows.
+      drafts: tokens guessed in each step, for each of which a row has one more place in it.
 
     Raises:
       NoRoom: not even one row fits.
     """
     shared = tensor if config.num_key_value_heads % tensor == 0 else 1
     cached = cache_bytes(config, 1, capacity, kv) // shared
-    drawn = config.vocab_size * (4 * LOGITS + 1)
+    drawn = (1 + drafts) * config.vocab_size * (4 * LOGITS + 1)
     activations = 4 * (6 * config.hidden_size + 3 * config.intermediate_size)
     free = budget - weights - prefill_tokens * activations
     rows = wanted

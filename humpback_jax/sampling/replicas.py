@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from humpback_jax.allocator import return_free_memory
-from humpback_jax.sampling.engine import LOOKAHEAD, Completion, Engine, Request, Work
+from humpback_jax.sampling.engine import Completion, Engine, Request, Work
 from humpback_jax.sampling.likelihood import Query, log_probs
 
 
@@ -72,7 +72,7 @@ class Replicas:
         self, requests: Iterable[Request], tokens: Sequence[int]
     ) -> Iterator[tuple[int, Completion]]:
         """Each copy generates in a thread of its own."""
-        dealer = _Dealer(requests, len(self.engines))
+        dealer = _Dealer(requests, len(self.engines), self.engines[0].lookahead)
         ended: queue.Queue[_Ended] = queue.Queue()
         threads = [
             threading.Thread(target=_drive, args=(engine, dealer, number, tokens, ended))
@@ -104,6 +104,7 @@ class Replicas:
         def score(number: int) -> list[np.ndarray]:
             engine = self.engines[number]
             mine = [queries[index] for index in order[number::copies]]
+            engine.work.scored_tokens += sum(len(query.tokens) for query in mine)
             return log_probs(
                 engine.config,
                 engine.params,
@@ -150,10 +151,13 @@ def _drive(
 
 
 class _Dealer:
-    """Deals requests to copies in turn, as they ask, from one iterator that all read."""
+    """Deals requests to copies in turn, as they ask, from one iterator that all read.
 
-    def __init__(self, requests: Iterable[Request], copies: int) -> None:
-        self._rest = enumerate(requests)
+    Each gets `window` at a time, which its engine takes together, too.
+    """
+
+    def __init__(self, requests: Iterable[Request], copies: int, window: int) -> None:
+        self._rest, self._window = enumerate(requests), window
         self._hands: list[list[tuple[int, Request]]] = [[] for _ in range(copies)]
         self._lock = threading.Lock()
         self.stopped = False  # by who takes the results
@@ -172,7 +176,7 @@ class _Dealer:
     def _deal(self) -> None:
         """Of a window's rows, by length, each copy gets every so-manyth."""
         copies = len(self._hands)
-        window = list(itertools.islice(self._rest, LOOKAHEAD * copies))
+        window = list(itertools.islice(self._rest, self._window * copies))
         window.sort(key=lambda entry: len(entry[1].prompt))
         for number, mine in enumerate(self._hands):
             mine.extend(window[number::copies])

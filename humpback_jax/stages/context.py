@@ -53,12 +53,12 @@ class Context:
     def inference(self, artifact: Artifact) -> Inference:
         """A model ready to be asked; the last one is kept, so that stages can share it."""
         if self._cached is None or self._cached[0] != artifact.hash:
-            self._cached = None
+            self.release()
             self._cached = (artifact.hash, Inference(self.model(artifact), self.compute))
         return self._cached[1]
 
     def release(self) -> None:
-        """Gives the memory of the model kept by `inference` back: training needs it."""
+        """Gives the memory of the model kept by `inference` back: what comes next needs it."""
         self._cached = None
         gc.collect()  # the engine's threads and programs refer to one another
 

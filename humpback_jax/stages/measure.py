@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from humpback_jax.artifacts import Artifact, Row, Stage, rows_hash
 from humpback_jax.curators import PairText, Rating, Scored, rate
 from humpback_jax.errors import HumpbackError
-from humpback_jax.evaluation.meters import backward_meter, corruptions, curation_meter
+from humpback_jax.evaluation.meters import (
+    CurationMeter,
+    backward_meter,
+    corruptions,
+    curation_meter,
+)
+from humpback_jax.evaluation.nll import instruction_nll
+from humpback_jax.evaluation.statistics import Estimate, token_mean
 from humpback_jax.inference import Generation, Inference
 from humpback_jax.records import Example, stable_id
 from humpback_jax.sampling.sampler import Decoding
@@ -18,6 +25,7 @@ from humpback_jax.stages.augment import gate
 from humpback_jax.stages.context import Context
 from humpback_jax.stages.curate import gate_fields, rubric_decoding
 from humpback_jax.stages.heldout import meter_pairs
+from humpback_jax.text.template import Template
 
 CURATION_VERSION, BACKWARD_VERSION = 2, 3
 
@@ -41,18 +49,27 @@ def backward_meter_stage(context: Context, backward: Artifact, judge: Artifact) 
         text, response = drawn.text, example.response
         return gate(text, response, drawn.finish_reason, context.base.template, section) is None
 
-    def make(_: int) -> list[Row]:
+    def write() -> tuple[list[Generation], Estimate, Template]:
         writer = context.inference(backward)
-        backward_prompt = writer.model.template.backward_prompt
-        prompts = [(e.id, backward_prompt(e.response)) for e in examples]
+        template = writer.model.template
+        prompts = [(e.id, template.backward_prompt(e.response)) for e in examples]
         drawn = writer.generate(
-            prompts, decoding, seed=config.seed, stage="backward_meter", opening=backward_prompt
+            prompts,
+            decoding,
+            seed=config.seed,
+            stage="backward_meter",
+            opening=template.backward_prompt,
         )
-        reader = Inference(context.model(judge), context.compute)
+        return drawn, token_mean(*instruction_nll(writer, examples)), template
+
+    def make(_: int) -> list[Row]:
+        drawn, nll, template = write()
+        reader = context.inference(judge)
         measured = backward_meter(
-            writer,
             examples,
             drawn,
+            nll,
+            template,
             functools.partial(_rate, "pmi", reader, decoding, config.seed, Scored()),
             passes,
         )
@@ -111,18 +128,21 @@ def curation_meter_stage(context: Context, t: int, judge: Artifact) -> Artifact:
         fields["precision"] = context.compute.sampling_formats
     stage = Stage("curation_meter", CURATION_VERSION, json.loads(json.dumps(fields)))
 
+    def measured(curator: str, scored: Scored) -> dict[str, CurationMeter]:
+        frozen = curator == "pmi_frozen"
+        reader = context.inference(context.base_artifact if frozen else judge)
+        seen = Scored() if frozen else scored
+        return curation_meter(
+            functools.partial(_rate, curator, reader, decoding, config.seed, seen), examples
+        )
+
     def make(_: int) -> list[Row]:
         scored = Scored()
-        rows = []
-        for curator in curators:
-            reader = context.inference(context.base_artifact if curator == "pmi_frozen" else judge)
-            seen = Scored() if curator == "pmi_frozen" else scored
-            measured = curation_meter(
-                functools.partial(_rate, curator, reader, decoding, config.seed, seen), examples
-            )
-            for kind, meter in measured.items():
-                rows.append({"curator": curator, "kind": kind, "auc": meter.auc, "n": meter.n})
-        return rows
+        return [
+            {"curator": curator, "kind": kind, "auc": meter.auc, "n": meter.n}
+            for curator in curators
+            for kind, meter in measured(curator, scored).items()
+        ]
 
     def nested(rows: list[Row]) -> Row:
         table: dict[str, dict[str, Row]] = {}

@@ -59,7 +59,7 @@ def sample(arguments: argparse.Namespace) -> Result:
         prompts = (
             [single_prompt(arguments.prompt)]
             if arguments.prompt is not None
-            else list(usable_prompts(reader, Path(arguments.prompts), job, report))
+            else list(usable_prompts(reader, Path(arguments.prompts), job, report, set()))
         )
         rows = answer_prompts(reader, prompts, job)
         count = len(rows)
