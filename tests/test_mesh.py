@@ -369,3 +369,23 @@ def test_two_hosts_with_the_same_number_wait_for_a_third() -> None:
 
 def test_hosts_that_have_met_are_not_connected() -> None:
     assert joined(2, (1, 0), 60) == [(0, "2\n"), (0, "2\n")]
+
+
+LATE = """
+import os
+import time
+os.environ["XLA_FLAGS"] += " --xla_cpu_collective_timeout_seconds=1"  # otherwise half an hour
+import jax
+from humpback_jax.parallel import processes
+processes.join_processes()
+processes.wait_for_all("all are here")
+time.sleep(4 * jax.process_index())
+processes.wait_for_all("all shards are written")
+print("met")
+"""
+
+
+def test_a_host_that_is_done_long_before_another_gives_up() -> None:
+    for process in start_several(2, [], 1, ("-c", LATE)):
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and output.endswith("met\n"), errors[-2000:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from humpback_jax.parallel.rendezvous import meet
 Made = TypeVar("Made")
 START_SECONDS = 300
 LEAVE_SECONDS = 10
+WAIT_SECONDS = 14 * 24 * 3600
+_waits = itertools.count()  # a barrier's name serves once
 
 
 def join_processes() -> int:
@@ -82,8 +85,11 @@ def _variable(name: str) -> int | None:
 def wait_for_all(what: str) -> None:
     """Returns once every process of the job has called this with the same text."""
     if jax.process_count() > 1:
+        from jax._src.distributed import global_state
         from jax.experimental import multihost_utils
 
+        # On CPUs a collective gives up after half an hour; shares of a job may differ by more.
+        global_state.client.wait_at_barrier(f"humpback {next(_waits)}", WAIT_SECONDS * 1000)
         multihost_utils.sync_global_devices(what)
 
 
