@@ -61,10 +61,10 @@ def rate_file(
         again = enumerate(_pairs(path, ReadReport(), skip_bad))
         missing = shards.missing(pair for place, pair in again if place not in bad)
 
-        def count(pairs: int) -> None:
+        def tell(pairs: int) -> None:
             progress.add(pairs, lambda seconds: judge.replicas.work.speed(seconds))
 
-        for number, rated in rate_shards(curator, judge, missing, decoding, seed, count):
+        for number, rated in rate_shards(curator, judge, missing, decoding, seed, tell):
             if judge.share.leads:
                 shards.write(number, itertools.starmap(_row, rated))
         shards.wait()

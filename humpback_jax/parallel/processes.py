@@ -89,6 +89,7 @@ def wait_for_all(what: str) -> None:
         from jax.experimental import multihost_utils
 
         # On CPUs a collective gives up after half an hour; shares of a job may differ by more.
+        assert global_state.client is not None, "join_processes has connected them"
         global_state.client.wait_at_barrier(f"humpback {next(_waits)}", WAIT_SECONDS * 1000)
         multihost_utils.sync_global_devices(what)
 
