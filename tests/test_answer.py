@@ -448,8 +448,9 @@ print(peak_bytes())
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
-    peaks = []
-    for count in (1_000, 1_000, 10_000):  # the first one compiles, which takes the most
+    peaks, sizes = [], []
+    # The first job compiles, which takes most; in some thousand rows the heap gets its size.
+    for count in (500, 4_000, 10_000):
         rows = [{**row, "page": f"{row['kept']} " * 1_000} for row in prompts(count)]
         path = write(tmp_path / f"{count}.jsonl", rows)
         arguments = [f"--prompts={path}", f"--out={tmp_path / 'out.jsonl'}"]
@@ -457,9 +458,10 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
             [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
         )
         peaks.append(int(done.stdout.splitlines()[-1]))
+        sizes.append(path.stat().st_size)
         assert len((tmp_path / "out.jsonl").read_text().splitlines()) == count
-    kept = sum(len(row["page"]) for row in rows)
-    assert peaks[2] - peaks[1] < 0.25 * kept, "rows stay in memory"
+    print(f"files of {sizes} bytes, peaks of {peaks}")
+    assert peaks[2] - peaks[1] < (sizes[2] - sizes[1]) / 3, "rows stay in memory"
 
 
 @pytest.mark.parametrize("curator", ["rubric", "pmi", "rubric_likelihood", "combined"])

@@ -388,4 +388,4 @@ print("met")
 def test_a_host_that_is_done_long_before_another_gives_up() -> None:
     for process in start_several(2, [], 1, ("-c", LATE)):
         output, errors = process.communicate(timeout=120)
-        assert (process.returncode, output) == (0, "met\n"), errors[-2000:]
+        assert process.returncode == 0 and output.endswith("met\n"), errors[-2000:]

@@ -74,6 +74,21 @@ def test_a_copy_begins_later_rows_while_another_has_the_first_ones_still_to_come
         assert sorted(place for place, _ in got) == list(range(start, start + 8))
 
 
+def test_rows_pile_up_for_a_slow_copy_in_memory() -> None:
+    read = []
+
+    def endless() -> Iterator[Request]:
+        for number in itertools.count():
+            read.append(number)
+            yield request(number)
+
+    dealer = _Dealer(endless(), 2, 4)
+    taken = list(itertools.islice(dealer.hand(0), 40))
+    assert len(taken) == 40 and len(read) <= 40 + 4
+    waiting = [place for place, _ in itertools.islice(dealer.hand(1), 4)]
+    assert sorted([*waiting, *(place for place, _ in taken)]) == read
+
+
 def test_a_stream_without_end_is_read_to_its_end_first() -> None:
     read = 0
 

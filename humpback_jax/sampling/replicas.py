@@ -174,9 +174,12 @@ class _Dealer:
             yield from mine
 
     def _deal(self) -> None:
-        """Of a window's rows, by length, each copy gets every so-manyth."""
-        copies = len(self._hands)
-        window = list(itertools.islice(self._rest, self._window * copies))
-        window.sort(key=lambda entry: len(entry[1].prompt))
-        for number, mine in enumerate(self._hands):
-            mine.extend(window[number::copies])
+        """Of so many windows' rows, by length, each copy without any gets every so-manyth.
+
+        The others are slower: rows would pile up for them.
+        """
+        empty = [mine for mine in self._hands if not mine]
+        rows = list(itertools.islice(self._rest, self._window * len(empty)))
+        rows.sort(key=lambda entry: len(entry[1].prompt))
+        for number, mine in enumerate(empty):
+            mine.extend(rows[number :: len(empty)])
