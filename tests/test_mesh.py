@@ -306,7 +306,7 @@ def test_a_mesh_that_cuts_nothing_samples_with_the_whole_model_on_each_device(
     (process,) = start_several(1, [*command, f"--out={tmp_path / 'out.jsonl'}"], 3)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "fsdp=3 does not divide the width" in errors and "write fsdp=1" in errors
+    assert "fsdp=3 does not divide the model's width" in errors and "write fsdp=1" in errors
 
 
 def test_half_a_description_of_the_processes_is_an_error() -> None:
