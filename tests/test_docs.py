@@ -16,7 +16,13 @@ from humpback_jax.cli import build_parser, config_overrides, main
 from humpback_jax.compute import choose_compute
 from humpback_jax.config import default_config, load_config
 from humpback_jax.curators import CURATORS
+from humpback_jax.evaluation.meters import BackwardMeter
+from humpback_jax.evaluation.statistics import Estimate
 from humpback_jax.models import load_checkpoint
+from humpback_jax.report import tables
+from humpback_jax.report.document import block_markdown
+from humpback_jax.report.readme import BEGIN, END
+from humpback_jax.run_view import RunView
 from humpback_jax.stages.settings import train_spec
 from humpback_jax.verbs.arguments import chosen_config
 from humpback_jax.verbs.train import WITHOUT_CONFIG
@@ -232,3 +238,20 @@ def test_the_notebook_runs_on_a_finished_run(
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     assert "Held-out response NLL" in capsys.readouterr().out
+
+
+def test_the_readme_s_tables_have_other_rows_or_columns_than_a_report_writes(
+    tmp_path: Path,
+) -> None:
+    """`humpback report --readme` writes them anew: where this fails, that is to be done."""
+    estimate = Estimate(1.0, 2, 0.1)
+    meter = BackwardMeter(estimate, estimate, 0.1, 0.1, 0.1).record()
+    entry = {"name": "round_0/backward_meter", "kind": "meter", "details": meter}
+    (tmp_path / "manifest.json").write_text(json.dumps({"artifacts": [entry]}))
+    run = RunView(tmp_path)
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    for table in (tables.results(run), tables.curation(run), tables.rounds(run)):
+        assert block_markdown(table).splitlines()[0] in block
+    (figures,) = re.findall(r"^\| figure \|.*\n\| --- .*\n((?:\|.*\n)+)", block, re.M)
+    labels = [line.split("|")[1].strip() for line in figures.splitlines()]
+    assert labels == [row[0] for row in tables.backward(run).rows]

@@ -280,12 +280,14 @@ def test_the_page_shows_another_table_than_the_file_holds(tmp_path: Path) -> Non
     text = " ".join(page.split())
     worst = max(abs(row["off"]) for name, row in rows.items() if name.startswith("published"))
     assert f"All are within {worst:.0%}".replace("%", " %") in text
-    full = [row.get("train", row) for row in rows.values()]
-    full = [row for row in full if not row["lora"] and row["mesh"]["tensor"] == 1]
-    adding = {row["mesh"]["fsdp"] for row in full if _largest(row) == "all-reduce"}
-    assert adding == {row["mesh"]["fsdp"] for row in full if row["mesh"]["fsdp"] >= 16}
+    full = {name: row.get("train", row) for name, row in rows.items()}
+    full = {name: row for name, row in full.items() if not row["lora"]}
+    full = {name: row for name, row in full.items() if row["mesh"]["tensor"] == 1}
+    adding = {name for name, row in full.items() if _largest(row) == "all-reduce"}
+    many = {name for name, row in full.items() if row["mesh"]["fsdp"] >= 16}
+    assert adding == {name for name in many if "v6e:4x8" not in name}
     assert "full tuning with 16 or more chips along fsdp, XLA adds up whole gradients" in text
-    assert "with fewer it scatters the sums" in text
+    assert "with fewer, and on v6e 4x8, it scatters the sums" in text
     copy.write_text("no marks", encoding="utf-8")
     with pytest.raises(HumpbackError, match="has no place"):
         write_page(copy, rows)
