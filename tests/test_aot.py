@@ -145,9 +145,9 @@ def test_a_slice_that_trains_but_holds_no_row_to_decode_loses_what_was_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(programs, "tpu_slice", lambda _: (jax.devices()[:1], CHIPS["v5e"]))
-    report = programs.compile_for(
-        default_config(), "random:llama2_70b", "v5e:1x1", names=("prefill", "decode")
-    )
+    config = default_config()
+    set_field(config, "base.model", ["random:llama2_70b"])
+    report = programs.compile_for(config, "v5e:1x1", names=("prefill", "decode"))
     for name in ("prefill", "decode"):
         assert not report[name]["fits"] and report[name]["topology"] == "v5e:1x1"
     lines = [*summary_lines(report)]
@@ -166,7 +166,8 @@ def test_a_copy_over_many_chips_cuts_heads_or_leaves_chips_idle(chips: int, head
 def test_a_copy_on_a_part_of_a_slice_of_several_hosts_does_not_compile(topology: str) -> None:
     config = default_config()
     set_field(config, "compute.mesh", ["tensor=2"])
-    report = programs.compile_for(config, "random:tiny", topology, names=("decode",))["decode"]
+    set_field(config, "base.model", ["random:tiny"])
+    report = programs.compile_for(config, topology, names=("decode",))["decode"]
     assert report["fits"] and report["mesh"]["tensor"] == 2
 
 

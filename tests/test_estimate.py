@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 
 from humpback_jax.aot.estimate import (
     Costs,
+    Exchange,
     Roofline,
     attention_costs,
+    bytes_by_kind,
     compiled_costs,
+    exchanged,
     loss_costs,
     needed_flops,
     step_costs,
 )
-from humpback_jax.aot.hlo import bytes_by_kind, collectives
+from humpback_jax.aot.hlo import collectives
 from humpback_jax.aot.memory import Compiled, bytes_report, compile_program, held_bytes
 from humpback_jax.aot.programs import described, training_plan
 from humpback_jax.aot.suggest import candidates, flags, predicted_costs, shapes, unfilled_line
@@ -75,13 +78,77 @@ def plan_of(layers: int, rows: int = 1, tokens: int = 64, **settings: object) ->
 
 
 def test_bytes_between_devices_are_counted_twice_or_by_the_wrong_ring() -> None:
-    sent = bytes_by_kind(collectives(PROGRAM))
+    sent = bytes_by_kind(exchanged(PROGRAM, tensor=1))
     assert sent == {
         "all-gather": 8 * 1024 * 2 * 7 / 8 + 32 * 2 * 3 / 4,
         "all-reduce": 2 * (16 + 4) * 4 * 3 / 4 + 2 * 32 * 7 / 8 + 2 * 32 * 15 / 16 + 2 * 16 * 3 / 4,
         "reduce-scatter": 2 * (2 * 4 * 4 * 3),
         "collective-permute": 64,
     }
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,2,4,6},{1,3,5,7}}", (0, 2, 4, 6)),
+        ("[2,8]<=[16]", tuple(range(8))),
+        ("[4,4]<=[8,2]T(1,0)", (0, 2, 4, 6)),
+        ("[4,4]<=[2,4,2]T(0,2,1)", (0, 2, 4, 6)),
+        ("mesh['a'=8,'b'=1,'c'=2] {'c'}", (0, 1)),
+        ("mesh['a'=8,'b'=2] {'a'}", tuple(range(0, 16, 2))),
+        ("mesh['a'=2,'b'=4,'c'=2], device_ids=([2,4,2]T(2,1,0)) {'a'}", (0, 1)),
+        ("mesh['a'=4,'b'=4], device_ids=([2,4,2]T(1,0,2)) {'a'}", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2,'c'=2], device_ids=([2,8]T(1,0)) {'b'}", (0, 1)),
+        ("mesh['a'=2,'b'=8] {'a','b':(2)4}", (0, 1, 2, 3, 8, 9, 10, 11)),
+    ],
+)
+def test_an_exchange_is_taken_for_one_of_other_devices(groups: str, first: tuple[int, ...]) -> None:
+    (found,) = collectives(f"  %x = f32[8]{{0}} all-gather(%y), replica_groups={groups}, x=1")
+    assert found.group == first
+
+
+def test_partial_sums_look_free_or_sums_of_gradients_do_not() -> None:
+    """Layers need the former at once; the latter are added up beside the products of others."""
+    lines = {
+        "{{0,1},{2,3}}": Exchange("all-reduce", waited_for=True),
+        "{{0,2},{1,3}}": Exchange("all-reduce"),
+        "{{0,1,2,3}}": Exchange("all-reduce"),
+    }
+    for groups, expected in lines.items():
+        program = f"  %x = f32[8]{{0}} all-reduce(%y), replica_groups={groups}"
+        assert [*exchanged(program, tensor=2)] == [expected]
+    together = "  %x = (f32[8]{0}, f32[8]{0}) all-reduce(%y, %z), replica_groups={{0,2},{1,3}}"
+    assert [*exchanged(together, tensor=2)] == [Exchange("all-reduce", waited_for=True)]
+
+
+def test_sums_along_all_sides_of_a_slice_take_as_long_as_along_one() -> None:
+    strategies = {"UniDirectionNDRingStrategy": True, "StrategyND": True, "StrategyRing": False}
+    for strategy, all_sides in strategies.items():
+        (sent,) = exchanged(
+            "  %x = f32[8]{0} all-reduce(%y), replica_groups={{0,1}}, backend_config="
+            f'{{"emitter":"RotatedPincerEmitter","strategy":"{strategy}"}}',
+            tensor=1,
+        )
+        assert sent.all_sides is all_sides
+    chip = CHIPS["v5p"]
+    assert Exchange("all-reduce").seconds(chip.links, chip) == 2
+    assert Exchange("all-reduce", all_sides=True).seconds(chip.links, chip) == 1
+
+
+def test_an_exchange_beside_products_counts_once_for_each_of_its_pieces() -> None:
+    piece = "  %x = bf16[32]{{0}} all-gather(%y), channel_id={}, replica_groups={{{{0,1}}}}\n"
+    program = "".join(
+        f"%{name} (y: bf16[16]) -> bf16[32] {{\n{piece.format(channel)}}}\n"
+        for name, channel in (
+            ("fused_computation.1", 7),
+            ("async_collective_fusion.2", 7),
+            ("fused_computation.3", 7),
+            ("fused_computation.4", 8),
+        )
+    )
+    assert len(collectives(program)) == 2
+    whole = piece.format(9)
+    assert len(collectives(whole + whole)) == 2, "two of their own"
 
 
 def test_a_layer_more_costs_something_else_than_the_difference_of_two_compiles() -> None:
@@ -138,7 +205,9 @@ def test_micro_batches_update_the_parameters_once_each() -> None:
 
 def test_a_step_is_faster_than_the_slowest_of_its_parts() -> None:
     chip = CHIPS["v5p"]
-    costs = Costs(chip.flops, chip.bandwidth, {"all-gather": chip.links, "all-reduce": chip.links})
+    sums = Exchange("all-reduce", waited_for=True)
+    sent = {Exchange("all-gather"): chip.links, sums: chip.links}
+    costs = Costs(chip.flops, chip.bandwidth, sent)
     roofline = Roofline.of(costs, chip)
     assert roofline.seconds >= max(roofline.products, roofline.memory, roofline.hidden)
     assert roofline.seconds == pytest.approx(roofline.hidden + roofline.waited_for)

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from humpback_jax.aot.estimate import LINKS_SHARE
-from humpback_jax.aot.hlo import bytes_by_kind, collectives
+from humpback_jax.aot.estimate import Sent, bytes_by_kind, exchanged
 from humpback_jax.aot.memory import bytes_report, compile_program
 from humpback_jax.compute import Compute
 from humpback_jax.errors import HumpbackError
@@ -140,13 +139,14 @@ def compile_decode(
     for name in names:
         program, inputs = programs[name]
         compiled = compile_program(program.lower(params, slots, prefix, *inputs))
-        report[name] = bytes_report(compiled, {"parameters": params, "cache": slots}, chip)
+        entry = bytes_report(compiled, {"parameters": params, "cache": slots}, chip)
+        sent: Sent = {}
         if compiled.program is not None:
-            report[name]["collective_bytes"] = bytes_by_kind(
-                collectives(compiled.program.as_text())
-            )
-    if "decode" in report:
-        report["decode"] |= _estimate(report["decode"], config, plan, chip)
+            sent = exchanged(compiled.program.as_text(), axis_size(mesh, "tensor"))
+            entry["collective_bytes"] = bytes_by_kind(sent)
+        if name == "decode":
+            entry |= _estimate(entry, sent, config, plan, chip)
+        report[name] = entry
     sizes = {axis: axis_size(mesh, axis) for axis in mesh.axis_names} | {"data": plan.copies}
     chips = plan.copies * mesh.size
     shared = {"mesh": sizes, "slots": plan.slots, "capacity": plan.capacity, "chips": chips}
@@ -162,10 +162,11 @@ def _weights(
 
 
 def _estimate(
-    entry: dict[str, Any], config: LlamaConfig, plan: DecodePlan, chip: Chip
+    entry: dict[str, Any], sent: Sent, config: LlamaConfig, plan: DecodePlan, chip: Chip
 ) -> dict[str, float]:
-    held, sent = entry["bytes_by_kind"], entry.get("collective_bytes", {})
+    held = entry["bytes_by_kind"]
     flops = 2 * count_parameters(config) * plan.slots / plan.mesh.size
     read = (held["parameters"] + held["cache"] / 2) / chip.bandwidth
-    step = max(read, flops / chip.flops) + sum(sent.values()) / (LINKS_SHARE * chip.links)
+    exchange = sum(each.seconds(size, chip) for each, size in sent.items())
+    step = max(read, flops / chip.flops) + exchange
     return {"est_step_s": step, "est_mfu": flops / chip.flops / step}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
-from humpback_jax.aot.hlo import bytes_by_kind, collectives
+from humpback_jax.aot.hlo import collectives
 from humpback_jax.aot.memory import held_bytes
 from humpback_jax.aot.train import TrainPlan, lower_step, state_of
 from humpback_jax.model.config import LlamaConfig
@@ -20,26 +20,45 @@ from humpback_jax.parallel.mesh import axis_size
 from humpback_jax.parallel.topology import Chip
 from humpback_jax.training.loss import chunk_size
 
-# A group of chips along one side of a slice has some of a chip's links, and no ring at its ends.
-LINKS_SHARE = 0.5
-# Exchanges that wait for nothing in the layer at work, so that its products hide them.
-HIDDEN = ("all-gather", "reduce-scatter", "collective-permute")
+# Of a chip's links, what an exchange along one side of a slice has: some, and no ring at its ends.
+ONE_SIDE = 0.5
 
 # What is counted hardly depends on the compiler's effort, and compiling takes a tenth of the time.
 # Products that exchange their inputs piece by piece would be loops, whose bodies count once.
 QUICK: Any = {
     "exec_time_optimization_effort": -1.0,
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_enable_async_all_reduce": False,  # else each is written as several
 }
+
+
+class Exchange(NamedTuple):
+    """What decides on the time that bytes between devices take.
+
+    all_sides: they go along all sides of a slice at once.
+    waited_for: no product runs beside them: partial sums and places that change their device, which
+      the next one needs, and arrays that XLA adds up together, as it does with small ones.
+    """
+
+    kind: str
+    all_sides: bool = False
+    waited_for: bool = False
+
+    def seconds(self, size: float, chip: Chip) -> float:
+        """For so many bytes that a device sends."""
+        return size / (chip.links * (1.0 if self.all_sides else ONE_SIDE))
+
+
+Sent = dict[Exchange, float]  # bytes of a device
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one device: FLOP, bytes of its memory read and written, bytes sent by kind."""
+    """Of one device: FLOP, bytes of its memory read and written, bytes sent by each `Exchange`."""
 
     flops: float
     memory: float
-    sent: dict[str, float] = dataclasses.field(default_factory=dict)
+    sent: Sent = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: Costs) -> Costs:
         sent = collections.Counter(self.sent)
@@ -47,22 +66,49 @@ class Costs:
         return Costs(self.flops + other.flops, self.memory + other.memory, dict(sent))
 
     def times(self, factor: float) -> Costs:
-        sent = {kind: factor * size for kind, size in self.sent.items()}
+        sent = {exchange: factor * size for exchange, size in self.sent.items()}
         return Costs(factor * self.flops, factor * self.memory, sent)
 
 
-def compiled_costs(compiled: Any) -> Costs:
-    """As XLA counts them: loops once, and kernels not at all."""
+def compiled_costs(compiled: Any, tensor: int = 1) -> Costs:
+    """As XLA counts them: loops once, and kernels not at all.
+
+    Args:
+      tensor: size of the mesh's last axis.
+    """
     analysis = compiled.cost_analysis()
-    sent = bytes_by_kind(collectives(compiled.as_text()))
+    sent = exchanged(compiled.as_text(), tensor)
     return Costs(analysis["flops"], analysis["bytes accessed"], sent)
+
+
+def exchanged(program: str, tensor: int) -> Sent:
+    """What the text of a compiled program says that a device sends; loops are counted once."""
+    sent: Sent = collections.defaultdict(float)
+    for each in collectives(program):
+        along_tensor = len({device // tensor for device in each.group}) == 1
+        waited_for = each.kind == "all-to-all"
+        if each.kind == "all-reduce":
+            waited_for = along_tensor or len(each.arrays) > 1
+        sent[Exchange(each.kind, each.all_sides, waited_for)] += each.bytes
+    return dict(sent)
+
+
+def bytes_by_kind(sent: Sent) -> dict[str, float]:
+    """Bytes that a device sends, by kind of collective."""
+    sums: dict[str, float] = collections.defaultdict(float)
+    for exchange, size in sent.items():
+        sums[exchange.kind] += size
+    return dict(sums)
 
 
 def step_costs(plan: TrainPlan) -> Costs:
     """Of a whole step, extrapolated from compiled steps of one and of two layers."""
     options = QUICK if plan.mesh.devices.flat[0].platform == "tpu" else None
     one, two = (
-        compiled_costs(lower_step(plan.with_layers(count, "unrolled"))[0].compile(options))
+        compiled_costs(
+            lower_step(plan.with_layers(count, "unrolled"))[0].compile(options),
+            axis_size(plan.mesh, "tensor"),
+        )
         for count in (1, 2)
     )
     layers = plan.config.num_hidden_layers
@@ -140,13 +186,17 @@ class Roofline:
 
     @classmethod
     def of(cls, costs: Costs, chip: Chip) -> Roofline:
-        links = LINKS_SHARE * chip.links
-        hidden = sum(costs.sent.get(kind, 0.0) for kind in HIDDEN)
+        hidden = waited_for = 0.0
+        for exchange, size in costs.sent.items():
+            if exchange.waited_for:
+                waited_for += exchange.seconds(size, chip)
+            else:
+                hidden += exchange.seconds(size, chip)
         return cls(
             costs.flops / (chip.share * chip.flops),
             costs.memory / chip.bandwidth,
-            hidden / links,
-            (sum(costs.sent.values()) - hidden) / links,
+            hidden,
+            waited_for,
         )
 
     @property

@@ -9,7 +9,13 @@ from typing import Any
 import jax
 
 from humpback_jax.aot.decode import compile_decode, plan_decode
-from humpback_jax.aot.estimate import Costs, Roofline, needed_flops, step_costs
+from humpback_jax.aot.estimate import (
+    Costs,
+    Roofline,
+    bytes_by_kind,
+    needed_flops,
+    step_costs,
+)
 from humpback_jax.aot.memory import bytes_report, compile_program
 from humpback_jax.aot.train import TrainPlan, lower_step, most_rows, plan_training
 from humpback_jax.compute import choose_compute
@@ -27,7 +33,6 @@ CHARS_PER_TOKEN = 3  # of long documents, at least
 
 def compile_for(
     config: Any,
-    model: str | None,
     topology: str,
     rows: int | None = None,
     names: Sequence[str] = ALL,
@@ -35,7 +40,6 @@ def compile_for(
     """The programs that train, write and rate as a run of `config` would, on a slice.
 
     Args:
-      model: instead of the config's base.
       rows: of `train.row_tokens` places that each device trains on at a time; None: the most that
         a batch of the config can take.
       names: of the programs to compile.
@@ -50,7 +54,7 @@ def compile_for(
     for name in names:
         if name not in ALL:
             raise HumpbackError(f"program {name!r} is unknown; choose from {', '.join(ALL)}.")
-    architecture = load_config(model or config.base.model)
+    architecture = load_config(config.base.model)
     devices, chip = tpu_slice(topology)
     report: dict[str, Any] = {"topology": topology, "chips": len(devices)}
     if "train" in names:
@@ -125,7 +129,7 @@ def estimated(plan: TrainPlan, costs: Costs, chip: Chip) -> dict[str, Any]:
     return {
         "flops": costs.flops,
         "memory_bytes": costs.memory,
-        "collective_bytes": costs.sent,
+        "collective_bytes": bytes_by_kind(costs.sent),
         "est_parts": vars(roofline),
         "est_step_s": seconds,
         "est_tokens_per_s": plan.tokens / seconds,

@@ -8,6 +8,7 @@ from typing import Any
 
 from humpback_jax.aot.estimate import (
     Costs,
+    Exchange,
     Roofline,
     attention_costs,
     loss_costs,
@@ -36,15 +37,13 @@ REFUSED = 6  # candidates in a row that do not, until the search gives up
 KEPT_FREE = 0.05  # of a chip's memory
 
 
-def suggest_for(
-    config: Any, model: str | None, topology: str, say: Callable[[str], None]
-) -> dict[str, Any]:
+def suggest_for(config: Any, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
     """`suggest` for the config's section `train`, as `programs.compile_for` reports it.
 
     Raises:
       HumpbackError: an unknown slice or model, or no plan fits.
     """
-    architecture = load_config(model or config.base.model)
+    architecture = load_config(config.base.model)
     devices, chip = tpu_slice(topology)
     run = training_plan(config, architecture, devices, rows=1).run
     best = suggest(architecture, run, devices, chip, COMPILED, say, limited=True)
@@ -206,10 +205,14 @@ def predicted_costs(plan: TrainPlan) -> Costs:
     scattered = 2 * whole * (fsdp - 1) / fsdp if run.lora is None else 0.0
     # Partial sums of the two products of a layer that end along the cut axis, both ways.
     sums = (4 + 2 * (run.remat == "full")) * layers * tokens * config.hidden_size * 4
-    added = 2 * sums * (tensor - 1) / tensor
+    sent = {
+        Exchange("all-gather"): gathered,
+        Exchange("reduce-scatter"): scattered,
+        Exchange("all-reduce", waited_for=True): 2 * sums * (tensor - 1) / tensor,
+    }
     if run.lora is None:
-        added += 2 * 4 * count_parameters(config) / (fsdp * tensor) * (data - 1) / data
-    sent = {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": added}
+        copied = 4 * count_parameters(config) / (fsdp * tensor)
+        sent[Exchange("all-reduce")] = 2 * copied * (data - 1) / data
     micro_batch = Costs(flops, read + activations, sent) + loss_costs(plan)
     micro_batch += attention_costs(plan).times(layers)
     return micro_batch.times(plan.micro_batches) + update_costs(plan)

@@ -112,7 +112,7 @@ def _row(setting: Setting, say: Callable[[str], None]) -> dict[str, Any]:
     parts = parts_that_hold(weights, chip.memory, len(devices))
     copy = one_copy(parts, architecture.num_key_value_heads)
     config.compute.mesh = f"fsdp={copy.fsdp},tensor={copy.tensor}"
-    decode = compile_for(config, None, setting.topology, names=("decode",))["decode"]
+    decode = compile_for(config, setting.topology, names=("decode",))["decode"]
     return {"topology": setting.topology, "train": train, "decode": decode}
 
 

@@ -156,13 +156,24 @@ def make_train_step(spec: StepSpec, optimizer: optax.GradientTransformation) -> 
 
 
 def _compiler_options(spec: StepSpec) -> dict[str, Any] | None:
-    """Has XLA's CPU backend compute again what `remat` leaves out when it is wanted.
+    """What XLA does not do by itself.
 
-    By default it orders a program for concurrency: what does not wait for the backward pass is then
-    computed early, and kept. Orders for memory are a few percent slower, so that they are used only
-    where memory is asked for.
+    On a CPU: compute again what `remat` leaves out when it is wanted. By default it orders a
+    program for concurrency: what does not wait for the backward pass is then computed early, and
+    kept. Orders for memory are a few percent slower, so that they are used only where memory is
+    asked for.
+
+    On several TPU chips: add up beside products. XLA turns the scattered sums of gradients, and on
+    large slices the gathering of weights, into sums on all chips, since those use all of a chip's
+    links at once; by default every product waits for them.
     """
     devices = jax.devices() if spec.mesh is None else spec.mesh.devices.flat
-    if spec.remat == "none" or devices[0].platform != "cpu":
-        return None
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    platform = devices[0].platform
+    if platform == "cpu" and spec.remat != "none":
+        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    if platform == "tpu" and spec.mesh is not None:
+        return {
+            "xla_enable_async_all_reduce": True,
+            "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+        }
+    return None

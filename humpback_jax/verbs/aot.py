@@ -26,10 +26,10 @@ def aot(arguments: argparse.Namespace) -> Result:
     flag_as_field(arguments, "lora", "train.lora.rank")
     config = chosen_config(arguments)
     if arguments.suggest:
-        result = suggest_for(config, arguments.model, arguments.topology, timed_lines())
+        result = suggest_for(config, arguments.topology, timed_lines())
     else:
         names = arguments.programs or ALL
-        result = compile_for(config, arguments.model, arguments.topology, arguments.rows, names)
+        result = compile_for(config, arguments.topology, arguments.rows, names)
     for line in summary_lines(result):
         print(line)
     if arguments.out:
