@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from humpback_jax.aot import programs
 from humpback_jax.aot.decode import compile_decode, plan_decode
 from humpback_jax.aot.programs import training_plan
 from humpback_jax.aot.summary import summary_lines
+from humpback_jax.aot.train import lower_step, plan_training
 from humpback_jax.cli import main
 from humpback_jax.compute import Compute, choose_compute
 from humpback_jax.config import default_config
@@ -32,6 +34,7 @@ from humpback_jax.models import load_config, load_model, save_checkpoint
 from humpback_jax.overrides import set_field
 from humpback_jax.parallel.mesh import one_copy
 from humpback_jax.parallel.topology import CHIPS, tpu_slice
+from humpback_jax.training.trainer import TrainSpec
 from humpback_jax.weights.gguf_export import save_gguf
 from humpback_jax.weights.gguf_file import read_gguf_header
 from humpback_jax.weights.gguf_io import load_gguf
@@ -134,6 +137,28 @@ def test_an_adapter_named_by_its_own_flag_has_no_int8_base(capsys, monkeypatch) 
     assert "--topology=v9:1 is not known" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--table=t.json", "--config.train.remat=full"], "--config.train.remat"),
+        (["--table=t.json", "--config=configs/humpback.py"], "--config"),
+        (["--table=t.json", "--model=random:7b"], "--model"),
+        (["--table=t.json", "--topology=v5e:2x2"], "--topology"),
+        (["--table=t.json", "--suggest"], "--suggest"),
+        (["--topology=v5e:2x2", "--suggest", "--rows=2"], "--rows"),
+        (["--topology=v5e:2x2", "--suggest", "--programs=decode"], "--programs"),
+        (["--topology=v5e:2x2", "--only=7b"], "--only"),
+    ],
+)
+def test_hours_of_compiling_leave_out_what_the_command_line_asked_for(
+    flags: list[str], named: str, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("HUMPBACK_IN_PROCESS", "1")
+    assert main(["aot", *flags]) == 1
+    error = capsys.readouterr().err
+    assert f"{named} has no effect" in error
+
+
 def test_a_slice_too_small_is_found_by_the_compiler_alone() -> None:
     with pytest.raises(HumpbackError, match="does not hold one row"):
         plan_decode(SHAPES["llama2_70b"], jax.devices()[:1], CHIPS["v5e"], for_tpu(), 2048)
@@ -169,6 +194,35 @@ def test_a_copy_on_a_part_of_a_slice_of_several_hosts_does_not_compile(topology:
     set_field(config, "base.model", ["random:tiny"])
     report = programs.compile_for(config, topology, names=("decode",))["decode"]
     assert report["fits"] and report["mesh"]["tensor"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="compiling for TPU needs libtpu: pip install jax[tpu]")
+def test_on_a_large_slice_products_wait_for_weights_and_sums_of_gradients() -> None:
+    """XLA sends both as sums on all 64 chips; asynchronous ones are pieces of fusions."""
+    devices, _ = tpu_slice("v5p:4x4x4")
+    compute = choose_compute("bfloat16", 1, platform="tpu")
+    config = dataclasses.replace(
+        SHAPES["65b"], intermediate_size=8192, vocab_size=512, num_hidden_layers=2
+    )
+    run = TrainSpec(
+        1,
+        row_tokens=512,
+        precision=compute.precision,
+        layout=compute.train_layout,
+        kernels=compute.kernels,
+        remat="full",
+    )
+    lowered, *_ = lower_step(plan_training(config, run, devices, None, rows=1))
+    waited_for, beside = set(), set()
+    fused = False
+    for line in lowered.compile().as_text().splitlines():
+        if line.endswith("{"):
+            fused = line.startswith(("%fused_computation", "%async_collective_fusion"))
+        if " all-reduce(" in line and "8192]" in line.split(" all-reduce(")[0]:
+            (channel,) = re.findall(r"channel_id=(\d+)", line)
+            (beside if fused else waited_for).add(channel)
+    assert len(beside) > 2 * len(waited_for), (beside, waited_for)
 
 
 @pytest.mark.slow

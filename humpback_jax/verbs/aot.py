@@ -17,6 +17,7 @@ from humpback_jax.verbs.arguments import Result, chosen_config, flag_as_field
 
 def aot(arguments: argparse.Namespace) -> Result:
     """Compiles a config's programs for a TPU slice; prints what they need there."""
+    _refuse_unread(arguments)
     if arguments.table:
         return fill_table(Path(arguments.table), arguments.only, timed_lines())
     if not arguments.topology:
@@ -35,3 +36,19 @@ def aot(arguments: argparse.Namespace) -> Result:
     if arguments.out:
         write_json(Path(arguments.out), result)
     return result
+
+
+def _refuse_unread(arguments: argparse.Namespace) -> None:
+    """Refuses flags that nothing would read: they would look as if they had been heeded."""
+    if arguments.table:
+        flags = ["config", "topology", "model", "programs", "rows", "lora", "suggest", "out"]
+        reason = "beside --table, whose rows have settings of their own"
+    elif arguments.suggest:
+        flags, reason = ["programs", "rows"], "beside --suggest, which searches for training"
+    else:
+        flags, reason = ["only"], "without --table"
+    given = [flag for flag in flags if getattr(arguments, flag) not in (None, "", [], False)]
+    if arguments.table:
+        given += [f"config.{key}" for key in arguments.overrides]
+    if given:
+        raise HumpbackError(f"--{given[0]} has no effect {reason}.")
