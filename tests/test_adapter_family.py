@@ -189,6 +189,20 @@ def test_a_fresh_dora_adapter_leaves_the_base_as_it_is(layout) -> None:
     assert_trees_close(merge_adapter(params, adapter, spec), params, 1e-6)
 
 
+@pytest.mark.parametrize("layout", ["scan", "unrolled"])
+@pytest.mark.parametrize("base", ["auto", "int8", None])
+def test_the_first_step_deletes_weights_that_the_caller_goes_on_with(base, layout) -> None:
+    """A step is given its whole state, frozen norms too; the adapter is merged into the base."""
+    config, params = from_torch(torch_llama(num_hidden_layers=1))
+    params = jax.tree.map(jnp.asarray, params)
+    lora = None if base is None else lora_spec(RANK, ALPHA, 0.0, ("q",), base=base)
+    step = StepSpec(config, 1, layout=layout, precision=FLOAT32, lora=lora)
+    state = initial_state(step, params, optax.sgd(1.0), seed=0)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    assert not [leaf.shape for leaf in jax.tree.leaves(params) if leaf.is_deleted()]
+
+
 def rounded(quantized):
     """int8 weights and their scales -> the float32 weights that they stand for."""
     flat = dict(flatten(quantized))

@@ -138,7 +138,8 @@ def _float32_base(spec: StepSpec, base: Params) -> Params:
 
 def _int8_base(spec: StepSpec, base: Params) -> Params:
     """An int8 copy, norms and biases in float32; a wider one of all weights is never made."""
-    return place_int8(_arranged(base, spec.layout), spec.config, spec.mesh, spec.layout, _float32)
+    arranged = _arranged(base, spec.layout)
+    return place_int8(arranged, spec.config, spec.mesh, spec.layout, _float32_copy)
 
 
 def finished_params(
@@ -179,6 +180,11 @@ def finished_params(
 
 def _arranged(params: Params, layout: Layout) -> Params:
     return params if layout == "scan" else unstack_layers(params)
+
+
+def _float32_copy(leaf: Any) -> Any:
+    """Of its own in any case: a step takes the state's arrays, and the base is needed after it."""
+    return leaf.astype(jnp.float32, copy=True)
 
 
 def _float32(tree: Any) -> Any:
