@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
 
 from humpback_jax.aot.estimate import (
     Costs,
@@ -46,6 +47,8 @@ from humpback_jax.model.llama import count_parameters
 from humpback_jax.model.lora import lora_spec
 from humpback_jax.model.shapes import SHAPES
 from humpback_jax.overrides import set_field
+from humpback_jax.parallel.mesh import AXES
+from humpback_jax.parallel.rules import check_sharded
 from humpback_jax.parallel.topology import CHIPS
 from humpback_jax.training.examples import ExampleIndex
 from humpback_jax.training.loss import chunk_size
@@ -334,6 +337,13 @@ def test_a_suggested_mesh_cuts_heads_or_leaves_chips_idle(chips: int, name: str)
     for shape in found:
         assert math.prod((shape.data, shape.fsdp, shape.tensor)) == chips
         assert config.num_key_value_heads % shape.tensor == 0
+
+
+def test_one_mesh_that_does_not_fit_ends_the_search_for_others() -> None:
+    """40 heads divide by 5, and the inner width of the MLP does not."""
+    for shape in shapes(20, SHAPES["13b"]):
+        sizes = (shape.data, shape.fsdp, shape.tensor)
+        check_sharded(SHAPES["13b"], AbstractMesh(sizes, AXES))
 
 
 def test_the_page_shows_another_table_than_the_file_holds(tmp_path: Path) -> None:

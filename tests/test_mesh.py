@@ -309,11 +309,18 @@ def test_a_mesh_that_cuts_nothing_samples_with_the_whole_model_on_each_device(
     assert "fsdp=3 does not divide the model's width" in errors and "write fsdp=1" in errors
 
 
-def test_half_a_description_of_the_processes_is_an_error() -> None:
-    environment = {
-        **os.environ,
-        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
-    }
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, "JAX_NUM_PROCESSES"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_PROCESS_ID": "1"}, "JAX_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_half_a_description_of_the_processes_starts_jobs_that_write_over_each_other(
+    given: dict[str, str], missing: str
+) -> None:
+    environment = {**os.environ, **given}
     done = subprocess.run(
         [sys.executable, "-m", "humpback_jax", "score", "--data=x", "--out=y"],
         cwd=ROOT,
@@ -323,7 +330,7 @@ def test_half_a_description_of_the_processes_is_an_error() -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "JAX_NUM_PROCESSES" in done.stderr
+    assert missing in done.stderr
 
 
 JOIN = """

@@ -289,6 +289,21 @@ print(json.dumps([after - before, time.process_time() - start]))
 """
 
 
+def test_files_of_one_name_size_and_time_are_taken_for_each_other(tmp_path: Path) -> None:
+    """As they come out of an archive: the rows of one would be trained on twice."""
+    found = []
+    for word in ("yes", "nay"):
+        path = tmp_path / word / "rows.jsonl"
+        path.parent.mkdir()
+        write_rows(path, [{"id": "r", "instruction": "Say it.", "output": word}])
+        os.utime(path, (1e9, 1e9))
+        found.append(RowFile("seed", path))
+    way = Tokenization(base(), settings(), "forward")
+    store, _ = token_store(found, way, tmp_path / "tokens", print)
+    texts = {base().tokenizer.decode(store[number].ids.tolist()) for number in range(2)}
+    assert len(texts) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [100_000, 500_000])
 def test_many_rows_fill_the_memory_while_they_are_tokenised(count: int, tmp_path: Path) -> None:

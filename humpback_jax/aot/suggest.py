@@ -143,7 +143,7 @@ def _packings(examples: int, parts: int) -> list[tuple[int, int | None]]:
 def shapes(chips: int, config: LlamaConfig) -> Iterator[MeshShape]:
     """Meshes of so many chips along whose axes the model divides evenly."""
     for tensor in _divisors(chips):
-        if config.num_key_value_heads % tensor:
+        if config.num_key_value_heads % tensor or config.intermediate_size % tensor:
             continue
         for fsdp in _divisors(chips // tensor):
             if config.hidden_size % fsdp == 0:

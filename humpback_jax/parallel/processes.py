@@ -38,9 +38,14 @@ def join_processes() -> int:
       HumpbackError: a variable is missing or no number, or not all processes came in time.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is None and os.environ.get("HUMPBACK_DISTRIBUTED") != "1":
-        return 1
     count, number = (_variable(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    if address is None and os.environ.get("HUMPBACK_DISTRIBUTED") != "1":
+        if (count or 1) > 1 or number:
+            raise HumpbackError(
+                "JAX_NUM_PROCESSES and JAX_PROCESS_ID describe a job of several processes, which "
+                "meet at JAX_COORDINATOR_ADDRESS=HOST:PORT: set it, or leave the others out."
+            )
+        return 1
     if address is not None and (count is None or number is None):
         raise HumpbackError(
             "JAX_COORDINATOR_ADDRESS is set; JAX_NUM_PROCESSES and JAX_PROCESS_ID must be, too."

@@ -84,11 +84,13 @@ class Tokenization:
 
     def key(self, file: RowFile) -> str:
         """Another one where the file or anything else changed that tokens depend on."""
+        path = info_file(file.path) if is_split(file.path) else file.path
         try:
-            found = (info_file(file.path) if is_split(file.path) else file.path).stat()
+            found = path.stat()
         except OSError as error:
             raise HumpbackError(f"{file.path}: the file does not exist.") from error
-        parts = [VERSION, CHUNK * SHARD_CHUNKS, file.source, file.path.name]
+        # Of the same name, size and time there may be several, e.g. out of an archive.
+        parts = [VERSION, CHUNK * SHARD_CHUNKS, file.source, file.path.name, str(path.resolve())]
         parts += [found.st_size, found.st_mtime_ns]
         parts += [self.base.tokenizer.content_hash(), self.base.template.content_hash()]
         parts += [self.direction, token_limit(self.base, self.section), self.section.on_long]

@@ -43,12 +43,19 @@ def _refuse_unread(arguments: argparse.Namespace) -> None:
     if arguments.table:
         flags = ["config", "topology", "model", "programs", "rows", "lora", "suggest", "out"]
         reason = "beside --table, whose rows have settings of their own"
+        fields = [*arguments.overrides]
     elif arguments.suggest:
-        flags, reason = ["programs", "rows"], "beside --suggest, which searches for training"
+        flags, reason = (
+            ["only", "programs", "rows"],
+            "beside --suggest, which searches for training",
+        )
+        fields = ["compute.mesh", "train.remat", "train.accumulation"]
+    elif arguments.programs and "train" not in arguments.programs:
+        flags, reason = ["only", "rows", "lora"], "where --programs leaves train out"
+        fields = [key for key in arguments.overrides if key.startswith("train.")]
     else:
-        flags, reason = ["only"], "without --table"
+        flags, reason, fields = ["only"], "without --table", []
     given = [flag for flag in flags if getattr(arguments, flag) not in (None, "", [], False)]
-    if arguments.table:
-        given += [f"config.{key}" for key in arguments.overrides]
+    given += [f"config.{key}" for key in fields if key in arguments.overrides]
     if given:
         raise HumpbackError(f"--{given[0]} has no effect {reason}.")

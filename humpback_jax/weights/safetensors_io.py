@@ -29,6 +29,7 @@ from humpback_jax.weights.stored import Slices, stored_params
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+BLOCK_ROWS = 4096  # of a table, read at a time to be compared
 _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -252,7 +253,12 @@ def _check_tied_head(config: LlamaConfig, stored: Mapping[str, _Stored]) -> None
     head = stored.get("lm_head.weight")
     if not config.tie_word_embeddings or head is None:
         return
-    if not np.array_equal(head.read(), stored["model.embed_tokens.weight"].read()):
+    table = stored["model.embed_tokens.weight"]
+    count = head.shape[0]
+    starts = range(0, count, BLOCK_ROWS)
+    blocks = [(slice(start, min(start + BLOCK_ROWS, count)),) for start in starts]
+    same = head.shape == table.shape
+    if not (same and all(np.array_equal(head.part(rows), table.part(rows)) for rows in blocks)):
         raise HumpbackError(
             f"{head.file}: the tensor 'lm_head.weight' differs from 'model.embed_tokens.weight', "
             "although config.json ties them; set tie_word_embeddings to false there to use it."
