@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from humpback_jax.artifacts import Row, artifact_rows, read_manifest, read_parquet
 from humpback_jax.errors import HumpbackError
+from humpback_jax.metrics import logged_rows
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -105,14 +106,7 @@ class RunView:
 
     @functools.cached_property
     def _metrics(self) -> list[Row]:
-        path = self.root / "metrics.jsonl"
-        rows = []
-        for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # a line that a kill cut short
-                continue
-        return rows
+        return logged_rows(self.root)
 
     def _json(self, name: str) -> Row:
         path = self.root / name

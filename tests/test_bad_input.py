@@ -95,24 +95,48 @@ ALTERNATING = (
 )
 
 
-def test_a_conversation_that_the_chat_template_refuses_is_named_or_counted_with_skip_bad(
-    capsys: pytest.CaptureFixture[str], hf_folder: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def alternating_model(hf_folder: Path, tmp_path: Path) -> Path:
+    """A model whose chat template refuses two requests in a row."""
     model = shutil.copytree(hf_folder, tmp_path / "model")
     fields = json.loads((model / "tokenizer_config.json").read_text())
     fields["chat_template"] = ALTERNATING
     (model / "tokenizer_config.json").write_text(json.dumps(fields))
     (model / "chat_template.jinja").unlink(missing_ok=True)
-    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
-    data = write(
-        tmp_path / "rows.jsonl", {"id": "the-odd-one", "messages": [user, user, answer]}, GOOD
-    )
-    command = train(data, tmp_path / "out", f"--model={model}")
+    return model
+
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+ODD = {"id": "the-odd-one", "messages": [USER, USER, ANSWER]}
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_named_or_counted_with_skip_bad(
+    capsys: pytest.CaptureFixture[str], alternating_model: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", ODD, GOOD)
+    command = train(data, tmp_path / "out", f"--model={alternating_model}")
     message = refused(capsys, *command)
     assert "row the-odd-one" in message and "roles must alternate" in message
     assert main([*command, "--skip-bad", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["examples"] == 1 and result["dropped"] == {"refused_by_template": 1}
+
+
+def test_validation_is_of_fewer_rows_than_were_given_and_nobody_says_so(
+    capsys: pytest.CaptureFixture[str], alternating_model: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", GOOD)
+    long = {"instruction": "Go on.", "output": "on and " * 500}
+    heldout = write(tmp_path / "heldout.jsonl", GOOD, long, ODD, "{no json")
+    sizes = (f"--heldout={heldout}", "--config.train.eval_every=1", "--config.train.row_tokens=256")
+    command = train(data, tmp_path / "out", f"--model={alternating_model}", *sizes)
+    assert "heldout.jsonl" in refused(capsys, *command)
+    assert main([*command, "--skip-bad", "--json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])["heldout"]
+    assert result["examples"] == 1 and sum(result["left_out"].values()) == 3
+    assert result["left_out"]["too_long"] == result["left_out"]["refused_by_template"] == 1
+    assert "held-out rows: 1 are measured, left out: {" in out
 
 
 def test_a_model_trained_over_itself_is_refused_before_a_kill_can_leave_it_half_replaced(

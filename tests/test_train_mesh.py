@@ -216,6 +216,12 @@ def test_a_preempted_run_loses_a_step(
     several(hosts, [*common, f"--out={tmp_path / 'unbroken'}"], devices)
     ours, theirs = weights(tmp_path / "model"), weights(tmp_path / "unbroken")
     assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
+    told = [
+        json.loads((tmp_path / name / "humpback.json").read_text())["details"]
+        for name in ("model", "unbroken")
+    ]
+    for figure in ("first_loss", "last_loss"):
+        assert told[0][figure] == pytest.approx(told[1][figure]), "of another step"
 
 
 @pytest.mark.slow

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.models import LanguageModel
 from humpback_jax.records import Example
 from humpback_jax.text.template import Rendered, Tags, Template
-from humpback_jax.text.tokenize import tokenize_batch
+from humpback_jax.text.tokenize import Dropped, tokenize_batch
 from humpback_jax.training.examples import TrainingExample
 
 Direction = Literal["forward", "backward"]
@@ -55,6 +56,52 @@ def render(
       HumpbackError: a row that has no such text; names it.
     """
     return [(example.id, _rendered(template, example, direction)) for example in examples]
+
+
+def render_usable(
+    template: Template, examples: Iterable[Example], direction: Direction, skip_bad: bool
+) -> tuple[list[tuple[str, Rendered]], list[Dropped]]:
+    """As `render`; with `skip_bad`, beside the rows that have no such text.
+
+    Many chat templates refuse some conversations, such as two requests in a row.
+    """
+    rows, refused = [], []
+    for example in examples:
+        try:
+            rows += render(template, [example], direction)
+        except HumpbackError:
+            if not skip_bad:
+                raise
+            refused.append(Dropped(example.id, "refused_by_template"))
+    return rows, refused
+
+
+def validation_examples(
+    base: LanguageModel,
+    examples: Sequence[Example],
+    section: Any,
+    direction: Direction,
+    skip_bad: bool = False,
+) -> tuple[list[TrainingExample], dict[str, int]]:
+    """(the rows that `eval_every` measures, the number of rows left out by reason).
+
+    What is too long is left out whatever `on_long` says: a part of it would be another row.
+
+    Raises:
+      HumpbackError: nothing is left that `eval_every` could measure.
+    """
+    found: list[TrainingExample] = []
+    dropped: collections.Counter[str] = collections.Counter()
+    # Source by source: their ids may be the same.
+    for source in sorted({example.source for example in examples}):
+        chosen = [example for example in examples if example.source == source]
+        rows, refused = render_usable(base.template, chosen, direction, skip_bad)
+        batch = tokenize_batch(base.tokenizer, rows, token_limit(base, section), "drop")
+        found += [TrainingExample(e.id, e.ids, e.mask, source) for e in batch.examples]
+        dropped.update([each.reason for each in (*refused, *batch.dropped)])
+    if examples and section.eval_every and not found:
+        raise HumpbackError(f"held-out rows: {none_left(len(examples), dict(dropped))}")
+    return found, dict(dropped)
 
 
 def _rendered(template: Template, example: Example, direction: Direction) -> Rendered:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from humpback_jax.parallel.processes import all_or_none, first_alone
 from humpback_jax.progress import Say
 from humpback_jax.records import Example, stable_id
 from humpback_jax.rows import ReadReport, stream_examples
-from humpback_jax.stages.texts import Direction, none_left, render, token_limit
+from humpback_jax.stages.texts import Direction, none_left, render_usable, token_limit
 from humpback_jax.text.template import Rendered
-from humpback_jax.text.tokenize import Dropped, TokenizedBatch, tokenize_batch
+from humpback_jax.text.tokenize import TokenizedBatch, tokenize_batch
 from humpback_jax.tfds_splits import info_file, is_split
 from humpback_jax.token_store import TokenStore, write_shard
 
@@ -58,7 +58,7 @@ class Tokenization:
     limit: int = 0
 
     def batch(self, examples: Sequence[Example]) -> TokenizedBatch:
-        rows, refused = self._render(examples)
+        rows, refused = render_usable(self.base.template, examples, self.direction, self.skip_bad)
         longest = token_limit(self.base, self.section)
         batch = tokenize_batch(self.base.tokenizer, rows, longest, self.section.on_long)
         return dataclasses.replace(batch, dropped=(*refused, *batch.dropped))
@@ -66,21 +66,8 @@ class Tokenization:
     def first_rows(self, file: RowFile, count: int) -> list[tuple[str, Rendered]]:
         """(id, text with its supervised spans) of the first rows of a file, for people."""
         rows = stream_examples(file.path, file.source, ReadReport(), self.skip_bad)
-        return self._render(itertools.islice(rows, count))[0]
-
-    def _render(
-        self, examples: Iterable[Example]
-    ) -> tuple[list[tuple[str, Rendered]], list[Dropped]]:
-        """Many chat templates refuse some conversations, such as two requests in a row."""
-        rows, refused = [], []
-        for example in examples:
-            try:
-                rows += render(self.base.template, [example], self.direction)
-            except HumpbackError:
-                if not self.skip_bad:
-                    raise
-                refused.append(Dropped(example.id, "refused_by_template"))
-        return rows, refused
+        few = itertools.islice(rows, count)
+        return render_usable(self.base.template, few, self.direction, self.skip_bad)[0]
 
     def key(self, file: RowFile) -> str:
         """Another one where the file or anything else changed that tokens depend on."""

@@ -14,7 +14,7 @@ from humpback_jax.models import holds_checkpoint, save_checkpoint
 from humpback_jax.parallel.preemption import StopSignal
 from humpback_jax.records import Example
 from humpback_jax.stages.context import Context
-from humpback_jax.stages.texts import Direction, tokenized_examples
+from humpback_jax.stages.texts import Direction, tokenized_examples, validation_examples
 from humpback_jax.stages.tune import progress_line, row_identity, run_identity, tune, tuned_model
 from humpback_jax.text.template import Tags
 from humpback_jax.training.examples import index_of
@@ -58,15 +58,20 @@ def train_stage(
         resume = ResumeFolder(context.resume_root / folder.name, section.keep_resume, identity)
         context.release()
         tokenized, dropped = tokenized_examples(context.base, examples, section, direction)
+        watched, unwatched = validation_examples(
+            context.base, context.validation, section, direction
+        )
+        if unwatched and section.eval_every:
+            count = sum(unwatched.values())
+            context.say(f"{name}: {count} validation pairs are left out: {unwatched}")
         trained = tune(
             context.base,
             tokenized,
             section,
-            direction,
             context.compute,
             config.seed,
             tags=tags,
-            validation=context.validation,
+            validation=watched,
             resume=resume,
             on_metrics=lambda row: _report(context, name, row),
             on_plan=lambda plan: context.say(f"{name}: {plan.summary()}"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,12 @@ from humpback_jax.adapters import Adapter
 from humpback_jax.artifacts import json_hash, rows_hash
 from humpback_jax.compute import Compute
 from humpback_jax.config import effective_fields
-from humpback_jax.errors import HumpbackError
 from humpback_jax.models import LanguageModel
 from humpback_jax.parallel.mesh import training_mesh
 from humpback_jax.records import Example
 from humpback_jax.stages.settings import train_spec
-from humpback_jax.stages.texts import Direction, none_left, render, token_limit
+from humpback_jax.stages.texts import Direction
 from humpback_jax.text.template import Tags
-from humpback_jax.text.tokenize import tokenize_batch
 from humpback_jax.training.examples import TrainingExample, index_of
 from humpback_jax.training.mixture import parse_mixture, pools_of, shares_of
 from humpback_jax.training.order import draws_of
@@ -31,12 +28,11 @@ def tune(
     base: LanguageModel,
     examples: Sequence[TrainingExample],
     section: Any,
-    direction: Direction,
     compute: Compute,
     seed: int,
     *,
     tags: Tags = "none",
-    validation: Sequence[Example] = (),
+    validation: Sequence[TrainingExample] = (),
     resume: Any = None,
     on_metrics: Any = lambda row: None,
     on_epoch: Any = lambda epoch, model: None,
@@ -61,7 +57,7 @@ def tune(
         base.params,
         examples,
         spec,
-        validation=_validation(base, validation, section, direction),
+        validation=validation,
         resume=resume,
         on_metrics=on_metrics,
         on_epoch=lambda epoch, params: on_epoch(
@@ -72,26 +68,6 @@ def tune(
         evidence=evidence,
         profile=profile,
     )
-
-
-def _validation(
-    base: LanguageModel, examples: Sequence[Example], section: Any, direction: Direction
-) -> list[TrainingExample]:
-    """Tokenised source by source: their ids may be the same. What is too long is left out.
-
-    Raises:
-      HumpbackError: nothing is left that `eval_every` could measure.
-    """
-    found, dropped = [], collections.Counter[str]()
-    for source in sorted({example.source for example in examples}):
-        chosen = [example for example in examples if example.source == source]
-        rows = render(base.template, chosen, direction)
-        batch = tokenize_batch(base.tokenizer, rows, token_limit(base, section), "drop")
-        found += [TrainingExample(e.id, e.ids, e.mask, source) for e in batch.examples]
-        dropped.update(batch.drop_counts())
-    if examples and section.eval_every and not found:
-        raise HumpbackError(f"held-out rows: {none_left(len(examples), dict(dropped))}")
-    return found
 
 
 def run_identity(

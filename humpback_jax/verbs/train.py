@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import shutil
 import sys
 import time
@@ -16,7 +17,7 @@ from humpback_jax.artifacts import json_hash, rows_hash
 from humpback_jax.checkpoint import ResumeFolder
 from humpback_jax.compute import choose_compute
 from humpback_jax.errors import HumpbackError
-from humpback_jax.metrics import MetricsLog
+from humpback_jax.metrics import MetricsLog, logged_rows
 from humpback_jax.models import load_model, save_checkpoint
 from humpback_jax.parallel.mesh import training_mesh
 from humpback_jax.parallel.preemption import StopSignal
@@ -24,7 +25,7 @@ from humpback_jax.parallel.processes import require_same
 from humpback_jax.progress import timed_lines
 from humpback_jax.records import Example
 from humpback_jax.rows import ReadReport, read_examples, stream_examples
-from humpback_jax.stages.texts import TAGS_BY_SOURCE, Direction
+from humpback_jax.stages.texts import TAGS_BY_SOURCE, Direction, validation_examples
 from humpback_jax.stages.tokens import RowFile, Tokenization, parse_files, token_store
 from humpback_jax.stages.tune import progress_line, row_identity, run_identity, tune, tuned_model
 from humpback_jax.text.preview import preview_lines
@@ -58,7 +59,7 @@ def train(arguments: argparse.Namespace) -> Result:
     writable_folder(out)
     direction: Direction = "backward" if arguments.reverse else "forward"
     files = parse_files(arguments.data, arguments.source)
-    heldout = _heldout(arguments)
+    heldout, bad_heldout = _heldout(arguments)
     section = _section(config, arguments, files, heldout)
     compute = choose_compute(**config.compute)
     on_mesh = training_mesh(compute.mesh, width=1) is not None  # whatever the width
@@ -72,6 +73,11 @@ def train(arguments: argparse.Namespace) -> Result:
         base.tokenizer, way.first_rows(files[0], arguments.preview), sys.stdout.isatty()
     ):
         print(line)
+    watched, unwatched = validation_examples(base, heldout, section, direction, arguments.skip_bad)
+    for reason, count in unwatched.items():
+        bad_heldout[reason] = bad_heldout.get(reason, 0) + count
+    if heldout:
+        say(f"held-out rows: {len(watched)} are measured, left out: {bad_heldout or 'none'}")
     for file in files:
         say(f"{file.path}: its first row has the form {_first_form(file, arguments.skip_bad)}")
     tokens = Path(arguments.tokens) if arguments.tokens else out / "resume" / "tokens"
@@ -103,11 +109,10 @@ def train(arguments: argparse.Namespace) -> Result:
             base,
             examples,
             section,
-            direction,
             compute,
             config.seed,
             tags=tags,
-            validation=heldout,
+            validation=watched,
             resume=resume,
             on_metrics=report,
             on_epoch=lambda epoch, model: save_checkpoint(
@@ -120,8 +125,10 @@ def train(arguments: argparse.Namespace) -> Result:
         )
         say(f"train: {goodput_line(trained.goodput)}")
         details = {"identity": identity, "bad_rows": bad, "dropped": dict(examples.dropped)}
+        if heldout:
+            details["heldout"] = {"examples": len(watched), "left_out": bad_heldout}
         details["sources"] = sources
-        details |= _outcome(trained, sources)
+        details |= _outcome(trained, sources, out)
         save_checkpoint(out, tuned_model(base, out.name, trained, tags), details)
         resume.delete()
     if not arguments.tokens:
@@ -151,11 +158,15 @@ def _first_form(file: RowFile, skip_bad: bool) -> str:
     return next(iter(report.forms))
 
 
-def _heldout(arguments: argparse.Namespace) -> list[Example]:
+def _heldout(arguments: argparse.Namespace) -> tuple[list[Example], dict[str, int]]:
+    """(held-out examples, unusable rows by reason)."""
     found: list[Example] = []
+    bad: collections.Counter[str] = collections.Counter()
     for file in parse_files(arguments.heldout, arguments.source):
-        found += read_examples(file.path, file.source, arguments.skip_bad)[0]
-    return found
+        examples, report = read_examples(file.path, file.source, arguments.skip_bad)
+        found += examples
+        bad.update(report.bad)
+    return found, dict(bad)
 
 
 def _section(
@@ -187,15 +198,17 @@ def _learnt_tags(sources: Iterable[str], direction: Direction) -> Tags:
     return "both" if len(learnt) == 2 else learnt[0]
 
 
-def _outcome(trained: Trained, sources: dict[str, dict[str, Any]]) -> Result:
-    losses = [row["loss"] for row in trained.history if "loss" in row]
+def _outcome(trained: Trained, sources: dict[str, dict[str, Any]], out: Path) -> Result:
+    # A run that was stopped and went on knows its first step from its log alone.
+    logged = [row for row in logged_rows(out) if row["stage"] == "train"]
+    losses = {row["step"]: row["loss"] for row in (*logged, *trained.history) if "loss" in row}
     return {
         "examples": sum(counts["examples"] for counts in sources.values()),
         "supervised_tokens": sum(counts["supervised_tokens"] for counts in sources.values()),
         "seen": trained.plan.seen,
         "packing_efficiency": round(trained.plan.efficiency, 4),
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
+        "first_loss": losses.get(1),
+        "last_loss": losses.get(trained.steps),
         "selected_step": trained.step,
         "goodput_s": {phase: round(took, 3) for phase, took in trained.goodput.items()},
     }
