@@ -151,6 +151,7 @@ def test_an_adapter_named_by_its_own_flag_has_no_int8_base(capsys, monkeypatch) 
         (["--topology=v5e:2x2", "--suggest", "--config.compute.mesh=fsdp=4"], "--config.compute.m"),
         (["--topology=v5e:2x2", "--programs=decode", "--rows=2"], "--rows"),
         (["--topology=v5e:2x2", "--programs=prefill,decode", "--lora=4"], "--lora"),
+        (["--topology=v5e:2x2", "--config.backward.lora.rank=4"], "--config.backward.lora.rank"),
         (["--topology=v5e:2x2", "--only=7b"], "--only"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from humpback_jax.cli import build_parser, config_overrides, main
 from humpback_jax.models import load_model, save_checkpoint
 from humpback_jax.verbs.arguments import chosen_config, writable_folder
+from humpback_jax.verbs.train import READS
 from humpback_jax.weights.safetensors_io import save_hf
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,8 @@ def train(data: Path, out: Path, *extra: str) -> list[str]:
     [
         ("--limit=-1", "--limit=-1 has to be 0 or more"),
         ("--preview=-2", "--preview=-2 has to be 0 or more"),
+        ("--config.data.heldout=x", "--config.data.heldout has no effect on `humpback train`"),
+        ("--config.compute.kv=int8", "--config.compute.kv has no effect on `humpback train`"),
         ("--config.train.eval_every=5", "eval_every=5 measures the rows of --heldout=FILE"),
     ],
 )
@@ -156,10 +159,10 @@ def test_train_ignores_the_model_that_its_config_names(
     command.append("--config.train.eval_every=0")
     named = f"--config.base.model={tmp_path / 'absent'}"
     assert f"{tmp_path / 'absent'}" in refused(capsys, *command, named)
-    assert chosen_config(parsed(*command)).base.model == "tiny-random"
-    assert chosen_config(parsed(*command, "--model=own")).base.model == "own"
+    assert chosen_config(parsed(*command), READS).base.model == "tiny-random"
+    assert chosen_config(parsed(*command, "--model=own"), READS).base.model == "own"
     without = parsed("train", f"--data={data}", f"--out={tmp_path / 'out'}")
-    assert chosen_config(without).base.model == "smollm2-135m-instruct"
+    assert chosen_config(without, READS).base.model == "smollm2-135m-instruct"
 
 
 @pytest.mark.parametrize(

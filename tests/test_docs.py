@@ -25,7 +25,7 @@ from humpback_jax.report.readme import BEGIN, END
 from humpback_jax.run_view import RunView
 from humpback_jax.stages.settings import train_spec
 from humpback_jax.verbs.arguments import chosen_config
-from humpback_jax.verbs.train import WITHOUT_CONFIG
+from humpback_jax.verbs.train import READS, WITHOUT_CONFIG
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,14 +61,14 @@ def test_the_readme_claims_of_the_loop_what_its_table_does_not_show() -> None:
 def test_the_pages_on_training_name_other_defaults_than_those_of_the_verb() -> None:
     arguments = build_parser().parse_args(["train", "--data=x", "--out=y"])
     arguments.overrides = {}
-    section = chosen_config(arguments, WITHOUT_CONFIG).train
+    section = chosen_config(arguments, READS, WITHOUT_CONFIG).train
     assert (section.epochs, section.batch_examples) == (1.0, 8)
     assert (section.on_long, section.dropout) == ("error", 0.0)
     paper = default_config().train
     assert (paper.on_long, paper.dropout) == ("drop", 0.1)
     arguments.overrides = {"train.dropout": ["0.1"], "train.lora.dropout": ["0.2"]}
     arguments.overrides |= {"train.lora.rank": ["4"]}
-    told = chosen_config(arguments, WITHOUT_CONFIG).train
+    told = chosen_config(arguments, READS, WITHOUT_CONFIG).train
     assert (told.dropout, told.lora.dropout) == (0.1, 0.2)
     training, data = (
         " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
@@ -110,7 +110,7 @@ def test_every_command_on_a_page_is_understood(
         arguments, rest = build_parser().parse_known_args(shlex.split(command)[1:])
         arguments.overrides = config_overrides(rest, arguments)
         if arguments.verb in ("train", "aot"):
-            chosen_config(arguments, WITHOUT_CONFIG)
+            chosen_config(arguments, READS, WITHOUT_CONFIG)
 
 
 def test_the_page_on_speed_quotes_figures_that_no_file_holds() -> None:

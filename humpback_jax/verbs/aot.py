@@ -14,6 +14,9 @@ from humpback_jax.errors import HumpbackError
 from humpback_jax.progress import timed_lines
 from humpback_jax.verbs.arguments import Result, chosen_config, flag_as_field
 
+# What decides on the programs; the longest document and answer decide on a row's places.
+READS = ("base", "train", "compute", "corpus.max_chars", "augment.max_new_tokens")
+
 
 def aot(arguments: argparse.Namespace) -> Result:
     """Compiles a config's programs for a TPU slice; prints what they need there."""
@@ -25,7 +28,7 @@ def aot(arguments: argparse.Namespace) -> Result:
     if arguments.rows is not None and arguments.rows < 1:
         raise HumpbackError(f"--rows={arguments.rows} has to be 1 or more.")
     flag_as_field(arguments, "lora", "train.lora.rank")
-    config = chosen_config(arguments)
+    config = chosen_config(arguments, READS)
     if arguments.suggest:
         result = suggest_for(config, arguments.topology, timed_lines())
     else:

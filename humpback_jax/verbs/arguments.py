@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +19,21 @@ Result = dict[str, Any]
 
 
 def chosen_config(
-    arguments: argparse.Namespace, of_training: Mapping[str, Any] | None = None
+    arguments: argparse.Namespace,
+    reads: Sequence[str],
+    of_training: Mapping[str, Any] | None = None,
 ) -> Any:
     """The config of `train` and `aot`: a file's, or the defaults; overrides apply to both.
 
     Its base is the model that `--model` names, where that is given.
 
     Args:
+      reads: sections and fields of the config that the verb reads.
       of_training: what stands in both training sections where no file is named.
 
     Raises:
-      HumpbackError: see `load_config`, `flag_as_field` and `apply_overrides`.
+      HumpbackError: see `load_config`, `flag_as_field` and `apply_overrides`; an override of what
+        the verb does not read.
     """
     flag_as_field(arguments, "model", "base.model")
     config = load_config(arguments.config) if arguments.config else default_config()
@@ -37,6 +41,11 @@ def chosen_config(
         for section in (config.backward, config.train):
             section.update(of_training or {})
     apply_overrides(config, arguments.overrides)
+    for key in arguments.overrides:
+        if not any(key == part or key.startswith(f"{part}.") for part in reads):
+            raise HumpbackError(
+                f"--config.{key} has no effect on `humpback {arguments.verb}`; leave it out."
+            )
     return config
 
 

@@ -36,6 +36,7 @@ from humpback_jax.training.packing import PackingPlan
 from humpback_jax.training.trainer import Trained
 from humpback_jax.verbs.arguments import Result, chosen_config, flag_as_field, writable_folder
 
+READS = ("base", "seed", "backward", "train", "compute.precision", "compute.mesh")
 # One epoch of small batches. A file of one's own shall not lose rows unseen, and today's base
 # models were trained without dropout: the paper's 0.1 takes SmolLM2-135M's loss on a page of text
 # from 3.8 to 6.0.
@@ -47,7 +48,7 @@ def train(arguments: argparse.Namespace) -> Result:
     started = time.monotonic()
     arguments.overrides = _of_direction(arguments.overrides, arguments.reverse)
     flag_as_field(arguments, "mix", "backward.mixture" if arguments.reverse else "train.mixture")
-    config = chosen_config(arguments, WITHOUT_CONFIG)
+    config = chosen_config(arguments, READS, WITHOUT_CONFIG)
     for name in ("limit", "preview"):
         if getattr(arguments, name) < 0:
             raise HumpbackError(f"--{name}={getattr(arguments, name)} has to be 0 or more.")
