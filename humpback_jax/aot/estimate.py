@@ -37,7 +37,7 @@ class Exchange(NamedTuple):
 
     all_sides: they go along all sides of a slice at once.
     waited_for: no product runs beside them: partial sums and places that change their device, which
-      the next one needs, and arrays that XLA adds up together, as it does with small ones.
+      the next one needs, and several arrays that XLA adds up together.
     """
 
     kind: str

@@ -163,15 +163,15 @@ def _compiler_options(spec: StepSpec) -> dict[str, Any] | None:
     kept. Orders for memory are a few percent slower, so that they are used only where memory is
     asked for.
 
-    On several TPU chips: add up beside products. XLA turns the scattered sums of gradients, and on
-    large slices the gathering of weights, into sums on all chips, since those use all of a chip's
+    On several TPU chips: add up beside products. On some slices XLA makes sums on all chips of the
+    scattered sums of gradients and of the gathering of weights, since those use all of a chip's
     links at once; by default every product waits for them.
     """
     devices = jax.devices() if spec.mesh is None else spec.mesh.devices.flat
     platform = devices[0].platform
     if platform == "cpu" and spec.remat != "none":
         return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    if platform == "tpu" and spec.mesh is not None:
+    if platform == "tpu" and spec.mesh is not None and spec.mesh.size > 1:
         return {
             "xla_enable_async_all_reduce": True,
             "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
