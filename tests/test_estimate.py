@@ -372,6 +372,20 @@ def test_the_page_shows_another_table_than_the_file_holds(tmp_path: Path) -> Non
         write_page(copy, rows)
 
 
+def test_the_table_lacks_what_people_rent_or_lists_what_does_not_fit() -> None:
+    rows = json.loads((ROOT / "docs" / "scale_table.json").read_text(encoding="utf-8"))
+    asked = {
+        ("7b full v5e:4x4", "7b full v5p:2x2x1"): 16,
+        ("65b full v5p:4x4x4", "llama2_70b full v5p:4x4x4"): 64,
+        ("llama2_70b LoRA v5p:2x2x4",): 16,
+    }
+    for names, chips in asked.items():
+        for name in names:
+            train, decode = rows[name]["train"], rows[name]["decode"]
+            assert train["fits"] and decode["fits"] and train["est_step_s"] > 0
+            assert train["chips"] <= chips
+
+
 def test_hours_of_compiling_end_at_a_page_that_is_not_there(tmp_path: Path) -> None:
     """Found first of all: nothing was compiled, so that this needs no TPU support."""
     with pytest.raises(HumpbackError, match=r"scale\.md: the file does not exist"):
