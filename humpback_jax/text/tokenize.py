@@ -36,7 +36,7 @@ class TokenizedExample:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """A row that was left out, and why (`too_long` or `no_supervised_token`)."""
+    """A row that was left out: `too_long`, `no_supervised_token`, or `refused_by_template`."""
 
     id: str
     reason: str

@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace) -> Result:
     writable_folder(out)
     direction: Direction = "backward" if arguments.reverse else "forward"
     files = parse_files(arguments.data, arguments.source)
-    heldout, bad_heldout = _heldout(arguments)
+    heldout, left_out = _heldout(arguments)
     section = _section(config, arguments, files, heldout)
     compute = choose_compute(**config.compute)
     on_mesh = training_mesh(compute.mesh, width=1) is not None  # whatever the width
@@ -75,10 +75,9 @@ def train(arguments: argparse.Namespace) -> Result:
     ):
         print(line)
     watched, unwatched = validation_examples(base, heldout, section, direction, arguments.skip_bad)
-    for reason, count in unwatched.items():
-        bad_heldout[reason] = bad_heldout.get(reason, 0) + count
+    left_out.update(unwatched)
     if heldout:
-        say(f"held-out rows: {len(watched)} are measured, left out: {bad_heldout or 'none'}")
+        say(f"held-out rows: {len(watched)} are measured, left out: {dict(left_out) or 'none'}")
     for file in files:
         say(f"{file.path}: its first row has the form {_first_form(file, arguments.skip_bad)}")
     tokens = Path(arguments.tokens) if arguments.tokens else out / "resume" / "tokens"
@@ -127,7 +126,7 @@ def train(arguments: argparse.Namespace) -> Result:
         say(f"train: {goodput_line(trained.goodput)}")
         details = {"identity": identity, "bad_rows": bad, "dropped": dict(examples.dropped)}
         if heldout:
-            details["heldout"] = {"examples": len(watched), "left_out": bad_heldout}
+            details["heldout"] = {"examples": len(watched), "left_out": dict(left_out)}
         details["sources"] = sources
         details |= _outcome(trained, sources, out)
         save_checkpoint(out, tuned_model(base, out.name, trained, tags), details)
@@ -159,7 +158,7 @@ def _first_form(file: RowFile, skip_bad: bool) -> str:
     return next(iter(report.forms))
 
 
-def _heldout(arguments: argparse.Namespace) -> tuple[list[Example], dict[str, int]]:
+def _heldout(arguments: argparse.Namespace) -> tuple[list[Example], collections.Counter[str]]:
     """(held-out examples, unusable rows by reason)."""
     found: list[Example] = []
     bad: collections.Counter[str] = collections.Counter()
@@ -167,7 +166,7 @@ def _heldout(arguments: argparse.Namespace) -> tuple[list[Example], dict[str, in
         examples, report = read_examples(file.path, file.source, arguments.skip_bad)
         found += examples
         bad.update(report.bad)
-    return found, dict(bad)
+    return found, bad
 
 
 def _section(
