@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,17 +206,41 @@ def test_two_axes_of_an_array_on_one_axis_of_the_mesh_are_an_error() -> None:
     assert set(RULES.values()) <= {*AXES, None}
 
 
+def by_variables(port: int, count: int, number: int) -> dict[str, str]:
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(number),
+    }
+
+
+def by_slurm(port: int, count: int, number: int) -> dict[str, str]:
+    """What Slurm sets in each task of a step."""
+    return {
+        "HUMPBACK_DISTRIBUTED": "1",
+        "JAX_COORDINATOR_PORT": f"{port}",
+        "SLURM_JOB_ID": "12",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": f"{count}",
+        "SLURM_PROCID": f"{number}",
+        "SLURM_LOCALID": f"{number}",
+    }
+
+
 def start_several(
     count: int,
     arguments: list[str],
     devices: int,
     program: Sequence[str] = ("-m", "humpback_jax"),
     numbers: Sequence[int] | None = None,
+    told: Callable[[int, int, int], dict[str, str]] = by_variables,
 ) -> list[subprocess.Popen[str]]:
     """A verb, or another program, in `count` processes of so many devices each.
 
     Args:
       numbers: of those that are started; None for all.
+      told: what tells a process of its job: of a free port, the count and its number.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -226,9 +250,7 @@ def start_several(
         environment = {
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(count),
-            "JAX_PROCESS_ID": str(number),
+            **told(port, count, number),
         }
         processes.append(
             subprocess.Popen(
@@ -315,6 +337,7 @@ def test_a_mesh_that_cuts_nothing_samples_with_the_whole_model_on_each_device(
         ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}, "JAX_NUM_PROCESSES"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS"),
         ({"JAX_PROCESS_ID": "1"}, "JAX_COORDINATOR_ADDRESS"),
+        ({"HUMPBACK_DISTRIBUTED": "1"}, "no Cloud TPU slice, Slurm or Open MPI job"),
     ],
 )
 def test_half_a_description_of_the_processes_starts_jobs_that_write_over_each_other(
@@ -345,10 +368,15 @@ except HumpbackError as error:
 """
 
 
-def joined(count: int, numbers: Sequence[int], seconds: int) -> list[tuple[int, str]]:
+def joined(
+    count: int,
+    numbers: Sequence[int],
+    seconds: int,
+    told: Callable[[int, int, int], dict[str, str]] = by_variables,
+) -> list[tuple[int, str]]:
     """(exit code, all that it printed) of those processes of a job that were started."""
     program = ("-c", JOIN)
-    started = start_several(count, [f"{seconds}"], 1, program, numbers)
+    started = start_several(count, [f"{seconds}"], 1, program, numbers, told)
     printed = [process.communicate(timeout=120) for process in started]
     return [
         (process.returncode, output + errors)
@@ -356,14 +384,18 @@ def joined(count: int, numbers: Sequence[int], seconds: int) -> list[tuple[int, 
     ]
 
 
+@pytest.mark.parametrize("told", [by_variables, by_slurm])
 @pytest.mark.parametrize(
     ("count", "came", "missing"),
     [(4, (0, 2), "processes 1, 3 are missing"), (3, (1, 2), "process 0 is missing")],
 )
 def test_a_missing_host_aborts_the_others_and_nobody_says_which_one_it_is(
-    count: int, came: tuple[int, ...], missing: str
+    count: int,
+    came: tuple[int, ...],
+    missing: str,
+    told: Callable[[int, int, int], dict[str, str]],
 ) -> None:
-    for code, printed in joined(count, came, 5):
+    for code, printed in joined(count, came, 5, told):
         assert code == 1, printed
         (line,) = printed.splitlines()
         assert line.startswith(f"error: {missing} of the {count} of this job"), printed
@@ -374,8 +406,11 @@ def test_two_hosts_with_the_same_number_wait_for_a_third() -> None:
         assert code == 1 and "process 1 of 3 came twice" in printed
 
 
-def test_hosts_that_have_met_are_not_connected() -> None:
-    assert joined(2, (1, 0), 60) == [(0, "2\n"), (0, "2\n")]
+@pytest.mark.parametrize("told", [by_variables, by_slurm])
+def test_hosts_that_have_met_are_not_connected(
+    told: Callable[[int, int, int], dict[str, str]],
+) -> None:
+    assert joined(2, (1, 0), 60, told) == [(0, "2\n"), (0, "2\n")]
 
 
 LATE = """

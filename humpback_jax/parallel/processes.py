@@ -27,9 +27,8 @@ def join_processes() -> int:
     """Connects this process to the others of its job; has to run before devices are used.
 
     Three variables describe a job on any machines: `JAX_COORDINATOR_ADDRESS` (host:port of the
-    first process), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; the port after that one has to be
-    reachable, too (`rendezvous.py`). Where jax can find these itself (Cloud TPU slices, Slurm, Open
-    MPI), `HUMPBACK_DISTRIBUTED=1` is enough; jax itself then aborts where a process is missing.
+    first process), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. Where jax can find these itself (Cloud
+    TPU slices, Slurm, Open MPI), `HUMPBACK_DISTRIBUTED=1` is enough.
 
     Returns:
       How many processes the job has; 1 where nothing says that it has more.
@@ -46,18 +45,19 @@ def join_processes() -> int:
                 "meet at JAX_COORDINATOR_ADDRESS=HOST:PORT: set it, or leave the others out."
             )
         return 1
-    if address is not None and (count is None or number is None):
+    if os.environ.get("HUMPBACK_DISTRIBUTED") == "1":
+        address, count, number = _found(address, count, number)
+    if address is None or count is None or number is None:
         raise HumpbackError(
             "JAX_COORDINATOR_ADDRESS is set; JAX_NUM_PROCESSES and JAX_PROCESS_ID must be, too."
         )
-    if address is not None and count is not None and number is not None:
-        meet(address, count, number, START_SECONDS)
+    meet(address, count, number, START_SECONDS)
     try:
         jax.distributed.initialize(address, count, number, initialization_timeout=START_SECONDS)
     except Exception as error:
         raise HumpbackError(
             f"the processes of this job could not be connected ({error}). Is one of them missing, "
-            f"and {address or 'the first host'} reachable from all?"
+            f"and {address} reachable from all?"
         ) from error
     return jax.process_count()
 
@@ -78,6 +78,31 @@ def leave_processes() -> None:
     leaving = threading.Thread(target=leave, daemon=True)
     leaving.start()
     leaving.join(LEAVE_SECONDS)
+
+
+def _found(address: str | None, count: int | None, number: int | None) -> tuple[str, int, int]:
+    """(address, number of processes, this process's number) as jax finds them where they are None.
+
+    Raises:
+      HumpbackError: it does not.
+    """
+    # jax tells nobody what it finds; asked here, those that are missing can be named.
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        address, count, number, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            address, count, number, None, None, START_SECONDS
+        )
+    except Exception as error:
+        raise HumpbackError(
+            f"HUMPBACK_DISTRIBUTED=1, and this cluster does not say what its job is ({error})."
+        ) from error
+    if address is None or count is None or number is None:
+        raise HumpbackError(
+            "HUMPBACK_DISTRIBUTED=1, and jax finds no Cloud TPU slice, Slurm or Open MPI job here. "
+            "Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID instead."
+        )
+    return address, count, number
 
 
 def _variable(name: str) -> int | None:

@@ -1,7 +1,8 @@
 """All processes of a job meet before jax connects them, which aborts those that wait in vain.
 
-The first one listens on the port after the coordinator's; the others tell it their numbers. When
-all have come, or the time is up, it tells them who is missing: each ends with the same message.
+The first one listens on the coordinator's port, which jax opens afterwards; the others tell it
+their numbers. When all have come, or the time is up, it tells them who is missing: each ends with
+the same message.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def meet(address: str, count: int, number: int, seconds: float) -> None:
       HumpbackError: some are missing (the message names them), two have the same number, or the
         address is none.
     """
-    host, port = _after(address)
+    host, port = _parts(address)
     if not 0 <= number < count:
         raise HumpbackError(
             f"JAX_PROCESS_ID={number} has to be less than JAX_NUM_PROCESSES={count}."
@@ -40,14 +41,12 @@ def meet(address: str, count: int, number: int, seconds: float) -> None:
         _report(host, port, count, number, seconds)
 
 
-def _after(address: str) -> tuple[str, int]:
-    """Host, and the port after the one named."""
+def _parts(address: str) -> tuple[str, int]:
+    """Host and port."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65535:
-        raise HumpbackError(
-            f"JAX_COORDINATOR_ADDRESS={address!r} has to be HOST:PORT, with a port below 65535."
-        )
-    return host.strip("[]"), int(port) + 1
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise HumpbackError(f"JAX_COORDINATOR_ADDRESS={address!r} has to be HOST:PORT.")
+    return host.strip("[]"), int(port)
 
 
 def _gather(port: int, count: int, seconds: float) -> None:
@@ -122,8 +121,8 @@ def _listening(port: int) -> socket.socket:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise HumpbackError(
-            f"port {port}, the one after JAX_COORDINATOR_ADDRESS's, cannot be opened "
-            f"({error.strerror}); choose another address."
+            f"port {port}, where the processes of this job are to meet, cannot be opened "
+            f"({error.strerror}); name another one by JAX_COORDINATOR_ADDRESS=HOST:PORT."
         ) from error
 
 
