@@ -5,7 +5,6 @@ A program of its own, because a process has as many CPU devices as it started wi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -15,11 +14,10 @@ DEVICES = 8
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
+from eight_heads import eight_headed  # noqa: E402
 
 from humpback_jax.compute import choose_compute, use_compilation_cache  # noqa: E402
 from humpback_jax.inference import Inference  # noqa: E402
-from humpback_jax.model.llama import init_params  # noqa: E402
 from humpback_jax.models import LanguageModel, load_model  # noqa: E402
 from humpback_jax.sampling.memory import tree_bytes  # noqa: E402
 from humpback_jax.sampling.sampler import Decoding  # noqa: E402
@@ -27,14 +25,7 @@ from humpback_jax.stages.sources import packaged_pairs  # noqa: E402
 
 
 def model_of(name: str) -> LanguageModel:
-    """A named model; "tiny" is one with 8 heads and 4 key/value heads, and decided opinions."""
-    if name != "tiny":
-        return load_model(name)
-    model = load_model("tiny-random")
-    config = dataclasses.replace(model.config, num_attention_heads=8, num_key_value_heads=4)
-    params = jax.tree.map(np.array, init_params(config, jax.random.key(1)))
-    params["embed"]["embedding"] *= 20
-    return dataclasses.replace(model, config=config, params=params)
+    return eight_headed() if name == "tiny" else load_model(name)
 
 
 def results(model: LanguageModel, mesh: str, rows: int, new: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from eight_heads import eight_headed
 from jax.experimental import multihost_utils
 from test_mesh import several, start_several
 
 from humpback_jax.checkpoint import load_params
 from humpback_jax.errors import HumpbackError, Preempted
+from humpback_jax.metrics import logged_rows
 from humpback_jax.model.llama import flatten
-from humpback_jax.models import load_checkpoint
+from humpback_jax.models import load_checkpoint, save_checkpoint
 from humpback_jax.parallel import preemption
 from humpback_jax.parallel.mesh import parse_mesh, training_mesh
 from humpback_jax.parallel.preemption import StopSignal
@@ -110,6 +113,12 @@ def data_file(folder: Path) -> Path:
     return path
 
 
+def eight_heads(folder: Path) -> str:
+    """The argument that names a model whose heads every mesh divides."""
+    save_checkpoint(folder / "eight_heads", eight_headed(), {})
+    return f"--model={folder / 'eight_heads'}"
+
+
 def weights(folder: Path) -> dict[Any, np.ndarray]:
     return {
         path: np.asarray(leaf) for path, leaf in flatten(load_params(folder / "weights")).items()
@@ -127,7 +136,7 @@ def apart(left: Path, right: Path) -> float:
 def test_two_hosts_train_another_model_than_one(mesh: str, tmp_path: Path) -> None:
     """Two processes with four devices each. `start` has learnt nothing."""
     rows = data_file(tmp_path)
-    common = [*TRAIN, f"--data={rows}", "--config.train.steps=6"]
+    common = [*TRAIN, eight_heads(tmp_path), f"--data={rows}", "--config.train.steps=6"]
     common += [f"--heldout={rows}", "--config.train.eval_every=3"]
     several(1, [*common, f"--out={tmp_path / 'start'}", "--config.train.learning_rate=0"], 1)
     several(1, [*common, f"--out={tmp_path / 'alone'}"], 1)
@@ -242,6 +251,36 @@ def test_a_run_cannot_go_on_with_another_number_of_hosts(
     assert apart(tmp_path / "unbroken", tmp_path / "model") <= 1e-2
     ours, theirs = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("model", "unbroken")
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_cannot_go_on_with_other_hosts_on_another_mesh(tmp_path: Path) -> None:
+    """Two hosts of four devices die at some step; one host of another mesh goes on."""
+    common = [*TRAIN, eight_heads(tmp_path), f"--data={data_file(tmp_path)}"]
+    common += ["--config.train.steps=40", "--config.train.resume_every=3"]
+    command = [*common, f"--out={tmp_path / 'model'}"]
+    killed_after = random.randrange(4, 30)
+    processes = start_several(2, [*command, "--config.compute.mesh=data=2,fsdp=2,tensor=2"], 4)
+    log = tmp_path / "model" / "metrics.jsonl"
+    while processes[0].poll() is None and not (log.exists() and len(steps_in(log)) > killed_after):
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    before = len(steps_in(log))
+    assert killed_after < before < 40
+    several(1, [*command, "--config.compute.mesh=data=2,fsdp=4"], 8)
+    again = steps_in(log)[before:]
+    assert 1 < again[0] <= before + 1, "it started over"
+    assert again == list(range(again[0], 41))
+    several(1, [*common, f"--out={tmp_path / 'unbroken'}"], 1)
+    several(1, [*common, f"--out={tmp_path / 'start'}", "--config.train.learning_rate=0"], 1)
+    assert apart(tmp_path / "unbroken", tmp_path / "model") <= 1e-2
+    ours, theirs = (
+        {row["step"]: row["loss"] for row in logged_rows(tmp_path / name) if "loss" in row}
         for name in ("model", "unbroken")
     )
     assert ours == pytest.approx(theirs, rel=1e-5)
