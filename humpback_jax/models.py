@@ -106,6 +106,11 @@ def load_model(
     return LanguageModel(name, config, params, *prompting(tokenizer, template))
 
 
+def outlined(name: str) -> LanguageModel:
+    """As `load_model`; of random weights, though, only the shapes: nothing as large is made."""
+    return _random(name, 0, "auto", drawn=False) if is_random(name) else load_model(name)
+
+
 def load_peft(folder: Path, base: str, template: str = "auto", seed: int = 0) -> LanguageModel:
     """The adapter of a PEFT folder on the base of this name, prompted as the folder says.
 
@@ -319,8 +324,12 @@ def is_random(name: str) -> bool:
     return name == "tiny-random" or name.startswith("random:")
 
 
-def _random(name: str, seed: int, template: str) -> LanguageModel:
-    """float32 weights for "tiny-random", else bfloat16; tokens are bytes."""
+def _random(name: str, seed: int, template: str, drawn: bool = True) -> LanguageModel:
+    """float32 weights for "tiny-random", else bfloat16; tokens are bytes.
+
+    Args:
+      drawn: False for the shapes alone.
+    """
     import jax
 
     from humpback_jax.text.byte_tokenizer import byte_tokenizer
@@ -330,7 +339,8 @@ def _random(name: str, seed: int, template: str) -> LanguageModel:
         _random_config(name), eos_token_ids=tokenizer.eos_ids, pad_token_id=tokenizer.pad_id
     )
     dtype = "float32" if name == "tiny-random" else "bfloat16"
-    params = init_params(config, jax.random.key(seed), dtype)
+    init = functools.partial(init_params, config, jax.random.key(seed), dtype)
+    params = init() if drawn else jax.eval_shape(init)
     return LanguageModel(name, config, params, tokenizer, choose_template(tokenizer, template))
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from humpback_jax.bench import torch_sft, train
 from humpback_jax.bench.comparison import Comparison
 from humpback_jax.bench.process import measure_apart
+from humpback_jax.bench.torch_model import torch_model
 from humpback_jax.bench.train import bench_train
 from humpback_jax.bench.training_job import TrainingJob, TrainingWorkload, training_rows
 from humpback_jax.errors import HumpbackError
-from humpback_jax.models import export_hf, load_model
+from humpback_jax.model.llama import count_parameters
+from humpback_jax.models import export_hf, load_model, outlined
 
 STEPS = 20
 
@@ -62,8 +65,56 @@ def test_all_settings_of_the_others_train_on_the_same_tokens(job: Path) -> None:
         )
     ]
     np.testing.assert_allclose(first, first[0], rtol=1e-4)
-    packed = measure_apart("trl", job.with_name("short.json"), "float32", "packed")
-    assert packed["steps"] >= 1
+    for program, setting in (("trl", "packed"), ("torch_sft", "wrapped_checkpointed")):
+        packed = measure_apart(program, job.with_name("short.json"), "float32", setting)
+        assert packed["steps"] >= 1
+
+
+def test_wrapping_rows_for_torch_loses_supervised_tokens() -> None:
+    rows = [("a", [1, 2, 3], [-100, 2, 3]), ("b", [4, 5, 6, 7, 8], [-100, -100, 6, 7, 8])]
+    whole = torch_sft.wrapped(rows, 8)
+    assert whole.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]] and whole.mask is None
+    assert whole.labels.tolist() == [[-100, 2, 3, -100, -100, 6, 7, 8]]
+    cut = torch_sft.wrapped(rows, 3)
+    assert cut.tokens.tolist() == [[1, 2], [3, 4], [5, 6]], "7 and 8 would fill no row of three"
+
+
+def test_a_gpu_is_handed_to_jax_before_torch_is_measured_on_it(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes three quarters of the memory. Here, asking jax for a device is an error."""
+    short = TrainingJob.load(job)
+    dataclasses.replace(short, rows=short.rows[:8]).save(job.with_name("asked.json"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    measured = measure_apart("torch_sft", job.with_name("asked.json"), "float32", "plain")
+    assert measured["peak_bytes"] > 0
+
+
+def test_a_setting_for_which_memory_is_short_ends_the_comparison(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(program: str, path: Path, precision: str, setting: str) -> dict[str, float]:
+        if setting == "plain":
+            raise HumpbackError("the measurement torch_sft was stopped by SIGKILL.")
+        return {"supervised_tokens_per_s": float(len(setting))}
+
+    monkeypatch.setattr(train, "measure_apart", measure)
+    said: list[str] = []
+    assert train.fastest("torch", "bfloat16", Path("trial"), said.append) == "wrapped_checkpointed"
+    assert said == ["torch (plain, bfloat16): the measurement torch_sft was stopped by SIGKILL."]
+
+
+def test_large_random_weights_are_made_for_programs_that_draw_their_own(
+    tmp_path: Path,
+) -> None:
+    model = outlined("random:llama3_8b")
+    train.hand_over(tmp_path / "hf", model)
+    assert not [*(tmp_path / "hf").glob("*.safetensors")]
+    small = outlined("tiny-random")
+    train.hand_over(tmp_path / "small", small)
+    drawn = torch_model(str(tmp_path / "small"))
+    assert sum(p.numel() for p in drawn.parameters()) == count_parameters(small.config)
+    assert {str(p.dtype) for p in drawn.parameters()} == {"torch.float32"}
 
 
 def test_too_few_rows_or_an_unknown_peer_are_errors_that_say_so() -> None:
@@ -76,6 +127,12 @@ def test_too_few_rows_or_an_unknown_peer_are_errors_that_say_so() -> None:
     with pytest.raises(HumpbackError, match="--steps=1: the first step is not timed"):
         bench_train(dataclasses.replace(asked, steps=1), Comparison(), print)
     torch = Comparison(peers=("torch",))
+    with pytest.raises(HumpbackError, match="--vs=torch trains with adamw or adafactor: leave"):
+        bench_train(dataclasses.replace(asked, optimizer="lion"), torch, print)
+    with pytest.raises(HumpbackError, match="--vs=trl trains with adamw: leave"):
+        bench_train(
+            dataclasses.replace(asked, optimizer="adafactor"), Comparison(peers=("trl",)), print
+        )
     with pytest.raises(HumpbackError, match="--vs=torch tunes all weights"):
         bench_train(dataclasses.replace(asked, lora_rank=4), torch, print)
     unknown = dataclasses.replace(asked, lora_rank=4, lora_targets=("q", "w"))

@@ -7,6 +7,7 @@ own; one that fails, or finds no time, is written as such, and the others count.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -84,10 +85,13 @@ def _training(model: str) -> list[str]:
     of today, Adafactor trains, and layers keep nothing but what they begin with.
     """
     options = [f"--model={model}", "--row-tokens=2048", "--precision=bfloat16", "--json"]
+    peers = ["torch"] if _torch_sees_the_gpu() else []
     if count_parameters(load_config(model)) > LARGE:
-        return [*options, "--batch-size=16", "--rows=120", "--optimizer=adafactor", "--remat=full"]
-    peers = ["--vs=torch"] if _torch_sees_the_gpu() else []
-    return [*options, "--batch-size=32", "--rows=176", "--steps=5", "--remat=named", *peers]
+        options += ["--batch-size=16", "--rows=120", "--optimizer=adafactor", "--remat=full"]
+    else:
+        options += ["--batch-size=32", "--rows=176", "--steps=5", "--remat=named"]
+        peers += ["trl"] if peers and importlib.util.find_spec("trl") else []
+    return [*options, *([f"--vs={','.join(peers)}"] if peers else [])]
 
 
 def _torch_sees_the_gpu() -> bool:

@@ -101,10 +101,10 @@ def peak_bytes() -> int:
     found = jax.devices()[0].memory_stats()
     if found and "peak_bytes_in_use" in found:
         return int(found["peak_bytes_in_use"])
-    return _resident_peak()
+    return resident_peak()
 
 
-def _resident_peak(status: Path = STATUS) -> int:
+def resident_peak(status: Path = STATUS) -> int:
     """The most of this process that was in memory so far, in bytes.
 
     Not by `getrusage` on Linux: its count starts with the peak of the process that started this

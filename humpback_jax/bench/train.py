@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from humpback_jax.bench import torch_sft
 from humpback_jax.bench.comparison import Comparison
 from humpback_jax.bench.process import (
     check_peer,
@@ -16,7 +18,7 @@ from humpback_jax.bench.process import (
 )
 from humpback_jax.bench.training_job import TrainingJob, TrainingWorkload, training_rows
 from humpback_jax.errors import HumpbackError
-from humpback_jax.models import export_hf, load_model
+from humpback_jax.models import LanguageModel, export_hf, is_random, outlined
 from humpback_jax.progress import Say
 
 Result = dict[str, Any]
@@ -26,7 +28,7 @@ Setting = tuple[str, ...]  # what the measuring program is called with, after th
 PEERS: dict[str, tuple[str, ...]] = {
     "trl": ("plain", "packed", "wrapped"),
     "trl_default": ("default",),
-    "torch": ("plain", "checkpointed"),
+    "torch": torch_sft.SETTINGS,
 }
 PROGRAMS = {"trl": "trl", "trl_default": "trl", "torch": "torch_sft"}
 PACKAGES = {"trl": ("torch", "trl"), "trl_default": ("torch", "trl"), "torch": ("torch",)}
@@ -43,21 +45,25 @@ def bench_train(workload: TrainingWorkload, comparison: Comparison, say: Say) ->
         check_peer(peer, PACKAGES, "bench")
     if workload.lora_rank and "torch" in comparison.peers:
         raise HumpbackError("--vs=torch tunes all weights: leave --lora or --vs=torch out.")
-    if workload.optimizer != "adamw" and comparison.peers:
-        raise HumpbackError("--vs trains with AdamW: leave --optimizer or --vs out.")
+    known = torch_sft.OPTIMIZERS if {*comparison.peers} == {"torch"} else ("adamw",)
+    if workload.optimizer not in known and comparison.peers:
+        raise HumpbackError(
+            f"--vs={','.join(comparison.peers)} trains with {' or '.join(known)}: leave "
+            f"--optimizer={workload.optimizer} or --vs out."
+        )
     workload.adapter()
     if workload.steps < 2:
         raise HumpbackError(
             f"--steps={workload.steps}: the first step is not timed; take 2 or more."
         )
     leave_the_device_to_others()
-    model = load_model(workload.model)
+    model = outlined(workload.model)
     chosen = training_rows(model, workload)
     with tempfile.TemporaryDirectory(prefix="humpback-bench-") as folder:
         hf = ""
         if comparison.peers:
             hf = str(Path(folder) / "hf")
-            export_hf(Path(hf), model)
+            hand_over(Path(hf), model)
         del model
         found = _measure(TrainingJob(workload, chosen, hf), Path(folder), comparison, say)
     best = {name: max(results, key=_rate) for name, results in found.items()}
@@ -101,13 +107,9 @@ def _measure(
         # TRL as it comes computes in bfloat16.
         formats = ("bfloat16",) if peer == "trl_default" else precisions
         for each in formats:
-            tried = {
-                (each, setting): _rate(measure_apart(PROGRAMS[peer], trial, each, setting))
-                for setting in PEERS[peer]
-                if len(PEERS[peer]) > 1
-            }
-            best = max(tried, key=lambda setting: tried[setting], default=(each, PEERS[peer][0]))
-            systems.append((peer, PROGRAMS[peer], best))
+            known = PEERS[peer]
+            chosen = fastest(peer, each, trial, say) if len(known) > 1 else known[0]
+            systems.append((peer, PROGRAMS[peer], (each, chosen)))
     found: dict[str, list[Result]] = {}
     for number in range(comparison.rounds):
         for name, program, setting in systems:
@@ -118,6 +120,32 @@ def _measure(
                 f"{_rate(result):.1f} supervised tokens/s"
             )
     return found
+
+
+def fastest(peer: str, precision: str, trial: Path, say: Say) -> str:
+    """The peer's best setting; one that fails, for want of memory perhaps, is said and passed over.
+
+    Raises:
+      HumpbackError: all of them failed; it is the last one's.
+    """
+    rates: dict[str, float] = {}
+    for setting in PEERS[peer]:
+        try:
+            rates[setting] = _rate(measure_apart(PROGRAMS[peer], trial, precision, setting))
+        except HumpbackError as error:
+            say(f"{peer} ({setting}, {precision}): {error}")
+            if setting == PEERS[peer][-1] and not rates:
+                raise
+    return max(rates, key=lambda setting: rates[setting])
+
+
+def hand_over(folder: Path, model: LanguageModel) -> None:
+    """For the peers; of random weights they draw their own."""
+    if not is_random(model.name):
+        return export_hf(folder, model)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(model.config.to_hf("float32")), "utf-8")
+    model.tokenizer.save(folder)
 
 
 def _rate(result: Result) -> float:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from humpback_jax.bench.process import peak_bytes
+from humpback_jax.bench.torch_model import torch_model, torch_peak_bytes
 from humpback_jax.bench.training_job import UNLABELLED, TrainingJob
 
 # How TRL is set up, beside what all share. Rows of a packed step hold about what a batch does.
@@ -26,10 +26,10 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
     """Rates of SFTTrainer over the job's rows, its first step left out."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    before = peak_bytes()
+    before = torch_peak_bytes()
     workload, options = job.workload, dict(SETTINGS[setting])
     batch, row_tokens = workload.batch_examples, workload.row_tokens
     if options.get("packing"):
@@ -53,7 +53,7 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
             losses.append(loss)
             return loss
 
-    model = AutoModelForCausalLM.from_pretrained(job.hf, dtype=torch.float32)
+    model = torch_model(job.hf)
     adapter = None
     if spec := workload.adapter():
         from peft import LoraConfig
@@ -103,7 +103,7 @@ def measure(job: TrainingJob, precision: str, setting: str) -> dict[str, Any]:
         "setting": setting,
         "batch": batch,
         "losses": [float(loss) for loss in losses],
-        "peak_bytes": peak_bytes() - before,
+        "peak_bytes": torch_peak_bytes() - before,
     }
 
 
