@@ -23,6 +23,7 @@ from humpback_jax.model.llama import (
 )
 from humpback_jax.models import LanguageModel
 from humpback_jax.parallel.mesh import Share, our_share
+from humpback_jax.parallel.processes import connect
 from humpback_jax.parallel.rules import check_sharded, param_shardings, place, place_int8
 from humpback_jax.sampling.engine import Completion, Engine, Request
 from humpback_jax.sampling.likelihood import (
@@ -238,6 +239,7 @@ def _share(config: LlamaConfig, compute: Compute) -> Share:
     share = our_share(compute.mesh, parts, config.num_key_value_heads)
     if share.meshes[0] is not None:
         check_sharded(config, share.meshes[0])
+        connect(share.meshes[0])
     return share
 
 

@@ -187,6 +187,25 @@ def test_hosts_train_together_on_other_rows(other: str, named: str, tmp_path: Pa
         assert ("process 2 has" if named == "data" else "processes 1, 2 have") in line
 
 
+SLOW = """
+import os, sys, time
+from humpback_jax.cli import main
+from humpback_jax.training import trainer
+if os.environ["JAX_PROCESS_ID"] == "1":
+    trainer.return_free_memory = lambda: time.sleep(40)  # what follows the compilation of a step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_compiles_for_long_ends_the_others(tmp_path: Path) -> None:
+    command = [*TRAIN, f"--data={data_file(tmp_path)}", f"--out={tmp_path / 'model'}"]
+    command += ["--config.train.steps=2", "--config.compute.mesh=data=2,fsdp=2"]
+    for process in start_several(2, command, 2, ["-c", SLOW]):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+
+
 def steps_in(log: Path) -> list[int]:
     return [json.loads(line)["step"] for line in log.read_text().splitlines()]
 

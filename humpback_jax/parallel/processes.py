@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.parallel.rendezvous import meet
@@ -59,6 +60,8 @@ def join_processes() -> int:
             f"the processes of this job could not be connected ({error}). Is one of them missing, "
             f"and {address} reachable from all?"
         ) from error
+    # On CPUs they open their connections now, and not when one of them has been at work for long.
+    wait_for_all("the start")
     return jax.process_count()
 
 
@@ -122,6 +125,32 @@ def wait_for_all(what: str) -> None:
         if global_state.client is not None:
             global_state.client.wait_at_barrier(f"humpback {next(_waits)}", WAIT_SECONDS * 1000)
         multihost_utils.sync_global_devices(what)
+
+
+def connect(mesh: Mesh | None) -> None:
+    """Has the devices of a mesh exchange something along all of its axes, while all are there.
+
+    Processes on CPUs open a connection when a group of devices first needs it, and then wait half a
+    minute for each other: a host that takes longer to compile its first step would end the job.
+    All processes of a job call this, each with a mesh of its own or one that it shares.
+    """
+    devices = [] if mesh is None else [*mesh.devices.flat]
+    alone = len({device.process_index for device in devices}) < 2
+    if mesh is None or alone or devices[0].platform != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [
+        chosen for size in range(1, len(axes) + 1) for chosen in itertools.combinations(axes, size)
+    ]
+
+    def met(one: jax.Array) -> list[jax.Array]:
+        return [jax.lax.psum(one, group) for group in groups]
+
+    everywhere = jax.shard_map(met, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+    one = jax.device_put(np.float32(1), NamedSharding(mesh, PartitionSpec()))
+    program = jax.jit(everywhere).lower(one).compile()
+    wait_for_all("a mesh")
+    jax.block_until_ready(program(one))
 
 
 def all_or_none(

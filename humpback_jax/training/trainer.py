@@ -21,6 +21,7 @@ from humpback_jax.model.config import LlamaConfig
 from humpback_jax.model.linear import LoraSpec
 from humpback_jax.model.llama import Params
 from humpback_jax.parallel.batches import row_parts
+from humpback_jax.parallel.processes import connect
 from humpback_jax.parallel.rules import check_sharded
 from humpback_jax.training.examples import ExampleIndex, TrainingExample, index_of
 from humpback_jax.training.goodput import Goodput
@@ -194,6 +195,7 @@ def train(
     with goodput.phase("setup"):
         if spec.mesh is not None:
             check_sharded(config, spec.mesh)
+            connect(spec.mesh)
         window = "the model's window", config.max_position_embeddings
         index = index_of(examples)
         _check("training", examples, index, window, ("a row", spec.row_tokens))
