@@ -449,8 +449,9 @@ print(peak_bytes())
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     peaks, sizes = [], []
-    # The first job compiles, which takes most; in some thousand rows the heap gets its size.
-    for count in (500, 4_000, 10_000):
+    # The first job compiles, which takes most; in some thousand rows the heap gets its size, give or
+    # take ten megabytes from one run to the next.
+    for count in (500, 4_000, 40_000):
         rows = [{**row, "page": f"{row['kept']} " * 1_000} for row in prompts(count)]
         path = write(tmp_path / f"{count}.jsonl", rows)
         arguments = [f"--prompts={path}", f"--out={tmp_path / 'out.jsonl'}"]
@@ -461,7 +462,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
         sizes.append(path.stat().st_size)
         assert len((tmp_path / "out.jsonl").read_text().splitlines()) == count
     print(f"files of {sizes} bytes, peaks of {peaks}")
-    assert peaks[2] - peaks[1] < (sizes[2] - sizes[1]) / 3, "rows stay in memory"
+    assert peaks[2] - peaks[1] < (sizes[2] - sizes[1]) / 5, "rows stay in memory"
 
 
 @pytest.mark.parametrize("curator", ["rubric", "pmi", "rubric_likelihood", "combined"])
