@@ -449,8 +449,8 @@ print(peak_bytes())
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
     peaks, sizes = [], []
-    # The first job compiles, which takes most; in some thousand rows the heap gets its size, give or
-    # take ten megabytes from one run to the next.
+    # The first job compiles, which takes most; in some thousand rows the heap gets its size, ten
+    # megabytes more or less from one run to the next.
     for count in (500, 4_000, 40_000):
         rows = [{**row, "page": f"{row['kept']} " * 1_000} for row in prompts(count)]
         path = write(tmp_path / f"{count}.jsonl", rows)
