@@ -175,6 +175,7 @@ SHARES = ("top_p", "fraction", "decay_share")
 PARTS = ("dropout", "label_smoothing")
 ANY_NUMBER = ("seed", "curate.threshold", "meters.min_lift")
 NOT_EMPTY = ("evaluate.tags",)
+FALLING = ("linear", "cosine", "wsd")  # schedules that end at `end_learning_rate`
 # By `curate.select`, the field that says where it cuts.
 CUTS = {"absolute": "threshold", "top_fraction": "fraction", "count": "count"}
 DATA = ("data.seed", "data.heldout", "corpus.documents")  # a config may leave them to its user
@@ -257,6 +258,7 @@ def check_config(config: ConfigDict) -> None:
         if isinstance(value, int | float) and key not in ANY_NUMBER:
             _check_number(key, name, value)
     for name in ("backward", "train"):
+        _check_rates(f"config.{name}", config[name])
         _check_lora(f"config.{name}.lora", config[name].lora)
         parse_mixture(config[name].mixture)
     if config.corpus.min_chars > config.corpus.max_chars:
@@ -313,6 +315,15 @@ def _check_selection(section: ConfigDict) -> None:
             f"config.curate.threshold={section.threshold!r} selects no pair or every one: the "
             f"curator {section.curator!r} gives {scale.text}. Choose a threshold among these, or "
             "set config.curate.select=top_fraction."
+        )
+
+
+def _check_rates(key: str, section: ConfigDict) -> None:
+    last = section.end_learning_rate
+    if section.schedule in FALLING and last > section.learning_rate:
+        raise HumpbackError(
+            f"{key}.end_learning_rate={last} is above {key}.learning_rate="
+            f"{section.learning_rate}, from which the {section.schedule} schedule falls: set both."
         )
 
 

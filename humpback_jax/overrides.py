@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from humpback_jax.config import CUTS, check_config, nearest
+from humpback_jax.config import CUTS, FALLING, check_config, nearest
 from humpback_jax.errors import HumpbackError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Of a training section: the choice that a field belongs to, and those with which it is read
 # (`training/optimizer.py`).
 BELONGS_TO = {
-    "end_learning_rate": ("schedule", ("linear", "cosine", "wsd")),
+    "end_learning_rate": ("schedule", FALLING),
     "decay_share": ("schedule", ("wsd",)),
     "beta1": ("optimizer", ("adamw", "adamw_bf16", "lion")),
     "beta2": ("optimizer", ("adamw", "adamw_bf16", "lion")),

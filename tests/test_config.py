@@ -276,3 +276,15 @@ def test_the_best_of_no_measurement_is_asked_for() -> None:
     config.train.select = "best"
     with pytest.raises(HumpbackError, match=r"config\.train\.eval_every, at least 1"):
         check_config(config)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+def test_a_lower_rate_than_the_last_one_makes_the_rate_rise_in_silence(schedule):
+    """A sweep over `learning_rate` alone: the last rate is absolute."""
+    told = refused("train.learning_rate", "2e-6")
+    assert "train.end_learning_rate=0.01 is above config.train.learning_rate=2e-06" in told
+    config = load_config(TINY)
+    both = {"train.learning_rate": ["2e-6"], "train.end_learning_rate": ["1e-6"]}
+    apply_overrides(config, {**both, "train.schedule": [schedule]})
+    config = load_config(TINY)
+    apply_overrides(config, {"train.learning_rate": ["2e-6"], "train.schedule": ["constant"]})
