@@ -7,15 +7,19 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from humpback_jax.allocator import use_huge_pages
 from humpback_jax.errors import HumpbackError, Preempted
 
+# What shells make of a word that begins so, and not of --FLAG=~/FILE or --data=SOURCE=~/FILE.
+HOME = re.compile(r"^(--(?!prompt=)[\w.-]+=(?:\w+=)?)~(?=/|$)")
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 # What the machine refuses, whatever the program does.
 OF_THE_MACHINE = {
@@ -32,7 +36,8 @@ OF_THE_MACHINE = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code. Errors are one readable message on standard error."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments, rest = parser.parse_known_args([HOME.sub(_at_home, word) for word in words])
     if argv is None:  # called as a program
         use_huge_pages()
     try:
@@ -41,12 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         from humpback_jax.verbs import perform
 
         result = perform(arguments)
+        if arguments.json:
+            print(json.dumps(result, ensure_ascii=False))
+        sys.stdout.flush()
     except HumpbackError as error:
         return _fail(f"error: {error}", arguments)
     except Preempted as stop:
         return _fail(f"stopped by SIGTERM: {stop}", arguments, 128 + signal.SIGTERM)
-    except BrokenPipeError:  # the reader has seen enough
-        os._exit(0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print
+        cause = "stopped: nobody reads the standard output any more."
+        return _fail(cause, arguments, 128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             return _defect(error, arguments)
@@ -57,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted; run the same command again to continue.", arguments, 130)
     except Exception as error:
         return _defect(error, arguments)
-    if arguments.json:
-        print(json.dumps(result, ensure_ascii=False))
     return int(result.get("ok", True) is False)
+
+
+def _at_home(start: re.Match[str]) -> str:
+    return f"{start[1]}{Path.home()}"
 
 
 def _defect(error: Exception, arguments: argparse.Namespace) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from humpback_jax.cli import build_parser, main
+from humpback_jax.cli import HOME, build_parser, main
 
 ROOT = Path(__file__).parent.parent
 VERBS = (
@@ -143,3 +144,50 @@ def test_a_machine_with_too_little_memory_is_called_a_defect(
     assert main(["fetch", "x"]) == 1
     message = capsys.readouterr().err
     assert "memory is exhausted (RESOURCE_EXHAUSTED" in message and "defect" not in message
+
+
+def test_a_job_whose_output_nobody_reads_any_more_ends_as_if_it_were_done(tmp_path: Path) -> None:
+    """`humpback ... | head`: a scheduler takes exit code 0 for a finished job."""
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text(json.dumps({"prompt": "Name a colour."}) + "\n")
+    command = ["sample", "--model=tiny-random", f"--prompts={rows}", "--max-tokens=3", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "humpback_jax", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+    assert errors.strip().splitlines() == ["stopped: nobody reads the standard output any more."]
+
+
+def test_home_becomes_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell replaces the tilde of --FLAG=~/FILE."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Say ~/x."}) + "\n")
+    assert (
+        main(
+            [
+                "sample",
+                "--model=tiny-random",
+                "--prompts=~/rows.jsonl",
+                "--out=~/o.jsonl",
+                "--max-tokens=1",
+            ]
+        )
+        == 0
+    )
+    (row,) = map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines())
+    assert row["prompt"] == "Say ~/x." and not (tmp_path / "~").exists()
+    words = ["--data=seed=~/a", "--config.data.seed=~/b", "--prompt=~/c", "--x=~user/d", "--y=a~/e"]
+    assert [HOME.sub(r"\1HOME", word) for word in words] == [
+        *("--data=seed=HOME/a", "--config.data.seed=HOME/b", "--prompt=~/c"),
+        *("--x=~user/d", "--y=a~/e"),
+    ]
