@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from humpback_jax.cli import main
+from humpback_jax.lock import sole_user
+from humpback_jax.models import load_model
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ("What is a list?", "Name three colours.\nOne a line.", "Explain: why does ice float? ✓")
@@ -100,7 +102,6 @@ def test_real_model_trained_on_dolly_says_the_same_in_transformers(
 
 
 def test_export_and_import_keep_every_bit_of_the_weights(tuned: Path, tmp_path: Path) -> None:
-    from humpback_jax.models import load_model
     from humpback_jax.weights.hashing import params_hash
 
     assert main(["export", f"--model={tuned}", f"--out={tmp_path / 'hf'}"]) == 0
@@ -179,3 +180,14 @@ def test_evaluate_writes_value_n_and_stderr(
     assert printed["results"] == stored["results"]
     assert figure["n"] == 32
     assert figure["stderr"] > 0
+
+
+def test_two_jobs_replace_each_others_half_written_model(tuned: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "pairs.jsonl", seed_rows(4))
+    with sole_user(tuned):
+        for command in (
+            ["train", f"--data={data}", "--model=tiny-random"],
+            ["import", f"--from={tuned}"],
+        ):
+            assert main([*command, f"--out={tuned}"]) == 1
+    assert load_model(str(tuned)).hash

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from humpback_jax.compute import Compute, choose_compute
 from humpback_jax.config import default_config, load_config
 from humpback_jax.errors import HumpbackError
+from humpback_jax.lock import sole_user
 from humpback_jax.overrides import apply_overrides
 
 if TYPE_CHECKING:
@@ -86,6 +88,28 @@ def run_folder(arguments: argparse.Namespace) -> Path:
             f"--workdir={folder}: there is no run in this folder (manifest.json is missing)."
         )
     return folder
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder, and keeps other jobs out of it until the block ends.
+
+    Raises:
+      HumpbackError: in all processes of the job, where it cannot be written, or is taken.
+    """
+    import jax
+
+    from humpback_jax.parallel.processes import all_or_none
+
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            writable_folder(folder)
+            if jax.process_index() == 0:
+                held.enter_context(sole_user(folder))
+
+        all_or_none(f"taking {folder}", take)
+        yield
 
 
 def writable_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from humpback_jax.models import load_model, load_peft, save_checkpoint
-from humpback_jax.verbs.arguments import Result, adapted, writable_folder
+from humpback_jax.verbs.arguments import Result, adapted, own_folder
 from humpback_jax.weights.named import resolve
 
 
@@ -21,7 +21,8 @@ def import_model(arguments: argparse.Namespace) -> Result:
         base = dataclasses.replace(load_model(arguments.base), adapter=None)  # which it keeps
         model = adapted(base, arguments.source)
     out = Path(arguments.out)
-    writable_folder(out)
-    save_checkpoint(out, dataclasses.replace(model, name=out.name), {"source": arguments.source})
+    with own_folder(out):
+        details = {"source": arguments.source}
+        save_checkpoint(out, dataclasses.replace(model, name=out.name), details)
     print(f"imported {arguments.source} to {out}")
     return {"out": str(out), "hash": model.hash}

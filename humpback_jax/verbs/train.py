@@ -34,7 +34,7 @@ from humpback_jax.training.goodput import goodput_line
 from humpback_jax.training.mixture import check_sources, parse_mixture, source_counts
 from humpback_jax.training.packing import PackingPlan
 from humpback_jax.training.trainer import Trained
-from humpback_jax.verbs.arguments import Result, chosen_config, flag_as_field, writable_folder
+from humpback_jax.verbs.arguments import Result, chosen_config, flag_as_field, own_folder
 
 READS = ("base", "seed", "backward", "train", "compute.precision", "compute.mesh")
 # One epoch of small batches. A file of one's own shall not lose rows unseen, and today's base
@@ -45,7 +45,6 @@ WITHOUT_CONFIG = {"epochs": 1.0, "batch_examples": 8, "on_long": "error", "dropo
 
 def train(arguments: argparse.Namespace) -> Result:
     """SFT on files of rows; writes one of our checkpoints."""
-    started = time.monotonic()
     arguments.overrides = _of_direction(arguments.overrides, arguments.reverse)
     flag_as_field(arguments, "mix", "backward.mixture" if arguments.reverse else "train.mixture")
     config = chosen_config(arguments, READS, WITHOUT_CONFIG)
@@ -57,7 +56,12 @@ def train(arguments: argparse.Namespace) -> Result:
     if out.resolve() == Path(config.base.model).resolve() and out.resolve().exists():
         # A run that is killed while the model is replaced could not go on.
         raise HumpbackError(f"--out={out} is the model to be trained; choose another folder.")
-    writable_folder(out)
+    with own_folder(out):
+        return _trained_into(out, arguments, config)
+
+
+def _trained_into(out: Path, arguments: argparse.Namespace, config: Any) -> Result:
+    started = time.monotonic()
     direction: Direction = "backward" if arguments.reverse else "forward"
     files = parse_files(arguments.data, arguments.source)
     heldout, left_out = _heldout(arguments)
