@@ -51,6 +51,13 @@ class Example:
         """y: the last assistant turn."""
         return next((m.content for m in reversed(self.messages) if m.role == "assistant"), "")
 
+    def opening(self) -> Example:
+        """The pair that a conversation begins with: no other turn is needed to understand it."""
+        turns = [
+            next((m for m in self.messages if m.role == r), None) for r in ("user", "assistant")
+        ]
+        return dataclasses.replace(self, messages=tuple(m for m in turns if m is not None))
+
 
 @dataclasses.dataclass(frozen=True)
 class Segment:

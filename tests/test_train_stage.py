@@ -8,7 +8,9 @@ from typing import Any
 from tiny_run import tiny_config
 
 from humpback_jax.loop import opened
-from humpback_jax.models import holds_checkpoint
+from humpback_jax.models import holds_checkpoint, load_model
+from humpback_jax.records import Example, Message
+from humpback_jax.stages.texts import render
 from humpback_jax.stages.train import train_stage
 
 
@@ -30,3 +32,16 @@ def test_epochs_that_a_finished_model_lacks_are_left_out_in_silence(tmp_path: Pa
     assert "round_0/M_0: epochs 1, 2 " in said and "--fresh" in said
     again = trained(tmp_path, steps=3, checkpoint_epochs=True, fresh=True)
     assert again == ([], ["epoch_1", "epoch_2"])
+
+
+def test_m_yx_learns_to_write_an_instruction_that_its_text_alone_does_not_answer() -> None:
+    """The last pair of a conversation wants the turns before it."""
+    turns = ("user", "When do bears sleep?"), ("assistant", "In winter."), ("user", "And bees?")
+    messages = [Message("system", "Be brief."), *(Message(*turn) for turn in turns)]
+    talk = Example("a", (*messages, Message("assistant", "In winter, too.")), "seed")
+    model = load_model("tiny-random")
+    ((name, backward),) = render(model.template, [talk], "backward")
+    expected = model.template.backward("In winter.", "When do bears sleep?")
+    assert (name, backward.text, backward.spans) == ("a", expected.text, expected.spans)
+    ((_, forward),) = render(model.template, [talk], "forward")
+    assert len(forward.spans) == 2, "forwards, every answer is learnt"

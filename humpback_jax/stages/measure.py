@@ -186,7 +186,7 @@ def check_meters(context: Context) -> None:
 def _examples(context: Context) -> list[Example]:
     """The held-out pairs that the meters use, chosen by a hash of their ids."""
     order = sorted(context.heldout, key=lambda e: stable_id("meter", e.id))
-    return meter_pairs(context.base, context.config, order)
+    return meter_pairs(context.base, context.config, [example.opening() for example in order])
 
 
 def _content(examples: list[Example]) -> str:

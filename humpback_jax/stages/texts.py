@@ -52,6 +52,8 @@ def render(
 ) -> list[tuple[str, Rendered]]:
     """Examples as training texts: tagged by source forwards, pairs turned round backwards.
 
+    Of a conversation, the first pair is turned round: later ones cannot be told without it.
+
     Raises:
       HumpbackError: a row that has no such text; names it.
     """
@@ -109,7 +111,8 @@ def _rendered(template: Template, example: Example, direction: Direction) -> Ren
         if direction == "forward":
             return _forward(template, example)
         if example.text is None:
-            return template.backward(example.response, example.instruction)
+            pair = example.opening()
+            return template.backward(pair.response, pair.instruction)
         raise HumpbackError("plain text has no instruction to learn; remove it.")
     except HumpbackError as error:
         raise HumpbackError(f"row {example.id}: {error}") from error
