@@ -17,6 +17,8 @@ from humpback_jax.artifacts import Row
 from humpback_jax.curators import COMBINED
 from humpback_jax.loop import prepare
 from humpback_jax.model.remat import Remat
+from humpback_jax.parallel.mesh import training_mesh
+from humpback_jax.parallel.rules import param_shardings, place
 from humpback_jax.records import Example, Message, Segment, stable_id
 from humpback_jax.sampling.likelihood import WIDTH, sequence_nll
 from humpback_jax.sampling.sampler import Decoding
@@ -117,11 +119,16 @@ def forward_seconds(context: Context) -> float:
     count = WIDTH // width
     examples = [TrainingExample(str(index), ids, mask) for index in range(count)]
     precision = context.compute.precision
-    params = jax.tree.map(jax.numpy.asarray, model.params)
+    mesh = training_mesh(context.compute.mesh, model.config.hidden_size)
+    if mesh is None:
+        params = jax.tree.map(jax.numpy.asarray, model.params)
+    else:
+        shardings = param_shardings(model.config, mesh, "scan")
+        params = place(model.params, shardings, lambda piece: piece)
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        sequence_nll(model.config, params, examples, precision, layout="scan")
+        sequence_nll(model.config, params, examples, precision, layout="scan", mesh=mesh)
         times.append(time.perf_counter() - started)
     return min(times[1:]) / (count * width)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,8 @@ def evaluate(arguments: argparse.Namespace) -> Result:
                 "formats": reader.compute.sampling_formats,
             }
         )
+        del reader
+        gc.collect()  # its weights make room for the next arm's
     result: Result = arms[0] if len(arms) == 1 else {"arms": arms}
     if arguments.out:
         folder = Path(arguments.out)
@@ -69,8 +73,10 @@ def _nll(reader: Inference, examples: Sequence[Example], tags: Any) -> dict[str,
 
 def _fidelity(reader: Inference, examples: Sequence[Example], tags: Any) -> dict[str, Estimate]:
     """How far the number formats asked for move what the model writes."""
-    exact = Inference(reader.model, choose_compute("float32", 16))
-    return fidelity(reader, exact, examples, tags)
+    asked = reader.compute
+    exact = choose_compute("float32", 16)
+    exact = dataclasses.replace(exact, mesh=asked.mesh, memory=asked.memory)
+    return fidelity(reader, Inference(reader.model, exact), examples, tags)
 
 
 SUITES = {"nll": _nll, "fidelity": _fidelity}
