@@ -141,10 +141,15 @@ def load_config(name: str) -> LlamaConfig:
     if name in PUBLISHED:
         return SHAPES[PUBLISHED[name]]
     from humpback_jax.weights.gguf_io import read_gguf_config
-    from humpback_jax.weights.named import resolve
+    from humpback_jax.weights.named import fetch_hub_config, resolve
     from humpback_jax.weights.peft_io import base_name
     from humpback_jax.weights.safetensors_io import read_config
 
+    if name.startswith("hf:"):
+        folder = fetch_hub_config(name)
+        if (folder / "config.json").is_file():
+            return read_config(folder)
+        return load_config(base_name(folder))
     found = resolve(name)
     match found.kind:
         case "hf":

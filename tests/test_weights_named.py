@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 from humpback_jax.errors import HumpbackError
 from humpback_jax.model.llama import flatten
+from humpback_jax.model.shapes import SHAPES
+from humpback_jax.models import load_config
 from humpback_jax.weights import named
 from humpback_jax.weights.gguf_io import load_gguf
 from humpback_jax.weights.hashing import params_hash
@@ -223,3 +226,29 @@ def test_the_default_model_does_not_load_or_has_other_weights():
     assert params_hash(params) == (
         "c4e94c64c0f4f3dab1737f89e5fd0341e92046a0cacbe31826d6243c00838214"
     )
+
+
+def test_all_weights_are_fetched_for_the_shape_of_a_model(tmp_path, monkeypatch):
+    """`aot --model=hf:...` of 70B: 140 GB."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repository, **options):
+        asked.append(options["allow_patterns"])
+        folder = tmp_path / repository.rpartition("/")[2]
+        folder.mkdir()
+        if repository == "org/base":
+            config = SHAPES["tiny"].to_hf("float32")
+            (folder / "config.json").write_text(json.dumps(config))
+        if repository == "org/adapter":
+            named = {"base_model_name_or_path": "hf:org/base", "peft_type": "LORA"}
+            named |= {"r": 2, "lora_alpha": 4}
+            (folder / "adapter_config.json").write_text(json.dumps(named))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load_config("hf:org/adapter").hidden_size == SHAPES["tiny"].hidden_size
+    assert asked == [["config.json", "adapter_config.json"]] * 2
+    with pytest.raises(HumpbackError, match="the repository holds no config"):
+        load_config("hf:org/nothing")

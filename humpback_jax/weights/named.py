@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -177,7 +178,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fetch_from_hub(name: str) -> Path:
+def fetch_hub_config(name: str) -> Path:
+    """The folder of `hf:ORG/NAME[@REVISION]` with its config, or an adapter's, and no weights.
+
+    Raises:
+      HumpbackError: it cannot be fetched, or the repository has no such file.
+    """
+    names = ("config.json", "adapter_config.json")
+    folder = _fetch_from_hub(name, names)
+    if not any((folder / each).is_file() for each in names):
+        raise HumpbackError(f"{name}: the repository holds no {' or '.join(names)}.")
+    return folder
+
+
+def _fetch_from_hub(name: str, files: Sequence[str] = _HUB_FILES) -> Path:
     """Downloads `hf:ORG/NAME[@REVISION]`, or finds it in the hub's own cache."""
     from huggingface_hub import snapshot_download
 
@@ -186,7 +200,7 @@ def _fetch_from_hub(name: str) -> Path:
         folder = snapshot_download(
             repository,
             revision=revision or None,
-            allow_patterns=_HUB_FILES,
+            allow_patterns=[*files],
             ignore_patterns=_HUB_IGNORED,
         )
     except (OSError, ValueError) as error:
