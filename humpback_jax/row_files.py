@@ -125,7 +125,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
     open_bytes(path).close()
     try:
-        file = pq.ParquetFile(path)
+        packed = path.suffix.lower() != ".parquet"
+        # It is read from its end: what is compressed has to be unpacked as a whole.
+        file = pq.ParquetFile(pa.py_buffer(open_bytes(path).read()) if packed else path)
         number = 0
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():

@@ -404,3 +404,18 @@ def test_public_seed_sets_are_read_completely(shared_data):
         assert len(examples) > 0.99 * rows
         assert all(e.response == e.response.strip() for e in examples)
         assert len({e.id for e in examples}) == len(examples)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_compressed_parquet_file_is_accepted_by_its_name_and_not_read(kind, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([GOOD] * 3), tmp_path / "rows.parquet")
+    whole = (tmp_path / "rows.parquet").read_bytes()
+    path = tmp_path / f"rows.parquet.{kind}"
+    packed = pa.compress(whole, codec="gzip" if kind == "gz" else "zstd", asbytes=True)
+    path.write_bytes(packed)
+    assert len(read_examples(path, "seed")[0]) == 3
+    path.write_bytes(packed[: len(packed) // 2])
+    refused(path)
