@@ -99,19 +99,25 @@ def test_the_default_model_s_loss_depends_on_how_a_batch_is_cut() -> None:
 
 
 def test_mixed_precision_strays_further_from_float32_than_torch_s(tmp_path: Path) -> None:
-    """Over 50 steps, by the mean distance of the losses; both stray as training goes on."""
+    """By the mean distance of the losses over 50 steps, torch's over the first of them: without
+    instructions for bfloat16, torch takes half a minute a step.
+    """
     model = default_model()
     export_hf(tmp_path / "hf", model)
-    job = tmp_path / "job.json"
-    dataclasses.replace(real_job(50, 2), hf=str(tmp_path / "hf")).save(job)
+    whole, short = tmp_path / "whole.json", tmp_path / "short.json"
+    job = dataclasses.replace(real_job(50, 2), hf=str(tmp_path / "hf"))
+    job.save(whole)
+    dataclasses.replace(job, rows=job.rows[:20]).save(short)
     exact, ours, theirs = (
         np.array(measure_apart(*program)["losses"])
         for program in (
-            ("sft", job, "float32"),
-            ("sft", job, "bfloat16"),
-            ("torch_sft", job, "bfloat16", "plain"),
+            ("sft", whole, "float32"),
+            ("sft", whole, "bfloat16"),
+            ("torch_sft", short, "bfloat16", "plain"),
         )
     )
-    assert len(exact) == 50
+    assert (len(exact), len(ours), len(theirs)) == (50, 50, 10)
     assert exact[-10:].mean() < exact[:10].mean(), "nothing was learnt"
-    assert np.abs(ours / exact - 1).mean() <= np.abs(theirs / exact - 1).mean()
+    allowed = np.abs(theirs / exact[:10] - 1).mean()
+    assert np.abs(ours / exact - 1)[:10].mean() <= allowed
+    assert np.abs(ours / exact - 1).mean() <= 1e-2
